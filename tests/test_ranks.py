@@ -1,0 +1,62 @@
+"""The rank pool itself: results in order, errors with rank and traceback, and no hang that outlives its timeout."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Pool, RankError, RankTimeout
+
+
+def total(value: int) -> tuple[int, int, int]:
+    tensor = torch.tensor([value + dist.get_rank()])
+    dist.all_reduce(tensor)
+    return dist.get_rank(), dist.get_world_size(), int(tensor)
+
+
+def fail_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise KeyError("mine")
+    dist.barrier()
+
+
+def hang_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        time.sleep(3600)
+
+
+def die_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        os._exit(7)
+
+
+def alone() -> tuple[bool, int]:
+    return dist.is_initialized(), torch.get_num_threads()
+
+
+@pytest.mark.parametrize("world", [3, 1, 4, 2])
+def test_results_come_in_rank_order_from_groups_of_any_size(ranks, world):
+    expected = sum(range(10, 10 + world))
+    assert ranks(world).run(total, 10) == [(rank, world, expected) for rank in range(world)]
+
+
+def test_without_torch_distributed(ranks):
+    assert ranks(1, distributed=False).run(alone) == [(False, 1)]
+
+
+def test_an_error_names_its_rank_and_a_hang_ends():
+    pool = Pool()
+    try:
+        with pytest.raises(RankError, match="(?s)rank 1: KeyError: 'mine'.*in fail_on"):
+            pool(2).run(fail_on, 1)
+        assert len(pool(2).run(total, 0)) == 2
+        with pytest.raises(RankError, match="rank 0: ProcessDied: exit 7"):
+            pool(2).run(die_on, 0)
+        with pytest.raises(RankTimeout, match=r"ranks \[1\] of 2"):
+            pool(2, timeout=0.5).run(hang_on, 1)
+        assert len(pool(2).run(total, 0)) == 2
+    finally:
+        pool.close()

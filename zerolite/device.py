@@ -1,0 +1,95 @@
+"""The only place that asks CUDA or CPU: streams, events and memory counters with the same methods on both."""
+
+import contextlib
+import os
+import resource
+
+import torch
+
+
+class Cpu:
+    """The test bed: one queue (the calling thread), so streams order nothing and events have always happened."""
+
+    type = "cpu"
+    backend = "gloo"
+    # Scratch of a step that rescales or casts gradients; half a megabyte of fp32 stays in a core's second-level cache.
+    chunk_numel = 128 * 1024
+
+    def __init__(self):
+        self.device = torch.device("cpu")
+
+    def new_stream(self):
+        return None
+
+    def on(self, stream, after_current: bool = False):
+        """Context in which work goes to `stream`; `after_current`: once what the current stream holds is done."""
+        return contextlib.nullcontext()
+
+    def record(self):
+        """Event at the present end of the current stream."""
+        return None
+
+    def wait(self, event) -> None:
+        """Make the current stream (not the host) wait for `event`."""
+
+    def synchronize(self) -> None:
+        """Block the host until the device is idle."""
+
+    def peak_bytes(self) -> int:
+        """Peak resident bytes of this process (CPU) or of this process's tensors on the device (CUDA)."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def small_to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+class Cuda:
+    """One CUDA device; collectives and copies run on streams of their own beside the compute stream."""
+
+    type = "cuda"
+    backend = "nccl"
+    chunk_numel = 16 * 1024 * 1024
+
+    def __init__(self, index: int):
+        self.device = torch.device("cuda", index)
+
+    def new_stream(self):
+        return torch.cuda.Stream(self.device)
+
+    @contextlib.contextmanager
+    def on(self, stream, after_current: bool = False):
+        if after_current:
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            yield
+
+    def record(self):
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def wait(self, event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def small_to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.cpu()
+
+
+def of(device: torch.device) -> Cpu | Cuda:
+    """The queue-and-memory value for a torch device."""
+    if device.type == "cuda":
+        return Cuda(device.index if device.index is not None else torch.cuda.current_device())
+    if device.type == "cpu":
+        return Cpu()
+    raise ValueError(f"zerolite runs on CUDA and on the CPU, the model lies on {device}: move it to one of them")
+
+
+def default() -> torch.device:
+    """This rank's device where the model does not tell: its GPU by LOCAL_RANK, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+    return torch.device("cpu")

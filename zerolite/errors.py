@@ -1,0 +1,13 @@
+"""Run-time failures, all under `ZeroliteError`; a user's mistake is a plain `ValueError` or `TypeError` instead."""
+
+
+class ZeroliteError(RuntimeError):
+    """Root of what can go wrong while zerolite runs."""
+
+
+class CheckpointError(ZeroliteError):
+    """A checkpoint cannot be written, or what is on disk is incomplete, altered, or of another model."""
+
+
+class DataError(ZeroliteError):
+    """A row of training data cannot be used; the message names file, line and reason."""

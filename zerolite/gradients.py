@@ -1,0 +1,149 @@
+"""Gradients of one bucket: taken from autograd as they come, reduced to the owned range, kept until the step.
+
+    take      a parameter's gradient is ready           it is added into `local`, the unreduced flat sum of this rank
+    launch    the bucket is full, or backward ended     `local` starts its reduce-scatter
+    land      the next bucket was launched, or the end  the mean over ranks is added into `reduced`, the owned range
+
+Where whole gradients stay (stages 0 and 1) `reduced` is a range of the whole buffer that was reduced in place, so that
+nothing is held twice; else the buffer goes back to the pool when it has landed.
+
+[Note: one bucket behind]
+`land(k)` runs right after `launch(k + 1)`, so two whole buckets are in flight at most. On CUDA the reduction runs on its
+own stream; the compute stream waits for bucket k there, which lets a reduction take as long as the backward of one
+bucket before it delays anything. Tensors are allocated on the compute stream and freed only behind that wait.
+"""
+
+import torch
+
+from zerolite.collectives import Group, Pending
+from zerolite.device import Cpu, Cuda
+from zerolite.layout import BucketLayout
+
+
+class BufferPool:
+    """Flat buffers lent to buckets during a backward pass and dropped at its end."""
+
+    def __init__(self):
+        self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        free = self._free.get((numel, dtype))
+        return free.pop() if free else torch.empty(numel, dtype=dtype, device=device)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
+
+    def clear(self) -> None:
+        self._free.clear()
+
+
+class GradientBucket:
+    """The gradients of one trainable bucket on this rank."""
+
+    local: torch.Tensor | None  # 1D, layout.numel, reduce dtype; this rank's sum that no reduction has taken yet
+    reduced: torch.Tensor | None  # 1D, the owned range, reduce dtype; mean over ranks, summed over backwards
+
+    def __init__(
+        self,
+        layout: BucketLayout,
+        start: int,
+        stop: int,
+        *,
+        dtype: torch.dtype,
+        device: Cpu | Cuda,
+        stream,
+        shard_group: Group,
+        replicate_group: Group,
+        keeps_whole: bool,
+        pool: BufferPool,
+    ):
+        self.layout = layout
+        self.start, self.stop = start, stop
+        self.dtype, self.device, self.stream = dtype, device, stream
+        self.shard_group, self.replicate_group = shard_group, replicate_group
+        self.keeps_whole = keeps_whole
+        self.pool = pool
+        self.local = None
+        self.reduced = None
+        self.was_used = [False] * len(layout.slots)  # has autograd given this slot a gradient since the last `clear`
+        self._filled = [False] * len(layout.slots)  # does `local` hold a gradient of this slot
+        self._whole: torch.Tensor | None = None  # the buffer that `reduced` is a range of, where whole gradients stay
+        self._in_flight: tuple[torch.Tensor, torch.Tensor, Pending] | None = None
+
+    @property
+    def has_unreduced(self) -> bool:
+        return any(self._filled)
+
+    def take(self, index: int, gradient: torch.Tensor) -> None:
+        """Add one parameter's gradient (its shape, any dtype) into the local sum."""
+        if self.local is None:
+            self.local = self._empty_local()
+        slot = self.layout.slots[index]
+        view = self.local[slot.offset : slot.stop].view(slot.shape)
+        if self._filled[index]:
+            view.add_(gradient)
+        else:
+            view.copy_(gradient)
+            self._filled[index] = True
+        self.was_used[index] = True
+
+    def launch(self) -> None:
+        """Start reducing the local sum; slots without a gradient count as zeros. Collective."""
+        local = self.local if self.local is not None else self._empty_local()
+        for slot, is_filled in zip(self.layout.slots, self._filled, strict=True):
+            if not is_filled:
+                local[slot.offset : slot.stop].zero_()
+        for start, stop in self.layout.gaps():
+            local[start:stop].zero_()
+        self._filled = [False] * len(self.layout.slots)
+        self.local = None
+        first, last = self.layout.piece(self.shard_group.rank)
+        piece = local[first:last] if self.keeps_whole else torch.empty_like(local[first:last])
+        divisor = self.shard_group.size * self.replicate_group.size
+        with self.device.on(self.stream, after_current=True):
+            self._in_flight = (local, piece, self.shard_group.reduce_scatter(local, piece, divisor))
+
+    def land(self) -> None:
+        """Add the reduction in flight, if any, into `reduced`. Collective at stage 0 and where there are replicas."""
+        if self._in_flight is None:
+            return
+        local, piece, pending = self._in_flight
+        self._in_flight = None
+        with self.device.on(self.stream):
+            pending.wait()
+            self.replicate_group.all_reduce(piece)
+            if self.stop - self.start > piece.numel():
+                self.shard_group.all_gather(local, piece).wait()
+            result = local[self.start : self.stop] if self.keeps_whole else piece
+            if self.reduced is not None:
+                result.add_(self.reduced)
+            event = self.device.record()
+        self.device.wait(event)  # See [Note: one bucket behind]
+        self.reduced = result
+        if self.keeps_whole:
+            self._whole = local
+        else:
+            self.pool.give(local)
+
+    def clear(self, set_to_none: bool = True) -> None:
+        """Forget all gradients; `set_to_none=False` leaves zeros that count as gradients, as in torch."""
+        self.land()
+        self.local = None
+        self._filled = [False] * len(self.layout.slots)
+        if set_to_none:
+            self.was_used = [False] * len(self.layout.slots)
+            self.reduced = self._whole = None
+        elif self.reduced is not None:
+            self.reduced.zero_()
+
+    def _empty_local(self) -> torch.Tensor:
+        """A buffer for the local sum: the whole one that stayed, once the reduced range has left it, or a lent one.
+
+        While that buffer is in flight the sum goes to another one: waiting here would put this rank's collectives in
+        another order than its peers'.
+        """
+        if self._whole is not None and self._in_flight is None:
+            whole, self._whole = self._whole, None
+            self.reduced = self.reduced.clone()
+            return whole
+        return self.pool.take(self.layout.numel, self.dtype, self.device.device)

@@ -1,0 +1,166 @@
+"""Where autograd and modules meet the walk: what is called before and after each forward and backward.
+
+[Note: when a unit's backward begins and ends]
+It begins when the node that made one of its outputs is about to run (a pre-hook on that node). It ends when the
+gradients of its inputs are complete. For that, inputs that need a gradient are replaced by views of themselves: a
+tensor that several units read (an encoder's output) is complete only when all of them are done, the view when this unit
+is. The view's node runs before the pre-hook of the unit below, so a unit is freed before the next but one is gathered.
+"""
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from zerolite.units import UnitPlan
+from zerolite.zero import Bucket, Unit, Zero, is_in_backward
+
+
+def install(zero: Zero, unit: Unit, plan: UnitPlan) -> None:
+    """Hook one unit's module and its trainable parameters."""
+    for module in _entrances(unit, plan):
+        module.register_forward_pre_hook(_BeforeForward(zero, unit), with_kwargs=True, prepend=True)
+        module.register_forward_hook(_AfterForward(zero, unit), always_call=True)
+    for bucket in unit.buckets:
+        if bucket.gradients is not None:
+            for index, parameter in enumerate(bucket.flat.parameters):
+                parameter.register_post_accumulate_grad_hook(_AfterGradient(zero, bucket, index))
+
+
+def _entrances(unit: Unit, plan: UnitPlan) -> list[nn.Module]:
+    """The unit's module and, for the root, every module that owns some of its parameters.
+
+    Those may be called from outside the root's forward: `generate` of an encoder-decoder calls the encoder alone.
+    """
+    if not unit.is_root:
+        return [unit.module]
+    own = {id(parameter) for group in plan.groups for parameter in group.parameters}
+    owners = [m for m in unit.module.modules() if any(id(p) in own for p in m.parameters(recurse=False))]
+    return [unit.module, *(module for module in owners if module is not unit.module)]
+
+
+class _BeforeForward:
+    def __init__(self, zero: Zero, unit: Unit):
+        self.zero, self.unit = zero, unit
+
+    def __call__(self, module: nn.Module, args, kwargs):
+        zero, unit = self.zero, self.unit
+        zero.pre_forward(unit)
+        if not torch.is_grad_enabled():
+            return None
+        if unit.is_root:
+            return None
+        return _view_inputs(args, kwargs, lambda: zero.post_backward(unit))
+
+
+class _AfterForward:
+    def __init__(self, zero: Zero, unit: Unit):
+        self.zero, self.unit = zero, unit
+
+    def __call__(self, module: nn.Module, args, output):
+        zero, unit = self.zero, self.unit
+        nodes = {}
+        if torch.is_grad_enabled():
+            nodes = {id(t.grad_fn): t.grad_fn for t in tensors_of(output) if t.grad_fn is not None}
+        for node in nodes.values():
+            node.register_prehook(_before_backward(zero, unit))
+        zero.post_forward(unit, bool(nodes))
+
+
+def _before_backward(zero: Zero, unit: Unit):
+    def before(gradients):
+        zero.pre_backward(unit)
+
+    return before
+
+
+class _AfterGradient:
+    def __init__(self, zero: Zero, bucket: Bucket, index: int):
+        self.zero, self.bucket, self.index = zero, bucket, index
+
+    @torch.no_grad()
+    def __call__(self, parameter: nn.Parameter) -> None:
+        self.zero.take_gradient(self.bucket, self.index, parameter)
+
+
+def tensors_of(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _view_inputs(args, kwargs, after_backward):
+    """Replace inputs that need a gradient by views; `after_backward()` runs when all the views' gradients are there."""
+    views: list[torch.Tensor] = []
+
+    def view(leaf):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not isinstance(leaf, nn.Parameter):
+            views.append(leaf.view_as(leaf))
+            return views[-1]
+        return leaf
+
+    replaced = pytree.tree_map(view, (args, kwargs))
+    if not views:
+        return None
+    torch.autograd.graph.register_multi_grad_hook(views, lambda gradients: after_backward(), mode="all")
+    return replaced
+
+
+# Root-only hooks #
+
+
+def scale_loss(zero: Zero) -> None:
+    """fp16: what the model returns carries the loss scale into backward; what it is given gets it taken out again.
+
+    Outputs come out in fp32, so that a loss computed from them is scaled before its gradient is rounded to fp16.
+    """
+
+    def enter(module, args, kwargs):
+        if torch.is_grad_enabled() and not is_in_backward():
+            return pytree.tree_map(lambda leaf: _map_floating(leaf, _Unscale, zero), (args, kwargs))
+        return None
+
+    def leave(module, args, output):
+        if torch.is_grad_enabled():
+            return pytree.tree_map(lambda leaf: _map_floating(leaf, _Scale, zero), output)
+        return None
+
+    zero.model.register_forward_pre_hook(enter, with_kwargs=True)
+    zero.model.register_forward_hook(leave)
+
+
+def _map_floating(leaf, function, zero: Zero):
+    if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not isinstance(leaf, nn.Parameter):
+        return function.apply(leaf, zero)
+    return leaf
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output, zero):
+        ctx.zero, ctx.dtype = zero, output.dtype
+        return output.to(torch.float32, copy=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.zero.mark_loss_scaled()
+        return (gradient * ctx.zero.loss_scale.value).to(ctx.dtype), None
+
+
+class _Unscale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, zero):
+        ctx.zero = zero
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / ctx.zero.loss_scale.value, None
+
+
+def cast_inputs(zero: Zero, dtype: torch.dtype) -> None:
+    """Floating inputs of the model arrive in the parameters' dtype."""
+
+    def cast(leaf):
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    zero.model.register_forward_pre_hook(
+        lambda module, args, kwargs: pytree.tree_map(cast, (args, kwargs)), with_kwargs=True
+    )

@@ -1,0 +1,105 @@
+"""Which parameters live together: modules -> units -> buckets, in the order of registration."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+# Buckets of this many elements: 64 MiB in bf16. A transformer block of LLaMA-7B has six, a small one is one.
+BUCKET_NUMEL = 32 * 1024 * 1024
+
+UnitRule = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters of one unit that share trainability and dtype and follow each other in the order of registration."""
+
+    names: list[str]
+    parameters: list[nn.Parameter]
+    position: int  # of its first parameter, in the model's order
+
+
+@dataclass
+class UnitPlan:
+    """One module's own parameters, less those of units inside it, all trainable or all frozen."""
+
+    name: str
+    module: nn.Module
+    is_trainable: bool
+    groups: list[ParameterGroup]
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules that a ModuleList or Sequential repeats: at least two of one class, with parameters."""
+    blocks: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        repeated: set[type] = set()
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            classes = [type(child) for child in module if any(True for _ in child.parameters())]
+            repeated = {cls for cls in classes if classes.count(cls) > 1}
+        for child in module.children():
+            if type(child) in repeated and any(True for _ in child.parameters()):
+                if not any(child is block for block in blocks):
+                    blocks.append(child)
+            else:
+                visit(child)
+
+    visit(model)
+    return blocks
+
+
+def unit_modules(model: nn.Module, rule: UnitRule | None) -> list[nn.Module]:
+    """The modules that become units of their own; everything else belongs to the root's unit."""
+    if rule is None:
+        return repeated_blocks(model)
+    if isinstance(rule, type) or (isinstance(rule, tuple) and all(isinstance(cls, type) for cls in rule)):
+        chosen = [module for module in model.modules() if isinstance(module, rule) and module is not model]
+    elif callable(rule):
+        chosen = [module for module in model.modules() if module is not model and rule(module)]
+    else:
+        raise TypeError(f"units= takes module classes or a predicate over modules, got {rule!r}")
+    if not chosen:
+        raise ValueError(f"units={rule!r} matches no module of {type(model).__name__}: name a class that it contains")
+    return chosen
+
+
+def plan_units(model: nn.Module, rule: UnitRule | None, dtype_of: Callable[[nn.Parameter], object]) -> list[UnitPlan]:
+    """Assign every parameter to the innermost unit that holds all its owners; one that several units share to the root.
+
+    `dtype_of` gives the dtype that a parameter will have; units are cut so that a bucket has one.
+    """
+    chosen = {id(module): module for module in [model, *unit_modules(model, rule)]}
+    names = {id(module): name for name, module in model.named_modules()}
+    home: dict[int, int] = {}  # parameter -> unit module
+
+    def visit(module: nn.Module, unit: int) -> None:
+        unit = id(module) if id(module) in chosen else unit
+        for parameter in module.parameters(recurse=False):
+            previous = home.setdefault(id(parameter), unit)
+            if previous != unit:
+                home[id(parameter)] = id(model)  # tied across units
+        for child in module.children():
+            visit(child, unit)
+
+    visit(model, id(model))
+
+    plans: dict[tuple[int, bool], UnitPlan] = {}
+    open_groups: dict[tuple[int, bool, object], ParameterGroup] = {}
+    last_unit = None
+    for position, (name, parameter) in enumerate(model.named_parameters()):
+        unit, is_trainable = home[id(parameter)], parameter.requires_grad
+        if unit != last_unit:
+            # A bucket never spans parameters of another unit: the output layer's gradients, first in backward, must
+            # not wait for the input embedding's, last in backward, though one unit holds both.
+            open_groups.clear()
+            last_unit = unit
+        plan = plans.setdefault((unit, is_trainable), UnitPlan(names[unit] or "(root)", chosen[unit], is_trainable, []))
+        key = (unit, is_trainable, dtype_of(parameter))
+        if key not in open_groups:
+            open_groups[key] = ParameterGroup([], [], position)
+            plan.groups.append(open_groups[key])
+        open_groups[key].names.append(name)
+        open_groups[key].parameters.append(parameter)
+    return sorted(plans.values(), key=lambda plan: (plan.module is not model, plan.groups[0].position))

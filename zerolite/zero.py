@@ -1,0 +1,340 @@
+"""The walk of a parameter: shard, unshard, reshard, reduce. What ZeRO does, in one place.
+
+Stage is decided here, once, and becomes three facts a bucket: whether this rank owns all of it or a piece (steps),
+whether whole gradients stay, whether full parameters stay. Nothing below asks for the stage.
+
+    stage   owns      whole gradients stay   full parameters stay
+    0       all       yes                    yes
+    1       a piece   yes                    yes
+    2       a piece   no                     yes
+    3       a piece   no                     no
+
+[Note: the order of collectives]
+Every rank must issue the same collectives in the same order, whatever order autograd delivers gradients in. So
+reductions are launched strictly in `reduction_order` (the reverse of registration): a bucket that is ready early waits
+for its predecessors, one that never fills (a parameter without a gradient on this rank) is launched, with zeros,
+when its unit's backward has passed, or at the end of backward. Nothing is recorded from an earlier step.
+
+[Note: late gradients]
+A gradient may come after its bucket was launched (a layer used in two reentrant checkpoints). It stays in the local sum,
+as inside `no_sync`, and is reduced by the next backward or, after all ranks agreed on it, by the step.
+
+What FSDP2 has and this has not: DTensor parameters and tensor parallelism, per-parameter sharding with dim-0 shards,
+a choice per module to keep parameters after forward, torch.compile of the hooks, meta-device deferred load by DCP.
+What DeepSpeed has and this has not: an engine object with its own training loop, quantised communication (ZeRO++),
+a recorded trace for prefetching, persistence thresholds for small parameters, expert parallelism.
+"""
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+
+from zerolite import device as devices
+from zerolite.collectives import Group
+from zerolite.config import Precision, reduce_dtype
+from zerolite.errors import ZeroliteError
+from zerolite.flat import FlatBucket
+from zerolite.gradients import BufferPool, GradientBucket
+from zerolite.layout import pack
+from zerolite.optim.scaling import LossScale
+from zerolite.units import BUCKET_NUMEL, UnitPlan
+
+
+class Bucket:
+    """One flat bucket: its parameters and, where they are trainable, its gradients."""
+
+    flat: FlatBucket
+    gradients: GradientBucket | None
+
+    def __init__(self, unit: "Unit", flat: FlatBucket, gradients: GradientBucket | None, position: int):
+        self.unit = unit
+        self.flat = flat
+        self.gradients = gradients
+        self.layout = flat.layout
+        self.position = position  # of its first parameter, in the order of registration
+        self.ready: set[int] = set()  # slots whose gradient came, or cannot come any more, in this backward
+
+
+class Unit:
+    """Parameters that are gathered and freed together, around the forward and the backward of one module."""
+
+    def __init__(self, name: str, module: nn.Module, is_root: bool):
+        self.name = name
+        self.module = module
+        self.is_root = is_root
+        self.buckets: list[Bucket] = []
+        self.index = 0  # in `Zero.units`
+        self.forward_depth = 0  # forwards of the module that are running now
+        self.backward_uses = 0  # of the module, begun and not ended, in this backward
+        self.pending_uses = 0  # forwards whose backward has not ended; a hint only, a graph may be dropped
+
+    def unshard(self) -> None:
+        for bucket in self.buckets:
+            bucket.flat.unshard()
+
+    def wait(self) -> None:
+        for bucket in self.buckets:
+            bucket.flat.wait()
+
+    def reshard(self) -> None:
+        for bucket in self.buckets:
+            bucket.flat.reshard()
+
+
+class Zero:
+    """The engine of one model: its units, its groups, and what happens before and after each forward and backward."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: int,
+        shard_group: Group,
+        replicate_group: Group,
+        device: torch.device,
+        precision: Precision | None,
+    ):
+        self.model = model
+        self.stage = stage
+        self.shard_group, self.replicate_group = shard_group, replicate_group
+        self.device = devices.of(device)
+        self.precision = precision
+        self.units: list[Unit] = []
+        self.reduction_order: list[Bucket] = []
+        self.pool = BufferPool()
+        self.reduce_stream = self.device.new_stream()
+        self.loss_scale = LossScale.of(precision)
+        self.is_syncing = True  # False inside no_sync
+        self.full_depth = 0  # nested full_params
+        self.gradient_version = 0  # counts what changes the reduced gradients, so that a norm knows when it is stale
+        self._is_backward_open = False
+        self._was_loss_scaled = False
+        self._next_launch = 0
+        self._last_launched: Bucket | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.shard_group.size * self.replicate_group.size
+
+    # Shard #
+
+    def add_unit(self, plan: UnitPlan, has_values: bool, dtype_of) -> Unit:
+        """Make a unit's parameters flat and keep this rank's range; without values they start as zeros. Collective."""
+        owns_all, keeps_whole = self.stage == 0, self.stage <= 1 or self.shard_group.size == 1
+        is_resident = self.stage <= 2 or self.shard_group.size == 1
+        unit = Unit(plan.name, plan.module, plan.module is self.model)
+        for group in plan.groups:
+            dtype = dtype_of(group.parameters[0])
+            by_name = dict(zip(group.names, group.parameters, strict=True))
+            layouts = pack([(n, tuple(p.shape)) for n, p in by_name.items()], self.shard_group.size, BUCKET_NUMEL)
+            position = group.position
+            for layout in layouts:
+                parameters = [by_name[slot.name] for slot in layout.slots]
+                flat = FlatBucket(
+                    layout,
+                    parameters,
+                    has_values,
+                    dtype=dtype,
+                    device=self.device.device,
+                    group=self.shard_group,
+                    replicas=self.replicate_group,
+                    owns_all=owns_all,
+                    is_resident=is_resident,
+                    is_trainable=plan.is_trainable,
+                )
+                gradients = None
+                if plan.is_trainable:
+                    gradients = GradientBucket(
+                        layout,
+                        flat.start,
+                        flat.stop,
+                        dtype=reduce_dtype(self.precision, dtype),
+                        device=self.device,
+                        stream=self.reduce_stream,
+                        shard_group=self.shard_group,
+                        replicate_group=self.replicate_group,
+                        keeps_whole=keeps_whole,
+                        pool=self.pool,
+                    )
+                unit.buckets.append(Bucket(unit, flat, gradients, position))
+                position += len(parameters)
+        unit.index = len(self.units)
+        self.units.append(unit)
+        self.reduction_order = sorted(
+            (bucket for unit in self.units for bucket in unit.buckets if bucket.gradients is not None),
+            key=lambda bucket: -bucket.position,
+        )
+        return unit
+
+    # Forward #
+
+    def pre_forward(self, unit: Unit) -> None:
+        in_backward = is_in_backward()
+        if in_backward:
+            self.open_backward()  # a recomputation: this is the outer backward, the nested one comes after it
+        elif self._is_backward_open:
+            self.abandon_backward()  # the last one raised
+        unit.forward_depth += 1
+        self._gather(unit, -1 if in_backward else 1)
+
+    def post_forward(self, unit: Unit, needs_backward: bool) -> None:
+        unit.forward_depth -= 1
+        if is_in_backward():
+            return
+        if needs_backward:
+            unit.pending_uses += 1
+            if unit.is_root:
+                return  # backward begins with what forward ended with
+        self._free(unit)
+
+    def _gather(self, unit: Unit, step: int) -> None:
+        """Make the unit whole, with its neighbour's gather under way: the next one in forward, the previous in backward.
+
+        The root (index 0) is followed by the first unit in forward and, by Python's index -1, by the last in backward.
+        """
+        unit.unshard()
+        if unit.index + step < len(self.units):
+            self.units[unit.index + step].unshard()
+        unit.wait()
+
+    def _free(self, unit: Unit) -> None:
+        if self.full_depth == 0:
+            unit.reshard()
+
+    # Backward #
+
+    def open_backward(self) -> None:
+        """Have `finish_backward` called when the present, outermost backward ends. Idempotent within one backward."""
+        if not self._is_backward_open:
+            self._is_backward_open = True
+            Variable._execution_engine.queue_callback(self.finish_backward)
+
+    def pre_backward(self, unit: Unit) -> None:
+        self.open_backward()
+        unit.backward_uses += 1
+        self._gather(unit, -1)
+
+    def post_backward(self, unit: Unit) -> None:
+        """The gradients of the unit's inputs are complete, so its parameters are needed no more in this use."""
+        unit.backward_uses -= 1
+        unit.pending_uses -= 1
+        if unit.backward_uses <= 0:
+            self._free(unit)
+        if unit.pending_uses <= 0 and self.is_syncing:
+            for bucket in unit.buckets:
+                bucket.ready.update(range(len(bucket.layout.slots)))
+            self._launch_ready()
+
+    def take_gradient(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
+        """Autograd has completed `parameter.grad`: move it into the bucket."""
+        self.open_backward()
+        gradient, parameter.grad = parameter.grad, None
+        if gradient.layout != torch.strided:
+            raise ValueError(
+                f"{bucket.layout.slots[index].name} has a sparse gradient; zerolite reduces dense ones: "
+                "build the embedding with sparse=False"
+            )
+        bucket.gradients.take(index, gradient.detach())
+        self.gradient_version += 1
+        if self.is_syncing:
+            bucket.ready.add(index)
+            self._launch_ready()
+
+    def finish_backward(self) -> None:
+        """The end of the outermost backward: reduce what is left, free what is gathered."""
+        self._is_backward_open = False
+        if self.loss_scale is not None and not self._was_loss_scaled:
+            raise ZeroliteError(
+                "fp16 gradients came from a backward that did not pass through the model's output, so the loss was not "
+                "scaled: call the model itself and compute the loss from what it returns"
+            )
+        self._was_loss_scaled = False
+        if self.is_syncing:
+            for bucket in self.reduction_order[self._next_launch :]:
+                self._launch(bucket)
+            self._land_last()
+        self._reset_round()
+
+    def abandon_backward(self) -> None:
+        """A backward raised and never finished: forget where it was; gradients that came stay until they are cleared."""
+        self._is_backward_open = self._was_loss_scaled = False
+        self._land_last()
+        self._reset_round()
+
+    def _reset_round(self) -> None:
+        self._next_launch = 0
+        self.pool.clear()
+        for bucket in self.reduction_order:
+            bucket.ready.clear()
+        for unit in self.units:
+            unit.backward_uses = unit.pending_uses = 0
+            self._free(unit)
+
+    # Reduce #
+
+    def _launch_ready(self) -> None:
+        while self._next_launch < len(self.reduction_order):
+            bucket = self.reduction_order[self._next_launch]
+            if len(bucket.ready) < len(bucket.layout.slots):
+                return
+            self._launch(bucket)
+            self._next_launch += 1
+
+    def _launch(self, bucket: Bucket) -> None:
+        """Start one reduction and finish the one before it. See [Note: the order of collectives]."""
+        bucket.gradients.launch()
+        self._land_last()
+        self._last_launched = bucket
+
+    def _land_last(self) -> None:
+        if self._last_launched is not None:
+            self._last_launched.gradients.land()
+            self._last_launched = None
+            self.gradient_version += 1
+
+    def reduce_late(self, buckets: list[Bucket]) -> None:
+        """Reduce local sums that no backward has reduced. Collective: the same buckets on every rank."""
+        for bucket in buckets:
+            self._launch(bucket)
+        self._land_last()
+        self.pool.clear()
+
+    def clear_gradients(self, set_to_none: bool = True) -> None:
+        if self._is_backward_open and not is_in_backward():
+            self.abandon_backward()
+        for bucket in self.reduction_order:
+            bucket.gradients.clear(set_to_none)
+        self.gradient_version += 1
+
+    # Step and whole parameters #
+
+    def before_step(self) -> None:
+        """Nothing gathered may outlive a step."""
+        if self._is_backward_open:
+            self.abandon_backward()
+        for unit in self.units:
+            if self.full_depth == 0:
+                unit.reshard()
+
+    def gather_all(self) -> None:
+        """Gather every unit and keep it. Collective."""
+        self.full_depth += 1
+        for unit in self.units:
+            unit.unshard()
+        for unit in self.units:
+            unit.wait()
+
+    def release_all(self, writeback: bool) -> None:
+        if writeback:
+            for unit in self.units:
+                for bucket in unit.buckets:
+                    bucket.flat.absorb_edits()
+        self.full_depth -= 1
+        for unit in self.units:
+            self._free(unit)
+
+    def mark_loss_scaled(self) -> None:
+        self._was_loss_scaled = True
+
+
+def is_in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
