@@ -27,8 +27,8 @@ def shard(
 
     stage: 0 nothing is sharded (as DDP), 1 optimizer states, 2 also gradients, 3 also parameters.
     mesh: 1-D (shard) or 2-D (replicate x shard) over all ranks; None: the whole world shards.
-    precision: dtypes; None: every parameter keeps its own, 16-bit ones are reduced in fp32 and stepped on an fp32 master.
-    units: module classes, or a predicate over modules, that are gathered and freed as one; None: the repeated block class.
+    precision: dtypes; None: parameters keep theirs, 16-bit ones are reduced in fp32 and stepped on an fp32 master.
+    units: module classes, or a predicate over modules, gathered and freed as one; None: the repeated block class.
 
     Every rank starts from rank 0's values. Afterwards gradients are the mean over ranks and live in the engine, not in
     `parameter.grad`; optimizers are zerolite's. At stage 3 a parameter reads as NaN outside of forward, backward and
@@ -105,8 +105,8 @@ def _adapt_methods(model: nn.Module, zero: Zero) -> None:
         def refuse(module, *args) -> None:
             if zero.full_depth == 0:
                 raise ZeroliteError(
-                    "state dicts of a model at stage 3 hold no whole parameters: use zerolite.save, zerolite.export, or "
-                    "call it inside `with zerolite.full_params(model, writeback=...)` on every rank"
+                    "state dicts of a model at stage 3 hold no whole parameters: use zerolite.save, zerolite.export, "
+                    "or call it inside `with zerolite.full_params(model, writeback=...)` on every rank"
                 )
 
         model.register_state_dict_pre_hook(refuse)
@@ -143,8 +143,8 @@ def full_params(model: nn.Module, writeback: bool = False):
     """Inside, every rank holds whole parameters, and forwards communicate nothing. Collective on entry.
 
     writeback: keep what was written into the parameters inside; every rank must write the same.
-    For evaluation, generation with another number of steps on each rank, inspection and surgery. At stage 3 it costs the
-    whole model on every rank.
+    For evaluation, generation with another number of steps on each rank, inspection and surgery. At stage 3 it costs
+    the whole model on every rank.
     """
     zero = engine_of(model)
     zero.gather_all()

@@ -44,7 +44,7 @@ class FlatBucket:
         is_resident: bool,
         is_trainable: bool,
     ):
-        """has_values: take what the parameters hold, in any dtype and on any device; else zeros, for the caller to fill."""
+        """has_values: take what the parameters hold, of any dtype and device; else zeros, for the caller to fill."""
         self.layout = layout
         self.parameters = list(parameters)
         self.group = group

@@ -8,8 +8,8 @@ Where whole gradients stay (stages 0 and 1) `reduced` is a range of the whole bu
 nothing is held twice; else the buffer goes back to the pool when it has landed.
 
 [Note: one bucket behind]
-`land(k)` runs right after `launch(k + 1)`, so two whole buckets are in flight at most. On CUDA the reduction runs on its
-own stream; the compute stream waits for bucket k there, which lets a reduction take as long as the backward of one
+`land(k)` runs right after `launch(k + 1)`, so two whole buckets are in flight at most. On CUDA the reduction runs on
+its own stream; the compute stream waits for bucket k there, which lets a reduction take as long as the backward of one
 bucket before it delays anything. Tensors are allocated on the compute stream and freed only behind that wait.
 """
 

@@ -68,8 +68,8 @@ def materialize(model: nn.Module, plans: list[UnitPlan], device: torch.device) -
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.numel() > 0 and not tensor.is_meta and is_unset(tensor):
                 raise ValueError(
-                    f"{type(module).__name__}.{name} lies on the meta device and nothing initialises it: give the module a "
-                    "reset_parameters(), or build the model on the CPU"
+                    f"{type(module).__name__}.{name} lies on the meta device and nothing initialises it: give the module "
+                    "a reset_parameters(), or build the model on the CPU"
                 )
 
 

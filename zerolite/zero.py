@@ -16,8 +16,8 @@ for its predecessors, one that never fills (a parameter without a gradient on th
 when its unit's backward has passed, or at the end of backward. Nothing is recorded from an earlier step.
 
 [Note: late gradients]
-A gradient may come after its bucket was launched (a layer used in two reentrant checkpoints). It stays in the local sum,
-as inside `no_sync`, and is reduced by the next backward or, after all ranks agreed on it, by the step.
+A gradient may come after its bucket was launched (a layer used in two reentrant checkpoints). It stays in the local
+sum, as inside `no_sync`, and is reduced by the next backward or, after all ranks agreed on it, by the step.
 
 What FSDP2 has and this has not: DTensor parameters and tensor parallelism, per-parameter sharding with dim-0 shards,
 a choice per module to keep parameters after forward, torch.compile of the hooks, meta-device deferred load by DCP.
@@ -187,7 +187,7 @@ class Zero:
         self._free(unit)
 
     def _gather(self, unit: Unit, step: int) -> None:
-        """Make the unit whole, with its neighbour's gather under way: the next one in forward, the previous in backward.
+        """Make the unit whole, with its neighbour's gather under way: the next in forward, the previous in backward.
 
         The root (index 0) is followed by the first unit in forward and, by Python's index -1, by the last in backward.
         """
@@ -255,7 +255,7 @@ class Zero:
         self._reset_round()
 
     def abandon_backward(self) -> None:
-        """A backward raised and never finished: forget where it was; gradients that came stay until they are cleared."""
+        """A backward raised and never finished: forget where it was; its gradients stay until they are cleared."""
         self._is_backward_open = self._was_loss_scaled = False
         self._land_last()
         self._reset_round()

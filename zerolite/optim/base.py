@@ -61,8 +61,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         shape = tuple(parameter.shape)
         if place is None:
             raise ValueError(
-                f"a parameter of shape {shape} belongs to no sharded model: call zerolite.shard(model, stage=...) first, "
-                "then build the optimizer from model.parameters()"
+                f"a parameter of shape {shape} belongs to no sharded model: call zerolite.shard(model, stage=...) "
+                "first, then build the optimizer from model.parameters()"
             )
         zero, bucket, index = place
         if self._zero is not None and zero is not self._zero:
@@ -130,6 +130,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Have the next step clip the global norm to `max_norm`; returns the norm before clipping."""
         norm = self._unscaled_norm(self._agree())
         self._clip_factor = _clip_factor(norm, max_norm)
+        self._grad_norm = norm
         return norm
 
     def _agree(self) -> Verdict:

@@ -9,7 +9,8 @@ from zerolite.optim.rules import AdamRule, AdamWRule, LambRule, LionRule, trust_
 class AdamW(ShardedOptimizer):
     """AdamW on this rank's range of the parameters. Collective: every rank must build and call it alike.
 
-    params: parameters or param groups of a model that `zerolite.shard` has sharded. max_grad_norm: clip the global norm.
+    params: parameters or param groups of a model that `zerolite.shard` has sharded.
+    max_grad_norm: clip the global norm in `step`; None: do not.
     """
 
     rule = AdamWRule()

@@ -29,7 +29,7 @@ class Run:
 
 
 class AdamRule:
-    """Adam (Kingma & Ba 2015, algorithm 1), weight decay as an L2 term of the gradient; the kernel is torch's fused one."""
+    """Adam (Kingma & Ba 2015, algorithm 1), weight decay in the gradient (L2); the kernel is torch's fused one."""
 
     state_names = ("exp_avg", "exp_avg_sq")
     is_per_parameter = False

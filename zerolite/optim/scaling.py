@@ -6,7 +6,7 @@ from zerolite.config import Precision
 
 
 class LossScale:
-    """The factor that the loss carries: halved when a gradient overflows, doubled after `growth_interval` good steps."""
+    """The factor that the loss carries: halved on an overflow, doubled after `growth_interval` good steps."""
 
     def __init__(self, value: float, growth_factor: float, backoff_factor: float, growth_interval: int):
         self.value = value
