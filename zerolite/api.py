@@ -34,34 +34,43 @@ def shard(
     `parameter.grad`; optimizers are zerolite's. At stage 3 a parameter reads as NaN outside of forward, backward and
     `full_params`. Requires_grad is what it was here: a unit's trainable and frozen parameters are kept apart.
     """
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ValueError(f"stage is 0, 1, 2 or 3, got {stage!r}")
+    check_arguments(stage, offload, precision)
     if not isinstance(model, nn.Module):
         raise TypeError(f"shard takes a torch.nn.Module, got {type(model).__name__}")
-    if offload is not None:
-        raise ValueError(f"offload={offload!r}: this version keeps all states on the device; drop offload=")
-    if precision is not None and not isinstance(precision, Precision):
-        raise TypeError(f"precision= takes a zerolite.Precision, got {type(precision).__name__}")
     if engine_of(model, required=False) is not None:
         raise ValueError("the model is sharded already: build a new one to shard it in another way")
     device = meta.target_device(model, mesh)
     shard_group, replicate_group = groups_of(mesh, device)
     zero = Zero(model, stage, shard_group, replicate_group, device, precision)
     build(zero, units, meta.materialize, has_values=True)
-    for module in model.modules():
+    settle_buffers(zero)
+    return model
+
+
+def check_arguments(stage, offload, precision) -> None:
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise ValueError(f"stage is 0, 1, 2 or 3, got {stage!r}")
+    if offload is not None:
+        raise ValueError(f"offload={offload!r}: this version keeps all states on the device; drop offload=")
+    if precision is not None and not isinstance(precision, Precision):
+        raise TypeError(f"precision= takes a zerolite.Precision, got {type(precision).__name__}")
+
+
+def settle_buffers(zero: Zero) -> None:
+    """Buffers go to the device, in their own dtype, and start from rank 0's values. Collective."""
+    for module in zero.model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer = buffer.to(device)
-                replicate_group.broadcast(buffer)
-                shard_group.broadcast(buffer)
-    return model
+                module._buffers[name] = buffer = buffer.to(zero.device.device)
+                zero.replicate_group.broadcast(buffer)
+                zero.shard_group.broadcast(buffer)
 
 
 def build(zero: Zero, rule: UnitRule | None, materialize, has_values: bool) -> None:
     """Plan the units, make them flat one after the other, and hook the model. Collective.
 
     `materialize(model, plans, device)` gives the parameters of one module's plans their values, where `has_values`;
-    else buckets are born as zeros, for the caller to fill.
+    else it only takes them off the meta device, and buckets are born as zeros, for the caller to fill.
     """
     model, precision = zero.model, zero.precision
 

@@ -67,7 +67,7 @@ class GradientBucket:
         self.reduced = None
         self.was_used = [False] * len(layout.slots)  # has autograd given this slot a gradient since the last `clear`
         self._filled = [False] * len(layout.slots)  # does `local` hold a gradient of this slot
-        self._whole: torch.Tensor | None = None  # the buffer that `reduced` is a range of, where whole gradients stay
+        self.whole: torch.Tensor | None = None  # the buffer that `reduced` is a range of, where whole gradients stay
         self._in_flight: tuple[torch.Tensor, torch.Tensor, Pending] | None = None
 
     @property
@@ -121,7 +121,7 @@ class GradientBucket:
         self.device.wait(event)  # See [Note: one bucket behind]
         self.reduced = result
         if self.keeps_whole:
-            self._whole = local
+            self.whole = local
         else:
             self.pool.give(local)
 
@@ -132,7 +132,7 @@ class GradientBucket:
         self._filled = [False] * len(self.layout.slots)
         if set_to_none:
             self.was_used = [False] * len(self.layout.slots)
-            self.reduced = self._whole = None
+            self.reduced = self.whole = None
         elif self.reduced is not None:
             self.reduced.zero_()
 
@@ -142,8 +142,8 @@ class GradientBucket:
         While that buffer is in flight the sum goes to another one: waiting here would put this rank's collectives in
         another order than its peers'.
         """
-        if self._whole is not None and self._in_flight is None:
-            whole, self._whole = self._whole, None
+        if self.whole is not None and self._in_flight is None:
+            whole, self.whole = self.whole, None
             self.reduced = self.reduced.clone()
             return whole
         return self.pool.take(self.layout.numel, self.dtype, self.device.device)

@@ -68,9 +68,18 @@ def materialize(model: nn.Module, plans: list[UnitPlan], device: torch.device) -
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.numel() > 0 and not tensor.is_meta and is_unset(tensor):
                 raise ValueError(
-                    f"{type(module).__name__}.{name} lies on the meta device and nothing initialises it: give the module "
+                    f"{type(module).__name__}.{name} lies on the meta device and nothing initialises it: give it "
                     "a reset_parameters(), or build the model on the CPU"
                 )
+
+
+def leave_meta(model: nn.Module, plans: list[UnitPlan], device: torch.device) -> None:
+    """Take the parameters of one unit's module off the meta device without memory or values of their own."""
+    for plan in plans:
+        for group in plan.groups:
+            for parameter in group.parameters:
+                nothing = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+                torch.utils.swap_tensors(parameter, nn.Parameter(nothing, requires_grad=parameter.requires_grad))
 
 
 def _has_meta(module: nn.Module, own: set[int]) -> bool:

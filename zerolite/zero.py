@@ -115,6 +115,18 @@ class Zero:
     def world_size(self) -> int:
         return self.shard_group.size * self.replicate_group.size
 
+    @property
+    def rank(self) -> int:
+        """This rank's number in the mesh, shard dimension fastest."""
+        return self.replicate_group.rank * self.shard_group.size + self.shard_group.rank
+
+    def gather_facts(self, facts: torch.Tensor) -> torch.Tensor:
+        """Every rank's few fp64 numbers (n,) as (replicas, shards, n) on the host. Collective."""
+        facts = facts.to(self.device.device)
+        shards = self.shard_group.gather_facts(facts)
+        replicas = self.replicate_group.gather_facts(shards.reshape(-1).to(facts.device))
+        return replicas.view(self.replicate_group.size, self.shard_group.size, facts.numel())
+
     # Shard #
 
     def add_unit(self, plan: UnitPlan, has_values: bool, dtype_of) -> Unit:

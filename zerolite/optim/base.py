@@ -109,8 +109,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
             group.update({key: value for key, value in saved_group.items() if key != "params"})
 
     def _name(self, parameter: torch.nn.Parameter) -> str:
-        bucket, index = self._places[parameter]
+        _, bucket, index = parameter._zerolite_place
         return bucket.layout.slots[index].name
+
+    def states_of(self, bucket) -> dict[str, torch.Tensor]:
+        """The states of a bucket of the model: name -> 1D, the owned range; empty where it has none."""
+        return self._states.get(bucket, {})
+
+    def describe(self) -> dict:
+        """Class, param groups by parameter name, and steps taken, as JSON values."""
+        groups = []
+        for group in self.param_groups:
+            hyper = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+            groups.append({**hyper, "params": [self._name(parameter) for parameter in group["params"]]})
+        steps = {self._name(parameter): int(state["step"]) for parameter, state in self.state.items()}
+        return {"class": type(self).__name__, "groups": groups, "steps": steps}
+
+    def set_steps(self, steps: dict[str, int]) -> None:
+        """Set how many steps each parameter has taken, by name."""
+        for parameter, state in self.state.items():
+            state["step"].fill_(steps[self._name(parameter)])
 
     # Gradients #
 

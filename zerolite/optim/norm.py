@@ -82,8 +82,7 @@ def _exchange(zero, keys, squares_of) -> tuple[Verdict, list[bool]]:
     where = [i for i, number in enumerate(numbers) if isinstance(number, torch.Tensor)]
     if where:
         facts[torch.tensor(where, device=facts.device)] = torch.stack([numbers[i] for i in where])
-    ranks = zero.shard_group.gather_facts(facts)
-    replicas = zero.replicate_group.gather_facts(ranks.reshape(-1).to(facts.device)).view(-1, *ranks.shape).tolist()
+    replicas = zero.gather_facts(facts).tolist()
 
     squares, unreduced, was_used = [], [], []
     column = 0

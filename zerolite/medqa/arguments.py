@@ -1,0 +1,177 @@
+"""The options of `train_medqa.py`: one frozen dataclass, filled from the command line and from a YAML file of the same names.
+
+Names are LLaMA-Factory's where it has one. The command line wins over the file, the file over the defaults.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import operator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+CORPUS = Path(__file__).parent / "corpus"
+
+
+def option(default, kind: type, help: str, *, choices: tuple = (), least=None, above=None, most=None, many=False):
+    """A field: its default, its type, and what values are allowed; `many`: one or more values, kept as a tuple."""
+    limits = {"kind": kind, "help": help, "choices": choices, "least": least, "above": above, "most": most}
+    return dataclasses.field(default=default, metadata={**limits, "many": many})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is; None stands for "see the help text"."""
+
+    # Model
+    model_name_or_path: str | None = option(
+        None, str, "local Hugging Face causal LM folder with safetensors (default: a small LLaMA from scratch)"
+    )
+    tokenizer_name_or_path: str | None = option(
+        None, str, "local tokenizer folder (default: the model's folder, or the shipped tokenizer)"
+    )
+    # Memory
+    stage: int = option(2, int, "ZeRO stage: what is sharded over the ranks", choices=(0, 1, 2, 3))
+    precision: str | None = option(
+        None, str, "dtype of parameters (default: bf16 on CUDA, fp32 on the CPU)", choices=("fp32", "bf16", "fp16")
+    )
+    gradient_checkpointing: bool = option(False, bool, "recompute activations in the backward pass")
+    # Data
+    train_file: tuple[str, ...] | None = option(
+        None, str, "JSONL or JSON array files to train on (default: the shipped corpus)", many=True
+    )
+    validation_file: tuple[str, ...] | None = option(
+        None, str, "files to validate on (default: the shipped corpus)", many=True
+    )
+    max_samples: int | None = option(None, int, "use at most so many rows of each set (default: all)", least=1)
+    cutoff_len: int = option(512, int, "longest sequence in tokens; longer rows are shortened and counted", least=16)
+    skip_invalid: bool = option(False, bool, "count unusable rows and write them to rejected.jsonl, do not stop")
+    # Training
+    per_device_train_batch_size: int = option(4, int, "rows of a micro-batch on each rank", least=1)
+    gradient_accumulation_steps: int = option(1, int, "micro-batches of an optimizer step", least=1)
+    num_train_epochs: float = option(5.0, float, "passes over the training rows; may be a fraction", above=0)
+    max_steps: int | None = option(None, int, "optimizer steps, instead of num_train_epochs", least=1)
+    optim: str = option("adamw", str, "optimizer", choices=("adamw", "adam", "lamb", "lion"))
+    learning_rate: float = option(2e-3, float, "peak learning rate", above=0)
+    lr_scheduler_type: str = option("cosine", str, "after the warm-up", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = option(0.05, float, "part of the steps with a rising learning rate", least=0, most=1)
+    weight_decay: float = option(0.1, float, "of matrices; vectors (norms, biases) have none", least=0)
+    max_grad_norm: float = option(1.0, float, "clip the global gradient norm to this; 0: do not clip", least=0)
+    seed: int = option(42, int, "of the initial weights, the data order and dropout", least=0)
+    # Result
+    output_dir: str = option("outputs/medqa", str, "folder of the result")
+    logging_steps: int = option(10, int, "optimizer steps between two lines of metrics.jsonl", least=1)
+    eval_steps: int | None = option(
+        None, int, "optimizer steps between two validations (default: only before and after)", least=1
+    )
+    save_steps: int = option(500, int, "optimizer steps between two checkpoints", least=1)
+    resume: str | None = option(None, str, "checkpoint folder, or an output_dir: its newest checkpoint")
+    export: bool = option(True, bool, "write the result as a Hugging Face folder, else as a last checkpoint")
+
+    def to_yaml(self) -> str:
+        """The options as a file that `--config` reads."""
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+
+
+def parse(argv: list[str]) -> Options:
+    """Options from a command line (without the program's name).
+
+    Raises ValueError for an unknown option, one without its value, a value out of range, and an unreadable
+    `--config`. `--help` prints and leaves with status 0.
+    """
+    parser = _Parser(
+        prog="train_medqa.py",
+        description="Fine-tune a causal language model on medical questions and answers, sharded over the ranks.",
+        epilog="No output of a trained model is medical advice.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file of options; the command line wins", default=argparse.SUPPRESS)
+    for name, field in FIELDS.items():
+        shape = {"nargs": "+"} if field.metadata["many"] else {}
+        if field.metadata["kind"] is bool:
+            shape = {"action": argparse.BooleanOptionalAction}
+        elif field.metadata["choices"]:
+            shape = {"metavar": "{" + ",".join(map(str, field.metadata["choices"])) + "}"}
+        default = "" if field.default is None else f" (default: {field.default})"
+        help_text = field.metadata["help"].replace("%", "%%") + default
+        parser.add_argument(f"--{name}", help=help_text, default=argparse.SUPPRESS, **shape)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(_unknown(unknown[0], [f"--{name}" for name in (*FIELDS, "config")]))
+    given = vars(known)
+    values = _read_config(given.pop("config")) if "config" in given else {}
+    values.update({name: _check(f"--{name}", FIELDS[name], value) for name, value in given.items()})
+    return Options(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message}: see --help")
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name.split("=")[0], known, n=3, cutoff=0.6)
+    return f"unknown option {name!r}: " + (f"did you mean {' or '.join(near)}?" if near else "--help lists all")
+
+
+def _read_config(path: str) -> dict:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: expected `name: value` lines, got {type(values).__name__}")
+    for name in values:
+        if name not in FIELDS:
+            raise ValueError(f"--config {path}: {_unknown(str(name), list(FIELDS))}")
+    return {name: _check(f"{path}: {name}", FIELDS[name], value) for name, value in values.items()}
+
+
+def _check(name: str, field: dataclasses.Field, value):
+    """A value from outside as the field's type; None only where the default is None."""
+    if value is None and field.default is None:
+        return None
+    if field.metadata["many"]:
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise ValueError(f"{name}: expected at least one file, got none")
+        return tuple(_check_one(name, field, one) for one in values)
+    return _check_one(name, field, value)
+
+
+def _check_one(name: str, field: dataclasses.Field, value):
+    limits = field.metadata
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[limits["kind"]]
+    try:
+        checked = _convert(limits["kind"], value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}") from None
+    if limits["choices"] and checked not in limits["choices"]:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, limits['choices']))}, got {value!r}")
+    for key, sign, holds in (("least", ">=", operator.ge), ("above", ">", operator.gt), ("most", "<=", operator.le)):
+        if limits[key] is not None and not holds(checked, limits[key]):  # also where it is not a number
+            raise ValueError(f"{name}: expected {expected} {sign} {limits[key]}, got {value!r}")
+    if checked in (float("inf"), float("-inf")):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return checked
+
+
+def _convert(kind: type, value):
+    """Strict, but for one thing: YAML reads 3e-4 as a text, which is a number here."""
+    if kind is bool or isinstance(value, bool):
+        if not (kind is bool and isinstance(value, bool)):
+            raise TypeError
+        return value
+    if kind is str:
+        if not isinstance(value, str) or not value:
+            raise TypeError
+        return value
+    if not isinstance(value, (int, float, str)) or (kind is int and isinstance(value, float)):
+        raise TypeError
+    return kind(value)

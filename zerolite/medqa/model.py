@@ -1,0 +1,115 @@
+"""Model and tokenizer of a run, from local folders or built in; every mistake about a folder is found before any work."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+import zerolite
+from zerolite.medqa import prompts
+from zerolite.medqa.arguments import CORPUS, Options
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
+    """The tokenizer, with this project's chat template; it must have an EOS token, since answers end with one.
+
+    Raises ValueError where the folder is missing or holds no usable tokenizer.
+    """
+    folder = Path(options.tokenizer_name_or_path or options.model_name_or_path or CORPUS / "tokenizer")
+    if not folder.is_dir():
+        raise ValueError(f"tokenizer folder {folder}: expected a local folder, there is none")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: no usable tokenizer; name one with --tokenizer_name_or_path ({error})") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: the tokenizer has no EOS token, which every answer ends with")
+    tokenizer.chat_template = prompts.CHAT_TEMPLATE
+    return tokenizer
+
+
+def load_config(options: Options, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """The model's configuration, checked against tokenizer and cutoff_len.
+
+    Raises ValueError where the folder is missing, has no config.json or no safetensors, or where they do not fit.
+    """
+    if options.model_name_or_path is None:
+        config = built_in(tokenizer)
+    else:
+        folder = Path(options.model_name_or_path)
+        if not folder.is_dir():
+            raise ValueError(f"--model_name_or_path {folder}: expected a local folder, there is none")
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"--model_name_or_path {folder}: expected config.json in it, there is none")
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"--model_name_or_path {folder}: expected *.safetensors in it, there is none; write the model again "
+                "with save_pretrained (other weight files are pickles, which are not loaded)"
+            )
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--model_name_or_path {folder}: config.json cannot be used: {error}") from error
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} pieces, the model only {config.vocab_size} embeddings: name the "
+            "tokenizer that the model was trained with"
+        )
+    longest = getattr(config, "max_position_embeddings", None) or options.cutoff_len
+    if options.cutoff_len > longest:
+        raise ValueError(f"--cutoff_len {options.cutoff_len}: this model reads at most {longest} tokens")
+    return config
+
+
+def built_in(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    """A LLaMA small enough to learn the shipped corpus on two cores in minutes."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def sharded(options: Options, config: PretrainedConfig) -> nn.Module:
+    """The model, sharded over the ranks at `options.stage`. Every rank must call it."""
+    dtype = DTYPES[options.precision]
+    precision = zerolite.Precision(param=dtype, reduce=torch.float32)
+    if options.model_name_or_path is None:
+        torch.manual_seed(options.seed)
+        model = zerolite.shard(LlamaForCausalLM(config), stage=options.stage, precision=precision)
+    else:
+        model = zerolite.load_pretrained(options.model_name_or_path, stage=options.stage, precision=precision)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+OPTIMIZERS = {"adamw": zerolite.AdamW, "adam": zerolite.Adam, "lamb": zerolite.Lamb, "lion": zerolite.Lion}
+
+
+def optimizer_of(options: Options, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters: matrices decay, vectors do not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return OPTIMIZERS[options.optim](groups, lr=options.learning_rate, max_grad_norm=options.max_grad_norm or None)

@@ -1,0 +1,129 @@
+"""The processes of a run: how they join, add up numbers, notice that they are to stop, and end without a hang."""
+
+import os
+import resource
+import shlex
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Finite, so that no rank waits for ever; long enough for rank 0 to write what the others wait for.
+TIMEOUT = timedelta(minutes=10)
+# What a collective raises when another rank is gone. That rank prints the cause, so this one keeps it short.
+PEER_FAILURES = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run; on one process without torchrun, rank 0 of 1."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def sum(self, *values: float) -> list[float]:
+        """The sum of each value over the ranks. Every rank must call it with as many values."""
+        return [sum(column) for column in zip(*self.gather(*values), strict=True)]
+
+    def gather(self, *values: float) -> list[list[float]]:
+        """The values of each rank, in rank order. Every rank must call it with as many values."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size == 1:
+            return [mine.tolist()]
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(rows, mine)
+        return [row.tolist() for row in rows]
+
+    def print(self, text: str) -> None:
+        """Print on rank 0 only."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def peak_memory_bytes(self) -> int:
+        """Most device memory that tensors of this process took; on the CPU its largest resident set."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def environment_rank() -> int:
+    """This process's rank as torchrun gave it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join() -> Processes:
+    """Take this process's device and, under torchrun, join the others. Every rank must call it."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        return Processes(0, 1, device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+class StopSignals:
+    """Inside `with`, Ctrl-C and SIGTERM only leave a note, for the loop to find where all ranks can stop together."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> "StopSignals":
+        self.received = dict.fromkeys(self.SIGNALS, 0)
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.received[number] = 1
+
+    def counts(self) -> list[int]:
+        """What this rank received, one number a signal: to be summed over the ranks and given to `agreed`."""
+        return list(self.received.values())
+
+    @classmethod
+    def agreed(cls, counts: list[float]) -> signal.Signals | None:
+        """The signal that some rank received, the same answer on every rank."""
+        return next((number for number, count in zip(cls.SIGNALS, counts, strict=True) if count), None)
+
+
+def report_failure(error: BaseException, rank: int) -> None:
+    """Print why this rank ends, so that the rank with the cause speaks first."""
+    if isinstance(error, RuntimeError) and any(mark in str(error) for mark in PEER_FAILURES):
+        time.sleep(2.0)  # the other rank prints its own error; torchrun may end this one meanwhile
+        print(f"rank {rank}: ends because another rank did ({str(error).splitlines()[0]})", file=sys.stderr)
+    else:
+        text = "".join(traceback.format_exception(error))
+        print(f"rank {rank} failed:\n{text}", file=sys.stderr)
+
+
+def leave(status: int) -> None:
+    """End this process. Does not return.
+
+    Under torchrun not by `exit`: gloo's threads abort there now and then, and a rank that failed must not wait for
+    others that wait for it.
+    """
+    if dist.is_initialized():
+        if status == 0:
+            dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def command(*arguments: str) -> str:
+    """A shell command that runs this program again, on as many local ranks, with other arguments."""
+    program = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        program = ["torchrun", "--standalone", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    return shlex.join([*program, sys.argv[0], *arguments])

@@ -1,0 +1,1 @@
+"""What training state costs in bytes."""
