@@ -1,5 +1,7 @@
-"""Odd uses of autograd, each a model and what one rank does in one step. The reference runs the ranks' parts one after another on one plain
-model and takes the mean of their gradients, as DDP does."""
+"""Odd uses of autograd, each a model and what one rank does in one step.
+
+The reference runs the ranks' parts one after another on one plain model and takes the mean of their gradients, as DDP.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from models import Stack, joint_batch, llama, loss_of, part
+from models import Block, Stack, joint_batch, llama, loss_of, part
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +27,7 @@ def squared(out: Tensor, target: Tensor) -> Tensor:
 
 class Case:
     steps = 3
+    same_units_on_every_rank = True  # stage 3 gathers a unit where it runs, so there this must hold
 
     def build(self) -> nn.Module:
         return Stack()
@@ -104,8 +107,40 @@ class UnfrozenInput(Case):
         model.blocks[1].requires_grad_(False)
 
 
+class SkipsExperts(Case):
+    """No gradient on some ranks, inside a unit: zeros count in the mean."""
+
+    class Expert(Block):
+        def __init__(self, width):
+            super().__init__(width)
+            self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+        def forward(self, x, expert=0):
+            return super().forward(x) + self.experts[expert](x)
+
+    class Model(Stack):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(SkipsExperts.Expert(7) for _ in range(3))
+
+        def forward(self, x, experts=(0, 0, 0)):
+            x = self.first(x)
+            for block, expert in zip(self.blocks, experts, strict=True):
+                x = block(x, expert=expert)
+            return self.last(x)
+
+    def build(self):
+        return self.Model()
+
+    def step(self, model, rank, step, quiet):
+        x, y = data(rank, step)
+        squared(model(x, experts=(rank, 0, (rank + step) % 2)), y).backward()
+
+
 class SkipsABlockOnOneRank(Case):
-    """No gradient on some ranks: zeros count in the mean."""
+    """No gradient on some ranks for a whole unit, and its forward hooks do not run."""
+
+    same_units_on_every_rank = False
 
     def step(self, model, rank, step, quiet):
         x, y = data(rank, step)
@@ -118,6 +153,8 @@ class SkipsABlockOnOneRank(Case):
 
 class SkipsABlockInForward(Case):
     """The same, decided in forward from the data, and another block at each step."""
+
+    same_units_on_every_rank = False
 
     class Model(Stack):
         def forward(self, x, skip=-1):
@@ -137,6 +174,8 @@ class SkipsABlockInForward(Case):
 
 class BlockNeverUsed(SkipsABlockInForward):
     """No gradient on any rank: untouched, weight decay included; at its first gradient Adam's step is 1."""
+
+    same_units_on_every_rank = True
 
     def step(self, model, rank, step, quiet):
         x, y = data(rank, step)
@@ -174,11 +213,21 @@ class ModuleUsedTwice(Case):
 
 
 class ParameterUsedTwice(Case):
+    """In a unit and in the root."""
+
+    class Twice(Block):
+        def forward(self, x):
+            return super().forward(x) + self.norm.bias * self.norm.bias
+
     class Model(Stack):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(ParameterUsedTwice.Twice(7) for _ in range(3))
+
         def forward(self, x):
             x = self.first(x)
             for block in self.blocks:
-                x = block(x) + block.norm.bias
+                x = block(x)
             return self.last(x) + x @ self.last.weight.T
 
     def build(self):
@@ -294,6 +343,8 @@ class QuietOnly(Case):
 
 class QuietThenSyncOfAPart(SkipsABlockInForward):
     """The synchronising backward does not reach the block whose gradient waits."""
+
+    same_units_on_every_rank = True
 
     def step(self, model, rank, step, quiet):
         x, y = data(rank, step)

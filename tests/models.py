@@ -1,8 +1,8 @@
-"""Tiny deterministic models, joint batches cut by rank, and the reference trainer: plain torch, one process, the joint batch.
+"""Tiny deterministic models, joint batches cut by rank, and how results are compared.
 
-Transformers keeps norms and softmaxes in fp32 even in a float64 model, so those gradients round relative to the loss's scale. Hence the loss
-here is a sum over tokens times a power of two, whatever the world size, and the reference divides its gradients by the world size afterwards:
-the pieces in fp32 are then the same bits in both.
+Transformers keeps norms and softmaxes in fp32 even in a float64 model, so those gradients round relative to the
+loss's scale. Hence the loss here is a sum over tokens times a power of two, whatever the world size, and a reference
+divides its gradients by the world size afterwards: the pieces in fp32 are then the same bits in both.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ FACTORIES: dict[str, Callable[[], nn.Module]] = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """The model with every parameter drawn anew, away from zero: a relative error means something, and no bias of 0 hides a missing term."""
+    """The model with every parameter drawn anew, away from zero: there a relative error means something."""
     return drawn(FACTORIES[name], seed).to(dtype)
 
 
@@ -181,10 +181,14 @@ def part(batch: Batch, rank: int, world: int) -> Batch:
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     if "x" in batch:
-        return F.mse_loss(model(batch["x"]), batch["y"], reduction="sum") * LOSS_SCALE
-    logits = model(**batch, use_cache=False).logits
+        return F.mse_loss(at_least_fp32(model(batch["x"])), batch["y"], reduction="sum") * LOSS_SCALE
+    logits = at_least_fp32(model(**batch, use_cache=False).logits)
     tokens = batch.get("decoder_input_ids", batch["input_ids"])
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") * LOSS_SCALE
+
+
+def at_least_fp32(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
@@ -204,7 +208,9 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: f
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert actual[name].dtype == value.dtype and actual[name].shape == value.shape, name
-        torch.testing.assert_close(actual[name], value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            actual[name], value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -1,9 +1,9 @@
 """A pool of persistent rank processes: torch is imported once a process, not once a test.
 
-`pool(world).run(fn, *args)` runs a module-level function on ranks 0..world-1 in lockstep, in a fresh gloo process group, and returns the list
-of results. An exception on a rank is raised in the test with rank and traceback; a hang is a `RankTimeout`. When a rank does not answer, the
-processes are killed and the next run starts new ones. Nothing survives pytest: ranks die with their parent, and never by `exit` (gloo's
-threads abort there now and then).
+`pool(world).run(fn, *args)` runs a module-level function on ranks 0..world-1 in lockstep, in a fresh gloo process
+group, and returns the list of results. An exception on a rank is raised in the test with rank and traceback; a hang is
+a `RankTimeout`. When a rank does not answer, the processes are killed and the next run starts new ones. Nothing
+survives pytest: ranks die with their parent, and never by `exit` (gloo's threads abort there now and then).
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class Team:
                 raise answer
         if len(answers) < self.world:
             missing = sorted(set(range(self.world)) - set(answers))
-            raise RankTimeout(f"no answer from ranks {missing} of {self.world} in {self.timeout:.0f} s: {function.__name__}")
+            raise RankTimeout(
+                f"no answer from ranks {missing} of {self.world} in {self.timeout:.0f} s: {function.__name__}"
+            )
         return [answers[number] for number in range(self.world)]
 
     def _gather(self, ranks: list[Rank]) -> tuple[dict, bool]:
@@ -186,6 +188,7 @@ def leave() -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     gc.collect()
+    gc.freeze()  # what is left are modules: the next collection need not look at them
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Every odd use of autograd in cases.py ends, at every stage, where plain torch ends with the mean of the ranks' gradients."""
+"""Every case of cases.py ends, at every stage, where plain torch ends with the mean of the ranks' gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import CASES, Case
-from models import assert_close, divide_gradients, drawn, whole
+from models import Stack, assert_close, divide_gradients, drawn, whole
+from ranks import RankError
 
 LR, WEIGHT_DECAY = 1e-2, 0.1
 
@@ -68,8 +69,12 @@ def reference(name: str, world: int):
     return whole(model), norms
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", CASES)
+STAGE_CASES = [
+    (name, stage) for name, case in CASES.items() for stage in range(4) if stage < 3 or case.same_units_on_every_rank
+]
+
+
+@pytest.mark.parametrize("name, stage", STAGE_CASES)
 def test_equals_plain_torch(ranks, name, stage):
     parameters, norms = reference(name, 2)
     for actual, actual_norms in ranks(2).run(on_rank, name, stage):
@@ -78,12 +83,44 @@ def test_equals_plain_torch(ranks, name, stage):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", ["Plain", "TiedLinear", "FrozenBlock", "SkipsABlockInForward", "ZeroSize", "Scalars", "Checkpointed"])
+@pytest.mark.parametrize(
+    "name", ["Plain", "TiedLinear", "FrozenBlock", "SkipsExperts", "ZeroSize", "Scalars", "Checkpointed"]
+)
 def test_equals_plain_torch_on_three_ranks(ranks, name, stage):
     """Seven wide: nothing divides by three."""
     parameters, _ = reference(name, 3)
     for actual, _ in ranks(3).run(on_rank, name, stage):
         assert_close(actual, parameters)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.same_units_on_every_rank])
+def test_stage_3_refuses_ranks_that_run_different_units(ranks, name):
+    """Blocks of one size: gathered by position alone, a rank would compute with another block's parameters."""
+    with pytest.raises(RankError, match="blocks") as caught:
+        ranks(2).run(on_rank, name, 3)
+    assert caught.value.kind == "ZeroliteError"
+
+
+def used_from_outside(stage: int):
+    import zerolite
+
+    model = zerolite.shard(drawn(Stack).double(), stage=stage)
+    optimizer = zerolite.AdamW(model.parameters(), lr=LR)
+    with zerolite.full_params(model):
+        before = whole(model)
+    loss = model(torch.ones(2, 5, dtype=torch.float64)).sum() + (model.blocks[1].up.weight ** 2).sum()
+    loss.backward()
+    optimizer.step()
+    with zerolite.full_params(model):
+        return before, whole(model), bool(loss.isnan()), optimizer.step_was_skipped
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_parameter_used_outside_its_unit_is_seen_at_stage_3(ranks, stage):
+    """It reads NaN, so nothing is trained on what it is not."""
+    for before, after, is_nan, skipped in ranks(2).run(used_from_outside, stage):
+        assert is_nan == skipped == (stage == 3)
+        assert torch.equal(before["first.weight"], after["first.weight"]) == skipped
 
 
 def test_the_cases_differ_from_the_plain_one():

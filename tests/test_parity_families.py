@@ -1,4 +1,4 @@
-"""At every stage and at 1 to 4 ranks, five model families end where one process with torch.optim.AdamW and the joint batch ends, in fp64."""
+"""In fp64, at every stage, 1 to 4 ranks end where one process with torch.optim.AdamW and the joint batch ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In fp32 on two ranks the stage changes no bit: 20 steps with clipping and accumulation, parameters and gradient norms."""
+"""In fp32 on two ranks the stage changes no bit in 20 steps with clipping and accumulation."""
 
 from __future__ import annotations
 

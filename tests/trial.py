@@ -47,7 +47,11 @@ def parameter_groups(trial: Trial, model: nn.Module) -> Iterator[nn.Parameter] |
     parameters = list(model.parameters())
     return [
         {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": 0.1},
-        {"params": [parameter for parameter in parameters if parameter.dim() == 1], "lr": trial.lr / 3, "weight_decay": 0.0},
+        {
+            "params": [parameter for parameter in parameters if parameter.dim() == 1],
+            "lr": trial.lr / 3,
+            "weight_decay": 0.0,
+        },
     ]
 
 
@@ -68,7 +72,9 @@ def train(trial: Trial, stage: int) -> Result:
     import zerolite
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model = zerolite.shard(make(trial), stage=stage, mesh=mesh_of(trial), precision=zerolite.Precision(trial.dtype, trial.dtype))
+    model = zerolite.shard(
+        make(trial), stage=stage, mesh=mesh_of(trial), precision=zerolite.Precision(trial.dtype, trial.dtype)
+    )
     optimizer = zerolite.AdamW(parameter_groups(trial, model), lr=trial.lr, max_grad_norm=trial.max_grad_norm)
     scheduler = scheduler_for(trial, optimizer)
     norms = []

@@ -37,8 +37,8 @@ def shard(
     check_arguments(stage, offload, precision)
     if not isinstance(model, nn.Module):
         raise TypeError(f"shard takes a torch.nn.Module, got {type(model).__name__}")
-    if engine_of(model, required=False) is not None:
-        raise ValueError("the model is sharded already: build a new one to shard it in another way")
+    if any(hasattr(parameter, "_zerolite_place") for parameter in model.parameters()):
+        raise ValueError("the model, or a part of it, is sharded already: build a new one to shard it in another way")
     device = meta.target_device(model, mesh)
     shard_group, replicate_group = groups_of(mesh, device)
     zero = Zero(model, stage, shard_group, replicate_group, device, precision)
@@ -122,10 +122,10 @@ def _adapt_methods(model: nn.Module, zero: Zero) -> None:
         model.register_load_state_dict_pre_hook(refuse)
 
 
-def engine_of(model: nn.Module, required: bool = True) -> Zero | None:
-    """The engine behind a sharded model; ValueError where there is none and one is required."""
+def engine_of(model: nn.Module) -> Zero:
+    """The engine behind a sharded model; ValueError where there is none."""
     zero = getattr(model, "_zerolite", None)
-    if zero is None and required:
+    if zero is None:
         raise ValueError(f"this {type(model).__name__} is not sharded: call zerolite.shard(model, stage=...) first")
     return zero
 

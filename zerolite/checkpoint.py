@@ -1,7 +1,7 @@
 """Checkpoints: one folder a step, each rank's own ranges as safetensors, a manifest with sizes and SHA-256.
 
-    manifest.json            what the model is, how it was trained, size and hash of every file
-    rank-00000.safetensors   1D slices "parameter/<name>", "exp_avg/<name>", ... and the rank's extra tensors
+    manifest.json            what the model is, how it was trained, size and hash of every file, and its own hash
+    rank-00000.safetensors   1D slices "parameter/<name>", "exp_avg/<name>", ...; the rank's buffers and extra tensors
                              metadata: [start, stop) of every slice in its flat parameter; the rank's extra values
 
 Slices are addressed by parameter, not by bucket or rank, so a checkpoint loads at any stage and world size. It is
@@ -9,17 +9,20 @@ written beside its place, synced, and appears by one rename; every decision to f
 No pickle is written or read.
 """
 
+import hashlib
 import json
 import shutil
 import uuid
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from zerolite import files
+from zerolite.agreement import on_all_ranks
 from zerolite.api import engine_of
 from zerolite.errors import CheckpointError
 from zerolite.optim.base import ShardedOptimizer
@@ -28,23 +31,25 @@ from zerolite.zero import Zero
 MANIFEST = "manifest.json"
 FORMAT = "zerolite-checkpoint"
 VERSION = 1
+NO_DIGEST = b"0" * 64  # stands in the manifest for its own hash while that is taken
 
 
 def save(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None, extra=None) -> None:
-    """Write parameters, optimizer states and `extra` to `folder`; a checkpoint that stood there is replaced atomically.
+    """Write parameters, persistent buffers, optimizer states and `extra` to `folder`, replacing a checkpoint there.
 
-    extra: this rank's own values: nested dicts and lists of JSON values and tensors (scheduler, RNG, position in the
-    data). Gradients are not saved. Collective; the folder is one that all ranks see.
-    CheckpointError on every rank where one cannot write.
+    extra: this rank's own values: nested dicts, lists and tuples of JSON values and tensors (scheduler, RNG, position
+    in the data). Gradients are not saved. Collective; the folder is one that all ranks see.
+    CheckpointError on every rank where one cannot write; then nothing is left and what stood there still stands.
     """
     zero = engine_of(model)
-    folder = Path(folder).absolute()
-    token = _agree(zero, "save", lambda: _prepare(zero, folder))[0]
+    _check_optimizer(zero, optimizer)
+    folder = Path(folder).resolve()
+    together = partial(on_all_ranks, zero, f"saving {folder}", CheckpointError)
+    token = together(lambda: _prepare(zero, folder))[0]
     written = files.beside(folder, token)
-    name = f"rank-{zero.rank:05d}.safetensors"
     try:
-        facts = _agree(zero, "save", lambda: _write_rank(zero, optimizer, extra, written / name))
-        _agree(zero, "save", lambda: _commit(zero, optimizer, facts, written, folder))
+        facts = together(lambda: _write_rank(zero, optimizer, extra, written / f"rank-{zero.rank:05d}.safetensors"))
+        together(lambda: _commit(zero, optimizer, facts, written, folder))
     except CheckpointError:
         if zero.rank == 0:
             shutil.rmtree(written, ignore_errors=True)
@@ -54,22 +59,41 @@ def save(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None, ex
 def load(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None):
     """Load what `save` wrote, at any stage, mesh and world size; returns this rank's `extra`.
 
-    Everything is checked, hashes included, before anything changes. A rank beyond the saved world gets rank 0's extra.
-    Collective. CheckpointError where the checkpoint is missing, incomplete, altered, or of another model or optimizer.
+    Everything is checked, hashes included, before anything changes. A rank beyond the saved world gets rank 0's extra
+    and buffers. Collective. CheckpointError on every rank where the checkpoint is missing, incomplete, altered, or of
+    another model or optimizer.
     """
     zero = engine_of(model)
-    folder = Path(folder).absolute()
-    _agree(zero, "load", lambda: _verify(zero, optimizer, folder))
+    _check_optimizer(zero, optimizer)
+    folder = Path(folder).resolve()
+    together = partial(on_all_ranks, zero, f"loading {folder}", CheckpointError)
+    together(lambda: files.restore(folder) if zero.rank == 0 else None)
+    together(lambda: _verify(zero, optimizer, folder))
     manifest = read_manifest(folder)
     zero.before_step()
     with _Slices(folder, manifest) as slices:
-        _fill(zero, optimizer, slices)
-        extra = slices.extra(zero.rank if zero.rank < manifest["world_size"] else 0)
+        together(lambda: _fill(zero, optimizer, slices))
+        extra = slices.extra(zero.rank)
+    for unit in zero.units:
+        for bucket in unit.buckets:
+            bucket.flat.refresh_from_master()
+            bucket.flat.republish()
+            bucket.flat.wait()
     if optimizer is not None:
         _restore_optimizer(optimizer, manifest["optimizer"])
     if zero.loss_scale is not None and manifest["loss_scale"] is not None:
         zero.loss_scale.load_state_dict(manifest["loss_scale"])
     return extra
+
+
+def _check_optimizer(zero: Zero, optimizer) -> None:
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, ShardedOptimizer):
+        raise TypeError(f"checkpoints take a zerolite optimizer, got {type(optimizer).__name__}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(parameter._zerolite_place[0] is not zero for parameter in parameters):
+        raise ValueError("the optimizer is of another model: give the one that was built on this model's parameters")
 
 
 def is_complete(folder) -> bool:
@@ -83,36 +107,19 @@ def read_manifest(folder: Path) -> dict:
     if not path.is_file():
         what = "holds no manifest.json" if folder.is_dir() else "does not exist"
         raise CheckpointError(f"{folder} {what}, so it is no complete checkpoint: name one that zerolite.save wrote")
+    data = path.read_bytes()
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(data)
         if manifest["format"] != FORMAT or manifest["version"] > VERSION:
             raise CheckpointError(
                 f"{path} is of format {manifest['format']} {manifest['version']}, this one reads {FORMAT} {VERSION}"
             )
-    except (ValueError, KeyError, TypeError) as error:
+        digest = manifest["sha256"].encode()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): use another checkpoint") from error
+    if data.count(digest) != 1 or hashlib.sha256(data.replace(digest, NO_DIGEST)).hexdigest().encode() != digest:
+        raise CheckpointError(f"{path} was altered (its own SHA-256 does not hold): use another checkpoint")
     return manifest
-
-
-# Agreement #
-
-MESSAGE_BYTES = 512
-
-
-def _agree(zero: Zero, verb: str, work) -> list[str]:
-    """Run `work()` on this rank; its short text from every rank, or CheckpointError on all where one failed."""
-    try:
-        result, failed = work() or "", 0.0
-    except (OSError, SafetensorError, CheckpointError, TypeError, ValueError) as error:
-        result, failed = f"{type(error).__name__}: {error}", 1.0
-    text = result.encode()[:MESSAGE_BYTES]
-    facts = [failed, float(len(text)), *map(float, text), *[0.0] * (MESSAGE_BYTES - len(text))]
-    rows = zero.gather_facts(torch.tensor(facts, dtype=torch.float64)).view(-1, len(facts)).tolist()
-    texts = [bytes(map(int, row[2 : 2 + int(row[1])])).decode(errors="replace") for row in rows]
-    failures = [f"rank {rank}: {text}" for rank, (row, text) in enumerate(zip(rows, texts, strict=True)) if row[0]]
-    if failures:
-        raise CheckpointError(f"{verb} failed on {len(failures)} of {len(rows)} ranks; " + "; ".join(failures[:4]))
-    return texts
 
 
 # Writing #
@@ -124,29 +131,43 @@ def _prepare(zero: Zero, folder: Path) -> str:
         if folder.exists() and not is_complete(folder) and any(folder.iterdir()):
             raise CheckpointError(f"{folder} exists and is no checkpoint: name a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
+        files.restore(folder)
         files.remove_leftovers(folder)
         files.beside(folder, token).mkdir()
     return token
 
 
-def _states_of(zero: Zero, optimizer: ShardedOptimizer | None):
-    """(key, slot name, start, stop, 1D values) of everything that this rank is the one to save."""
-    if zero.replicate_group.rank != 0:
-        return
+def _flats_of(zero: Zero, optimizer: ShardedOptimizer | None):
+    """(bucket, slot, kind, this rank's 1D range of the bucket) of every parameter and of every state that it has."""
     for unit in zero.units:
         for bucket in unit.buckets:
-            low, high = bucket.layout.piece(zero.shard_group.rank)  # its piece, also where it owns all
-            flat = bucket.flat
-            kinds = {"parameter": flat.stepped, **(optimizer.states_of(bucket) if optimizer is not None else {})}
-            for slot in bucket.layout.slots:
-                first, last = bucket.layout.overlap(slot, low, high)
-                for kind, values in kinds.items() if first < last else ():
-                    yield (
-                        f"{kind}/{slot.name}",
-                        first - slot.offset,
-                        last - slot.offset,
-                        values[first - flat.start : last - flat.start],
-                    )
+            states = optimizer.states_of(bucket) if optimizer is not None else {}
+            for slot, parameter in zip(bucket.layout.slots, bucket.flat.parameters, strict=True):
+                yield bucket, slot, "parameter", bucket.flat.stepped
+                if optimizer is not None and parameter in optimizer.state:
+                    for kind, values in states.items():
+                        yield bucket, slot, kind, values
+
+
+def _states_of(zero: Zero, optimizer: ShardedOptimizer | None):
+    """(key, start, stop, 1D values) of everything that this rank is the one to save."""
+    if zero.replicate_group.rank != 0:
+        return
+    for bucket, slot, kind, values in _flats_of(zero, optimizer):
+        low, high = bucket.layout.piece(zero.shard_group.rank)  # its piece, also where it owns all
+        first, last = bucket.layout.overlap(slot, low, high)
+        if first < last:
+            mine = values[first - bucket.flat.start : last - bucket.flat.start]
+            yield f"{kind}/{slot.name}", first - slot.offset, last - slot.offset, mine
+
+
+def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's persistent buffers, those that a state dict holds."""
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name.rpartition(".")[2] not in model.get_submodule(name.rpartition(".")[0])._non_persistent_buffers_set
+    }
 
 
 def _write_rank(zero: Zero, optimizer: ShardedOptimizer | None, extra, path: Path) -> str:
@@ -155,6 +176,8 @@ def _write_rank(zero: Zero, optimizer: ShardedOptimizer | None, extra, path: Pat
     for key, start, stop, values in _states_of(zero, optimizer):
         tensors[key] = values.detach().cpu()
         slices[key] = [start, stop]
+    for name, buffer in buffers_of(zero.model).items():
+        tensors[f"buffer/{name}"] = buffer.detach().cpu().contiguous().clone()
     metadata = {"slices": json.dumps(slices), "extra": json.dumps(_pack(extra, "extra", tensors))}
     save_file(tensors, path, metadata=metadata)
     files.sync_file(path)
@@ -174,36 +197,42 @@ def _commit(zero: Zero, optimizer: ShardedOptimizer | None, facts: list[str], wr
         "stage": zero.stage,
         "world_size": len(facts),
         "files": entries,
-        "parameters": _parameters_of(zero),
+        **_shapes_of(zero),
         "optimizer": optimizer.describe() if optimizer is not None else None,
         "loss_scale": zero.loss_scale.state_dict() if zero.loss_scale is not None else None,
+        "sha256": NO_DIGEST.decode(),
     }
+    data = json.dumps(manifest, indent=1).encode()
     path = written / MANIFEST
-    path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    path.write_bytes(data.replace(NO_DIGEST, hashlib.sha256(data).hexdigest().encode()))
     files.sync_file(path)
     files.commit_folder(written, folder)
 
 
-def _parameters_of(zero: Zero) -> dict[str, list[int]]:
+def _shapes_of(zero: Zero) -> dict[str, dict[str, list[int]]]:
     slots = [slot for unit in zero.units for bucket in unit.buckets for slot in bucket.layout.slots]
-    return {slot.name: list(slot.shape) for slot in slots}
+    return {
+        "parameters": {slot.name: list(slot.shape) for slot in slots},
+        "buffers": {name: list(buffer.shape) for name, buffer in buffers_of(zero.model).items()},
+    }
 
 
-def _pack(value, key: str, tensors: dict[str, torch.Tensor]):
-    """`value` as JSON; its tensors go to `tensors` and leave {"tensor": key}. Dicts and tuples are tagged."""
+def _pack(value, path: str, tensors: dict[str, torch.Tensor]):
+    """`value` as JSON; its tensors go to `tensors` and leave {"tensor": key}. Dicts, lists and tuples are tagged."""
     if isinstance(value, torch.Tensor):
+        key = f"extra/{len(tensors)}"
         tensors[key] = value.detach().cpu().contiguous().clone()
         return {"tensor": key}
     if isinstance(value, dict):
         if not all(isinstance(name, str) for name in value):
-            raise TypeError(f"{key}: keys of dicts in extra are strings, got {list(value)[:4]}")
-        return {"dict": {name: _pack(item, f"{key}/{name}", tensors) for name, item in value.items()}}
+            raise TypeError(f"{path}: keys of dicts in extra are strings, got {list(value)[:4]}")
+        return {"dict": {name: _pack(item, f"{path}[{name!r}]", tensors) for name, item in value.items()}}
     if isinstance(value, list | tuple):
-        items = [_pack(item, f"{key}/{index}", tensors) for index, item in enumerate(value)]
+        items = [_pack(item, f"{path}[{index}]", tensors) for index, item in enumerate(value)]
         return {"list" if isinstance(value, list) else "tuple": items}
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    raise TypeError(f"{key}: extra holds JSON values and tensors, got {type(value).__name__}")
+    raise TypeError(f"{path}: extra holds JSON values and tensors, got {type(value).__name__}")
 
 
 def _unpack(value, tensors):
@@ -224,7 +253,8 @@ def _unpack(value, tensors):
 def _verify(zero: Zero, optimizer: ShardedOptimizer | None, folder: Path) -> None:
     """Everything that can be wrong; each rank hashes its share of the files."""
     manifest = read_manifest(folder)
-    _compare("parameters", manifest["parameters"], _parameters_of(zero))
+    for what, shapes in _shapes_of(zero).items():
+        _compare(what.removesuffix("s"), manifest[what], shapes)
     if optimizer is not None:
         if manifest["optimizer"] is None:
             raise CheckpointError(f"{folder} holds no optimizer: load it without one")
@@ -236,6 +266,12 @@ def _verify(zero: Zero, optimizer: ShardedOptimizer | None, folder: Path) -> Non
             raise CheckpointError(
                 f"{folder} has param groups of {[len(names) for names in groups[0]]} parameters, the optimizer here "
                 f"{[len(names) for names in groups[1]]}, or other names in them: build it as the saved one was"
+            )
+        if saved["steps"].keys() != here["steps"].keys():
+            names = sorted(saved["steps"].keys() ^ here["steps"].keys())
+            raise CheckpointError(
+                f"{folder} was saved with other parameters frozen: {', '.join(names[:4])} has optimizer states only "
+                f"{'there' if names[0] in saved['steps'] else 'here'}; freeze the same before zerolite.shard"
             )
     for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
         path = folder / name
@@ -287,25 +323,26 @@ class _Slices:
         if covered != stop - start:
             raise CheckpointError(f"{key} has {covered} of the elements [{start}, {stop}) in the checkpoint")
 
+    def of_rank(self, rank: int):
+        """A rank's own file, or rank 0's for one beyond the saved world."""
+        return self.handles[rank if rank < len(self.handles) else 0]
+
     def extra(self, rank: int):
-        handle = self.handles[rank]
+        handle = self.of_rank(rank)
         return _unpack(json.loads(handle.metadata()["extra"]), handle)
 
 
 @torch.no_grad()
 def _fill(zero: Zero, optimizer: ShardedOptimizer | None, slices: _Slices) -> None:
-    for unit in zero.units:
-        for bucket in unit.buckets:
-            flat = bucket.flat
-            kinds = {"parameter": flat.stepped, **(optimizer.states_of(bucket) if optimizer is not None else {})}
-            for slot in bucket.layout.slots:
-                first, last = bucket.layout.overlap(slot, flat.start, flat.stop)
-                for kind, values in kinds.items() if first < last else ():
-                    out = values[first - flat.start : last - flat.start]
-                    slices.read(f"{kind}/{slot.name}", first - slot.offset, last - slot.offset, out)
-            flat.refresh_from_master()
-            flat.republish()
-            flat.wait()
+    """Read this rank's ranges and buffers; what other ranks' ranges are gathered into is still the old."""
+    for bucket, slot, kind, values in _flats_of(zero, optimizer):
+        first, last = bucket.layout.overlap(slot, bucket.flat.start, bucket.flat.stop)
+        if first < last:
+            out = values[first - bucket.flat.start : last - bucket.flat.start]
+            slices.read(f"{kind}/{slot.name}", first - slot.offset, last - slot.offset, out)
+    handle = slices.of_rank(zero.rank)
+    for name, buffer in buffers_of(zero.model).items():
+        buffer.copy_(handle.get_tensor(f"buffer/{name}"))
 
 
 def _restore_optimizer(optimizer: ShardedOptimizer, description: dict) -> None:

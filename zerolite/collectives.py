@@ -7,25 +7,35 @@ order, which also makes the sum independent of who owns the piece.
 Every method but the properties is collective: every rank of the group must call it, in the same order.
 """
 
+import zlib
+
 import torch
 import torch.distributed as dist
 
 from zerolite import device as devices
 from zerolite.config import LOW_PRECISION
+from zerolite.errors import ZeroliteError
 
 
 class Pending:
     """A collective in flight; it keeps its tensors alive until `wait`."""
 
-    def __init__(self, works=(), finish=None, keepalive=()):
+    def __init__(self, works=(), finish=None, keepalive=(), label=""):
         self.works = works
         self.finish = finish
         self.keepalive = keepalive
+        self.label = label
 
     def wait(self) -> None:
         """Order the current stream (CUDA) or this thread (CPU) after the collective. Idempotent."""
-        for work in self.works:
-            work.wait()
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            raise ZeroliteError(
+                f"rank {dist.get_rank()}: {self.label} did not complete: another rank failed, is stuck, or runs other "
+                f"modules or another order of them ({error})"
+            ) from error
         if self.finish is not None:
             self.finish()
         self.works, self.finish, self.keepalive = (), None, ()
@@ -37,10 +47,10 @@ class Group:
     rank = 0
     size = 1
 
-    def reduce_scatter(self, full: torch.Tensor, out: torch.Tensor, divisor: int) -> Pending:
+    def reduce_scatter(self, full: torch.Tensor, out: torch.Tensor, divisor: int, label: str) -> Pending:
         """out (piece_numel,) = sum over ranks of this rank's piece of `full` (size * piece_numel,) / divisor.
 
-        `out` may be this rank's piece of `full` itself.
+        `out` may be this rank's piece of `full` itself. `label` says in an error what was going on.
         """
         if out.data_ptr() != full.data_ptr():
             out.copy_(full)
@@ -48,7 +58,7 @@ class Group:
             out.div_(divisor)
         return Pending()
 
-    def all_gather(self, full: torch.Tensor, piece: torch.Tensor) -> Pending:
+    def all_gather(self, full: torch.Tensor, piece: torch.Tensor, label: str) -> Pending:
         """full (size * piece_numel,) = every rank's `piece`; `piece` may be this rank's piece of `full` itself."""
         if piece.data_ptr() != full.data_ptr():
             full.copy_(piece)
@@ -73,16 +83,16 @@ class NcclGroup(Group):
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
 
-    def reduce_scatter(self, full, out, divisor):
+    def reduce_scatter(self, full, out, divisor, label):
         op = dist.ReduceOp.AVG if divisor == self.size else dist.ReduceOp.SUM
         work = dist.reduce_scatter_tensor(out, full, op=op, group=self.process_group, async_op=True)
         if op == dist.ReduceOp.AVG:
-            return Pending((work,), None, (full, out))
-        return Pending((work,), lambda: out.div_(divisor), (full, out))
+            return Pending((work,), None, (full, out), label)
+        return Pending((work,), lambda: out.div_(divisor), (full, out), label)
 
-    def all_gather(self, full, piece):
+    def all_gather(self, full, piece, label):
         work = dist.all_gather_into_tensor(full, piece, group=self.process_group, async_op=True)
-        return Pending((work,), None, (full, piece))
+        return Pending((work,), None, (full, piece), label)
 
     def all_reduce(self, tensor):
         dist.all_reduce(tensor, group=self.process_group)
@@ -104,37 +114,40 @@ class ExchangeGroup(Group):
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
         self.peers = [peer for peer in range(self.size) if peer != self.rank]
-        self.tag = 0  # one a collective: ranks that fall out of order hang and time out instead of mixing tensors
+        self.count = 0
 
-    def _exchange(self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> list[dist.Work]:
-        self.tag = (self.tag + 1) % (1 << 24)
-        group, tag = self.process_group, self.tag
+    def _exchange(
+        self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor], label: str
+    ) -> list[dist.Work]:
+        # A tag of what and when: ranks that fall out of step time out, with the label, instead of mixing tensors.
+        self.count += 1
+        tag = (zlib.crc32(label.encode()) & 0x7FF) << 20 | self.count & 0xFFFFF
+        group = self.process_group
         works = [dist.irecv(receives[peer], group=group, group_src=peer, tag=tag) for peer in self.peers]
         return works + [dist.isend(sends[peer], group=group, group_dst=peer, tag=tag) for peer in self.peers]
 
-    def reduce_scatter(self, full, out, divisor):
+    def reduce_scatter(self, full, out, divisor, label):
         if full.numel() == 0:
             return Pending()
         pieces = list(full.view(self.size, -1).unbind())
         received = {peer: torch.empty_like(pieces[peer]) for peer in self.peers}
-        works = self._exchange(dict(enumerate(pieces)), received)
+        works = self._exchange(dict(enumerate(pieces)), received, label)
         terms = [received.get(rank, pieces[rank]) for rank in range(self.size)]
-        return Pending(works, lambda: sum_in_rank_order(terms, out, divisor), (full,))
+        return Pending(works, lambda: sum_in_rank_order(terms, out, divisor), (full,), label)
 
-    def all_gather(self, full, piece):
+    def all_gather(self, full, piece, label):
         if full.numel() == 0:
             return Pending()
         pieces = full.view(self.size, -1).unbind()
-        works = self._exchange({peer: piece for peer in self.peers}, dict(enumerate(pieces)))
+        works = self._exchange({peer: piece for peer in self.peers}, dict(enumerate(pieces)), label)
         if piece.data_ptr() != pieces[self.rank].data_ptr():
             pieces[self.rank].copy_(piece)
-        return Pending(works, None, (full, piece))
+        return Pending(works, None, (full, piece), label)
 
     def all_reduce(self, tensor):
         received = {peer: torch.empty_like(tensor) for peer in self.peers}
         sent = tensor.clone()
-        for work in self._exchange({peer: sent for peer in self.peers}, received):
-            work.wait()
+        Pending(self._exchange({peer: sent for peer in self.peers}, received, "all-reduce"), label="all-reduce").wait()
         sum_in_rank_order([received.get(rank, sent) for rank in range(self.size)], tensor, 1)
 
     def broadcast(self, tensor):
@@ -142,7 +155,7 @@ class ExchangeGroup(Group):
 
     def gather_facts(self, facts):
         rows = facts.new_empty(self.size * facts.numel())
-        self.all_gather(rows, facts).wait()
+        self.all_gather(rows, facts, "the exchange of a few numbers").wait()
         return rows.view(self.size, -1)
 
 

@@ -1,6 +1,7 @@
 """Folders that appear whole or not at all: fsync, hashes, and an atomic rename."""
 
 import ctypes
+import glob
 import hashlib
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
+OLD = "old-"  # begins the token of a folder that was complete
 
 
 def sync_file(path: Path) -> None:
@@ -40,17 +42,22 @@ def beside(folder: Path, token: str) -> Path:
 def commit_folder(written: Path, folder: Path) -> None:
     """Make `written` appear as `folder` in one step, durable; what stood there before is removed afterwards."""
     sync_file(written)
-    if folder.exists():
+    previous = None
+    if not folder.exists():
+        os.rename(written, folder)
+    elif _exchange(written, folder):
         previous = written
-        if not _exchange(written, folder):
-            previous = beside(folder, f"old-{uuid.uuid4().hex[:12]}")
-            os.rename(folder, previous)
+    else:  # two renames: a crash between them is mended by `restore`
+        previous = beside(folder, f"{OLD}{uuid.uuid4().hex[:12]}")
+        os.rename(folder, previous)
+        try:
             os.rename(written, folder)
-        sync_file(folder.parent)
-        shutil.rmtree(previous)
-        return
-    os.rename(written, folder)
+        except OSError:
+            os.rename(previous, folder)
+            raise
     sync_file(folder.parent)
+    if previous is not None:
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -62,7 +69,19 @@ def _exchange(first: Path, second: Path) -> bool:
     return renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0
 
 
+def restore(folder: Path) -> None:
+    """Put back what a `commit_folder` that died between its two renames had put aside."""
+    if not folder.exists():
+        for previous in _beside(folder, OLD):
+            os.rename(previous, folder)
+            return
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what an interrupted writing of `folder` left beside it."""
-    for path in folder.parent.glob(f".{folder.name}.tmp-*"):
+    for path in _beside(folder, ""):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _beside(folder: Path, prefix: str) -> list[Path]:
+    return sorted(folder.parent.glob(glob.escape(f".{folder.name}.tmp-{prefix}") + "*"))

@@ -52,6 +52,7 @@ class FlatBucket:
         self.is_trainable = is_trainable
         self.start, self.stop = (0, layout.numel) if owns_all else layout.piece(group.rank)
         self.pending: Pending | None = None  # a gather in flight
+        self.label = f"gathering {layout.slots[0].name} ... {layout.slots[-1].name}"
         self.is_unsharded = True
         needs_master = is_trainable and master_dtype(dtype) != dtype
         # A master keeps the bits that the values have and the parameter's dtype has not.
@@ -103,18 +104,19 @@ class FlatBucket:
 
     # Movement #
 
-    def unshard(self) -> None:
-        """Start gathering the full parameters, unless they are here or under way. Collective."""
+    def unshard(self) -> bool:
+        """Start gathering the full parameters; False where they are here or under way. Collective."""
         if self.is_unsharded or self.pending is not None:
-            return
+            return False
         storage = self.full.untyped_storage()
         storage.resize_(self.full.numel() * self.full.element_size())
-        self.pending = self.group.all_gather(self.full, self.owned)
+        self.pending = self.group.all_gather(self.full, self.owned, self.label)
+        return True
 
     def republish(self) -> None:
         """Start sending this rank's stepped range to the ranks that hold full parameters. Collective."""
         if self.is_resident and not self.owns_all:
-            self.pending = self.group.all_gather(self.full, self.owned)
+            self.pending = self.group.all_gather(self.full, self.owned, self.label)
 
     def wait(self) -> None:
         """Order this stream after the gather in flight; the parameters are whole from here on."""

@@ -13,6 +13,8 @@ its own stream; the compute stream waits for bucket k there, which lets a reduct
 bucket before it delays anything. Tensors are allocated on the compute stream and freed only behind that wait.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from zerolite.collectives import Group, Pending
@@ -63,6 +65,7 @@ class GradientBucket:
         self.shard_group, self.replicate_group = shard_group, replicate_group
         self.keeps_whole = keeps_whole
         self.pool = pool
+        self.label = f"reducing the gradients of {layout.slots[0].name} ... {layout.slots[-1].name}"
         self.local = None
         self.reduced = None
         self.was_used = [False] * len(layout.slots)  # has autograd given this slot a gradient since the last `clear`
@@ -101,7 +104,7 @@ class GradientBucket:
         piece = local[first:last] if self.keeps_whole else torch.empty_like(local[first:last])
         divisor = self.shard_group.size * self.replicate_group.size
         with self.device.on(self.stream, after_current=True):
-            self._in_flight = (local, piece, self.shard_group.reduce_scatter(local, piece, divisor))
+            self._in_flight = (local, piece, self.shard_group.reduce_scatter(local, piece, divisor, self.label))
 
     def land(self) -> None:
         """Add the reduction in flight, if any, into `reduced`. Collective at stage 0 and where there are replicas."""
@@ -113,7 +116,7 @@ class GradientBucket:
             pending.wait()
             self.replicate_group.all_reduce(piece)
             if self.stop - self.start > piece.numel():
-                self.shard_group.all_gather(local, piece).wait()
+                self.shard_group.all_gather(local, piece, self.label).wait()
             result = local[self.start : self.stop] if self.keeps_whole else piece
             if self.reduced is not None:
                 result.add_(self.reduced)
@@ -125,16 +128,20 @@ class GradientBucket:
         else:
             self.pool.give(local)
 
-    def clear(self, set_to_none: bool = True) -> None:
-        """Forget all gradients; `set_to_none=False` leaves zeros that count as gradients, as in torch."""
+    def clear(self, indices: Sequence[int], set_to_none: bool = True) -> None:
+        """Forget the gradients of some slots; `set_to_none=False` leaves zeros that count as gradients, as in torch."""
         self.land()
-        self.local = None
-        self._filled = [False] * len(self.layout.slots)
-        if set_to_none:
-            self.was_used = [False] * len(self.layout.slots)
+        for index in indices:
+            self._filled[index] = False
+            self.was_used[index] = self.was_used[index] and not set_to_none
+        if not any(self._filled):
+            self.local = None
+        if not any(self.was_used):
             self.reduced = self.whole = None
         elif self.reduced is not None:
-            self.reduced.zero_()
+            for index in indices:
+                first, last = self.layout.overlap(self.layout.slots[index], self.start, self.stop)
+                self.reduced[first - self.start : last - self.start].zero_()
 
     def _empty_local(self) -> torch.Tensor:
         """A buffer for the local sum: the whole one that stayed, once the reduced range has left it, or a lent one.

@@ -4,23 +4,28 @@ import json
 import shutil
 import uuid
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.core_model_loading import revert_weight_conversion
 
 from zerolite import files, meta
+from zerolite.agreement import on_all_ranks
 from zerolite.api import build, check_arguments, engine_of, settle_buffers
+from zerolite.checkpoint import buffers_of
 from zerolite.config import Precision
+from zerolite.errors import ZeroliteError
 from zerolite.mesh import groups_of
 from zerolite.units import UnitRule
 from zerolite.zero import Zero
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FILE_BYTES = 2 << 30  # a file of an export, and so the host memory that writing it takes
 
@@ -79,8 +84,10 @@ class _Weights:
             raise ValueError(f"{folder} is not a folder: give a local Hugging Face model folder")
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no config.json: give a local Hugging Face model folder")
-        if (folder / INDEX).is_file():
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        if (folder / SINGLE).is_file():
+            names = [SINGLE]
+        elif (folder / INDEX).is_file():
+            names = _indexed(folder / INDEX)
         else:
             names = sorted(path.name for path in folder.glob("*.safetensors"))
         missing = [name for name in names if not (folder / name).is_file()]
@@ -91,7 +98,7 @@ class _Weights:
                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
             )
         self.folder = folder
-        self.handles = [safe_open(folder / name, framework="pt") for name in names]
+        self.handles = [_open(folder / name) for name in names]
         self.entries = {key: handle for handle in self.handles for key in handle.keys()}
 
     def __enter__(self):
@@ -132,7 +139,7 @@ def _fill(zero: Zero, weights: _Weights) -> None:
                 first, last = bucket.layout.overlap(slot, low, high)
                 weights.read(keys[slot.name], first - slot.offset, last - slot.offset, mine[first - low : last - low])
             if flat.owns_all:
-                zero.shard_group.all_gather(flat.stepped, mine).wait()
+                zero.shard_group.all_gather(flat.stepped, mine, flat.label).wait()
             flat.refresh_from_master()
             flat.republish()
             flat.wait()
@@ -157,8 +164,8 @@ def _keys_of(zero: Zero, weights: _Weights) -> dict[str, str]:
                 if key is None:
                     raise ValueError(
                         f"{weights.folder} holds no weights for {slot.name}: they are of another model than "
-                        "config.json tells, or transformers converts them on load; then build the model with from_pretrained and "
-                        "give it to zerolite.shard"
+                        "config.json tells, or transformers converts them on load; then build the model with "
+                        "from_pretrained and give it to zerolite.shard"
                     )
                 if weights.shape(key) != slot.shape:
                     raise ValueError(
@@ -172,45 +179,57 @@ def _keys_of(zero: Zero, weights: _Weights) -> dict[str, str]:
     return keys
 
 
+def _indexed(path: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of safetensors files ({error}): download it again") from error
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}): download it again") from error
+
+
 @torch.no_grad()
 def export(model: nn.Module, folder) -> None:
     """Write whole parameters as a Hugging Face folder, in their dtype; one that stood there is replaced. Collective.
 
     Rank 0 writes; at stage 3 one unit is gathered at a time, and a file (2 GiB) is held in host memory at most.
     `AutoModelForCausalLM.from_pretrained` opens the folder; tied weights stand once, under the name that transformers
-    ties from. A model that is not of transformers gives its safetensors alone.
+    ties from. A model that is not of transformers gives its safetensors alone. Other files in the folder (a tokenizer)
+    stay. ZeroliteError on every rank where rank 0 cannot write; what stood there then still stands.
     """
     zero = engine_of(model)
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()
+    together = partial(on_all_ranks, zero, f"exporting to {folder}", ZeroliteError)
     writer = _Writer(folder) if zero.rank == 0 else None
-    buffers = dict(model.named_buffers())
-    persistent = {name: buffers[name] for name in buffers if _is_persistent(model, name)}
-    for unit in zero.units:
-        unit.unshard()
-        unit.wait()
+    together(lambda: writer.open() if writer is not None else None)
+    buffers = buffers_of(model)
+    try:
+        for unit in zero.units:
+            unit.unshard()
+            unit.wait()
+            together(lambda unit=unit: writer.add(model, _whole(model, unit)) if writer is not None else None)
+            if zero.full_depth == 0:
+                unit.reshard()
+        together(lambda: writer.finish(model, buffers) if writer is not None else None)
+    except ZeroliteError:
+        zero.before_step()  # frees the unit that was gathered
         if writer is not None:
-            writer.add(model, {_tied_source(model, name): value for name, value in _whole(unit)})
-        if zero.full_depth == 0:
-            unit.reshard()
-    if writer is not None:
-        writer.add(model, {name: buffer.cpu() for name, buffer in persistent.items()})
-        writer.finish(model)
-    zero.gather_facts(torch.zeros(1, dtype=torch.float64))  # no rank goes on before the folder is there
+            writer.discard()
+        raise
 
 
-def _whole(unit):
-    for bucket in unit.buckets:
-        for slot in bucket.layout.slots:
-            yield slot.name, bucket.flat.full[slot.offset : slot.stop].view(slot.shape).to("cpu", copy=True)
-
-
-def _is_persistent(model: nn.Module, name: str) -> bool:
-    path, _, leaf = name.rpartition(".")
-    return leaf not in model.get_submodule(path)._non_persistent_buffers_set
-
-
-def _tied_source(model: nn.Module, name: str) -> str:
-    return getattr(model, "all_tied_weights_keys", {}).get(name, name)
+def _whole(model: nn.Module, unit) -> dict[str, torch.Tensor]:
+    ties = getattr(model, "all_tied_weights_keys", {})
+    return {
+        ties.get(slot.name, slot.name): bucket.flat.full[slot.offset : slot.stop].view(slot.shape).to("cpu", copy=True)
+        for bucket in unit.buckets
+        for slot in bucket.layout.slots
+    }
 
 
 class _Writer:
@@ -218,14 +237,22 @@ class _Writer:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(folder)
         self.written = files.beside(folder, uuid.uuid4().hex[:12])
-        self.written.mkdir()
         self.pending: dict[str, torch.Tensor] = {}
         self.weight_map: dict[str, int] = {}
         self.total_bytes = 0
         self.num_files = 0
+
+    def open(self) -> None:
+        if self.folder.is_dir() and any(path.is_dir() for path in self.folder.iterdir()):
+            raise ValueError(f"{self.folder} holds folders, which an export would remove: name another folder")
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        files.restore(self.folder)
+        files.remove_leftovers(self.folder)
+        self.written.mkdir()
+
+    def discard(self) -> None:
+        shutil.rmtree(self.written, ignore_errors=True)
 
     def add(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         if isinstance(model, transformers.PreTrainedModel):
@@ -245,10 +272,11 @@ class _Writer:
         self.total_bytes += sum(tensor.nbytes for tensor in self.pending.values())
         self.pending = {}
 
-    def finish(self, model: nn.Module) -> None:
+    def finish(self, model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
+        self.add(model, {name: buffer.cpu() for name, buffer in buffers.items()})
         self.flush()
         if self.num_files == 1:
-            (self.written / "part-1").rename(self.written / "model.safetensors")
+            (self.written / "part-1").rename(self.written / SINGLE)
         else:
             names = [f"model-{n:05d}-of-{self.num_files:05d}.safetensors" for n in range(1, self.num_files + 1)]
             for number, name in enumerate(names, start=1):

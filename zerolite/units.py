@@ -1,6 +1,6 @@
 """Which parameters live together: modules -> units -> buckets, in the order of registration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -8,7 +8,7 @@ from torch import nn
 # Buckets of this many elements: 64 MiB in bf16. A transformer block of LLaMA-7B has six, a small one is one.
 BUCKET_NUMEL = 32 * 1024 * 1024
 
-UnitRule = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]
+UnitRule = type[nn.Module] | Iterable[type[nn.Module]] | Callable[[nn.Module], bool]
 
 
 @dataclass
@@ -54,12 +54,13 @@ def unit_modules(model: nn.Module, rule: UnitRule | None) -> list[nn.Module]:
     """The modules that become units of their own; everything else belongs to the root's unit."""
     if rule is None:
         return repeated_blocks(model)
-    if isinstance(rule, type) or (isinstance(rule, tuple) and all(isinstance(cls, type) for cls in rule)):
-        chosen = [module for module in model.modules() if isinstance(module, rule) and module is not model]
-    elif callable(rule):
-        chosen = [module for module in model.modules() if module is not model and rule(module)]
-    else:
+    classes = [rule] if isinstance(rule, type) else list(rule) if isinstance(rule, Iterable) else None
+    if classes is None and not callable(rule):
         raise TypeError(f"units= takes module classes or a predicate over modules, got {rule!r}")
+    if classes is not None and not all(isinstance(cls, type) for cls in classes):
+        raise TypeError(f"units= takes module classes or a predicate over modules, got {rule!r}")
+    is_unit = (lambda module: isinstance(module, tuple(classes))) if classes is not None else rule
+    chosen = [module for module in model.modules() if module is not model and is_unit(module)]
     if not chosen:
         raise ValueError(f"units={rule!r} matches no module of {type(model).__name__}: name a class that it contains")
     return chosen

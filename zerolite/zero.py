@@ -68,10 +68,6 @@ class Unit:
         self.backward_uses = 0  # of the module, begun and not ended, in this backward
         self.pending_uses = 0  # forwards whose backward has not ended; a hint only, a graph may be dropped
 
-    def unshard(self) -> None:
-        for bucket in self.buckets:
-            bucket.flat.unshard()
-
     def wait(self) -> None:
         for bucket in self.buckets:
             bucket.flat.wait()
@@ -106,6 +102,7 @@ class Zero:
         self.is_syncing = True  # False inside no_sync
         self.full_depth = 0  # nested full_params
         self.gradient_version = 0  # counts what changes the reduced gradients, so that a norm knows when it is stale
+        self.gather_digest = 0  # of the units gathered so far and their order, compared over ranks by every step
         self._is_backward_open = False
         self._was_loss_scaled = False
         self._next_launch = 0
@@ -203,10 +200,14 @@ class Zero:
 
         The root (index 0) is followed by the first unit in forward and, by Python's index -1, by the last in backward.
         """
-        unit.unshard()
+        self._unshard(unit)
         if unit.index + step < len(self.units):
-            self.units[unit.index + step].unshard()
+            self._unshard(self.units[unit.index + step])
         unit.wait()
+
+    def _unshard(self, unit: Unit) -> None:
+        if any([bucket.flat.unshard() for bucket in unit.buckets]):
+            self.gather_digest = (31 * self.gather_digest + unit.index + 1) % (1 << 48)
 
     def _free(self, unit: Unit) -> None:
         if self.full_depth == 0:
@@ -310,11 +311,14 @@ class Zero:
         self._land_last()
         self.pool.clear()
 
-    def clear_gradients(self, set_to_none: bool = True) -> None:
+    def clear_gradients(self, set_to_none: bool = True, slots: dict[Bucket, list[int]] | None = None) -> None:
+        """Forget gradients: of all parameters, or of some slots of some buckets."""
         if self._is_backward_open and not is_in_backward():
             self.abandon_backward()
-        for bucket in self.reduction_order:
-            bucket.gradients.clear(set_to_none)
+        if slots is None:
+            slots = {bucket: range(len(bucket.layout.slots)) for bucket in self.reduction_order}
+        for bucket, indices in slots.items():
+            bucket.gradients.clear(indices, set_to_none)
         self.gradient_version += 1
 
     # Step and whole parameters #
@@ -331,7 +335,7 @@ class Zero:
         """Gather every unit and keep it. Collective."""
         self.full_depth += 1
         for unit in self.units:
-            unit.unshard()
+            self._unshard(unit)
         for unit in self.units:
             unit.wait()
 

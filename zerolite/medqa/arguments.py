@@ -1,4 +1,4 @@
-"""The options of `train_medqa.py`: one frozen dataclass, filled from the command line and from a YAML file of the same names.
+"""The options of `train_medqa.py`: a frozen dataclass, filled from the command line and from a YAML file.
 
 Names are LLaMA-Factory's where it has one. The command line wins over the file, the file over the defaults.
 """

@@ -51,7 +51,7 @@ class Order:
 
 
 def micro_batches(rows: np.ndarray, rank: int, world_size: int, batch_rows: int) -> list[np.ndarray]:
-    """This rank's part of a global batch: the same number of micro-batches on every rank, at most `batch_rows` rows each.
+    """This rank's part of a global batch: as many micro-batches on every rank, of at most `batch_rows` rows each.
 
     Ranks take the rows of a micro-batch in turn, so that each has long and short ones. In a batch that does not
     divide evenly the last ranks have fewer rows, or none: then a micro-batch is empty, and it still takes part in

@@ -1,4 +1,4 @@
-"""Model and tokenizer of a run, from local folders or built in; every mistake about a folder is found before any work."""
+"""Model and tokenizer of a run, from local folders or built in; a mistake about a folder is found before any work."""
 
 from pathlib import Path
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 TIMEOUT = timedelta(minutes=10)
 # What a collective raises when another rank is gone. That rank prints the cause, so this one keeps it short.
 PEER_FAILURES = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,18 @@ def environment_rank() -> int:
 
 
 def join() -> Processes:
-    """Take this process's device and, under torchrun, join the others. Every rank must call it."""
+    """Take this process's device and, under torchrun, join the others, or a process group that is there already.
+
+    Every rank must call it.
+    """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Processes(0, 1, device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -96,14 +101,23 @@ class StopSignals:
         return next((number for number, count in zip(cls.SIGNALS, counts, strict=True) if count), None)
 
 
-def report_failure(error: BaseException, rank: int) -> None:
-    """Print why this rank ends, so that the rank with the cause speaks first."""
-    if isinstance(error, RuntimeError) and any(mark in str(error) for mark in PEER_FAILURES):
-        time.sleep(2.0)  # the other rank prints its own error; torchrun may end this one meanwhile
+def refuse(error: Exception, rank: int) -> int:
+    """Say what the user is to change, in one message; the exit status."""
+    if rank != 0:
+        time.sleep(PATIENCE_S)  # all ranks see the same mistake and rank 0 tells it; torchrun ends the others then
+    print(f"train_medqa.py: error: {error}", file=sys.stderr)
+    return 2
+
+
+def report_failure(error: Exception, rank: int) -> int:
+    """Print why this rank ends, so that the rank with the cause speaks first; the exit status."""
+    if any(mark in str(error) for mark in PEER_FAILURES):
+        time.sleep(PATIENCE_S)
         print(f"rank {rank}: ends because another rank did ({str(error).splitlines()[0]})", file=sys.stderr)
     else:
         text = "".join(traceback.format_exception(error))
-        print(f"rank {rank} failed:\n{text}", file=sys.stderr)
+        print(f"rank {rank} failed: {error}\n{text}", file=sys.stderr)
+    return 1
 
 
 def leave(status: int) -> None:

@@ -44,8 +44,9 @@ def encode(
 ) -> tuple[list[Example], int]:
     """Examples of at most `cutoff_len` tokens, in the same order, and how many of them were shortened.
 
-    Too long a row loses its oldest turns first (a system text goes with the first); then prompt and answer share `cutoff_len`, half to each where both
-    are long: the prompt loses its beginning, the answer its end, but never its EOS.
+    Too long a row loses its oldest turns first, and the system text with the first of them. Then prompt and answer
+    share `cutoff_len`, half to each where both are long: the prompt loses its beginning, the answer its end, but
+    never its EOS.
     """
     texts = []
     for conversation in conversations:

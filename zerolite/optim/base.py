@@ -84,13 +84,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         slot, flat = bucket.layout.slots[index], bucket.flat
         first, last = bucket.layout.overlap(slot, flat.start, flat.stop)
         state = {"step": torch.tensor(0.0)}
-        for name, values in self._states[bucket].items():
+        held = {**self._states[bucket], **({} if flat.master is None else {"master": flat.master})}
+        for name, values in held.items():
             mine = values[first - flat.start : last - flat.start]
             state[name] = mine.view(shape) if last - first == slot.numel else mine
         self.state[parameter] = state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load what `state_dict` of the same layout (stage and world size) gave; `zerolite.load` takes any other."""
+        """Load what `state_dict` of the same layout (stage and world size) gave; `zerolite.load` takes any other.
+
+        States hold this rank's range only, of 16-bit parameters with the fp32 "master". Where full parameters stay, the
+        model's own state dict brings the ranges of the other ranks.
+        """
         saved = dict(state_dict["state"])
         groups = state_dict["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
@@ -106,6 +111,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                             "use zerolite.save and zerolite.load"
                         )
                     value.copy_(loaded)
+                if parameter in self._places:
+                    self._places[parameter][0].flat.refresh_from_master()
             group.update({key: value for key, value in saved_group.items() if key != "params"})
 
     def _name(self, parameter: torch.nn.Parameter) -> str:
@@ -140,8 +147,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     _grad_norm: float | None = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the whole model that the parameters belong to."""
-        self._zero.clear_gradients(set_to_none)
+        """Forget the gradients of the optimizer's parameters."""
+        slots: dict[object, list[int]] = {}
+        for bucket, index in self._places.values():
+            slots.setdefault(bucket, []).append(index)
+        self._zero.clear_gradients(set_to_none, slots)
         self._clip_factor = 1.0
 
     def clip_grad_norm_(self, max_norm: float) -> float:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from zerolite.errors import ZeroliteError
+
 ROW_NUMEL = 1024
 CHUNK_NUMEL = 1024 * ROW_NUMEL
 
@@ -66,8 +68,8 @@ def agree(zero, keys: Sequence[Sequence[bool | None]]) -> Verdict:
 
 
 def _exchange(zero, keys, squares_of) -> tuple[Verdict, list[bool]]:
-    """One small all-gather: a bucket's [squares, has unreduced, used slots ...] from every rank."""
-    numbers: list[torch.Tensor | float] = []
+    """One small all-gather: [digest of gathers], then a bucket's [squares, has unreduced, used slots ...]."""
+    numbers: list[torch.Tensor | float] = [float(zero.gather_digest)]
     for bucket, bucket_keys in zip(zero.reduction_order, keys, strict=True):
         gradients, layout = bucket.gradients, bucket.layout
         squares: torch.Tensor | float = 0.0
@@ -84,8 +86,14 @@ def _exchange(zero, keys, squares_of) -> tuple[Verdict, list[bool]]:
         facts[torch.tensor(where, device=facts.device)] = torch.stack([numbers[i] for i in where])
     replicas = zero.gather_facts(facts).tolist()
 
+    if len({row[0] for replica in replicas for row in replica}) > 1:
+        raise ZeroliteError(
+            "ranks gathered other parameters, or in another order, since the last step: at stage 3 every rank must run "
+            "the same modules in the same order; use a lower stage, or units= whose choice does not depend on the data"
+        )
+    zero.gather_digest = 0
     squares, unreduced, was_used = [], [], []
-    column = 0
+    column = 1
     for bucket in zero.reduction_order:
         num_slots = len(bucket.layout.slots)
         squares.append(sum(row[column] for row in replicas[0]))

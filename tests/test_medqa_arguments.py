@@ -1,0 +1,85 @@
+"""Options: the command line over the file over the defaults, and one clear error for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from zerolite.medqa.arguments import Options, parse
+
+
+def test_defaults_command_line_and_file(tmp_path):
+    assert parse([]) == Options()
+    config = tmp_path / "run.yaml"
+    config.write_text("stage: 3\nlearning_rate: 3e-4\ntrain_file: [a.jsonl, b.jsonl]\nexport: false\nmax_steps: null\n")
+    options = parse(["--config", str(config), "--stage", "1", "--skip_invalid", "--num_train_epochs", "0.5"])
+    assert options.stage == 1 and options.learning_rate == 3e-4 and options.train_file == ("a.jsonl", "b.jsonl")
+    assert options.export is False and options.max_steps is None and options.skip_invalid is True
+    assert options.num_train_epochs == 0.5
+    assert parse(["--config", str(config), "--export"]).export is True
+
+
+def test_saved_options_come_back(tmp_path):
+    options = dataclasses.replace(Options(), train_file=("x.jsonl",), precision="bf16", output_dir="医学")
+    (tmp_path / "options.yaml").write_text(options.to_yaml(), encoding="utf-8")
+    assert parse(["--config", str(tmp_path / "options.yaml")]) == options
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--stage", "4"], "--stage: expected one of 0, 1, 2, 3, got '4'"),
+        (["--stage", "two"], "--stage: expected a whole number, got 'two'"),
+        (["--stage"], "--stage: expected one argument"),
+        (["--precision", "fp8"], "--precision: expected one of fp32, bf16, fp16, got 'fp8'"),
+        (["--learning_rte", "1"], "unknown option '--learning_rte': did you mean --learning_rate"),
+        (["--lr=1"], "unknown option '--lr=1'"),
+        (["--learning_rate", "nan"], "--learning_rate: expected a number > 0, got 'nan'"),
+        (["--learning_rate", "0"], "--learning_rate: expected a number > 0"),
+        (["--warmup_ratio", "1.5"], "--warmup_ratio: expected a number <= 1"),
+        (["--max_grad_norm", "inf"], "--max_grad_norm: expected a finite number"),
+        (["--per_device_train_batch_size", "0"], "expected a whole number >= 1, got '0'"),
+        (["--cutoff_len", "8"], "expected a whole number >= 16"),
+        (["--output_dir", ""], "--output_dir: expected a text, got ''"),
+        (["--config", "absent.yaml"], "--config absent.yaml: cannot be read as YAML"),
+        (["stray"], "unknown option 'stray'"),
+    ],
+)
+def test_command_line_errors(argv, message):
+    with pytest.raises(ValueError) as error:
+        parse(argv)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("stge: 2", "unknown option 'stge': did you mean stage"),
+        ("stage: 7", "stage: expected one of 0, 1, 2, 3, got 7"),
+        ("stage: true", "stage: expected a whole number, got True"),
+        ("stage: null", "stage: expected a whole number, got None"),
+        ("max_steps: 1.5", "max_steps: expected a whole number, got 1.5"),
+        ("export: 1", "export: expected true or false, got 1"),
+        ("train_file: []", "train_file: expected at least one file"),
+        ("train_file: [1]", "train_file: expected a text, got 1"),
+        ("- stage", "expected `name: value` lines, got list"),
+        ("stage: [", "cannot be read as YAML"),
+    ],
+)
+def test_config_file_errors(tmp_path, content, message):
+    config = tmp_path / "run.yaml"
+    config.write_text(content)
+    with pytest.raises(ValueError) as error:
+        parse(["--config", str(config)])
+    assert message in str(error.value) and str(config) in str(error.value)
+
+
+def test_every_option_is_in_the_help(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse(["--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{field.name}" in text for field in dataclasses.fields(Options))
+    assert list(yaml.safe_load(Options().to_yaml())) == [field.name for field in dataclasses.fields(Options)]

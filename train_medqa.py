@@ -1,0 +1,244 @@
+"""Fine-tune a causal language model on medical questions and answers, sharded over the ranks by zerolite.
+
+    python train_medqa.py                                            one process
+    torchrun --standalone --nproc-per-node 2 train_medqa.py          as many as there are GPUs or cores
+    torchrun --nproc-per-node 2 train_medqa.py --config run.yaml --stage 3
+
+Without options it trains a small LLaMA from scratch on the shipped corpus. `--help` lists the options. What a trained
+model says is no medical advice.
+"""
+
+import dataclasses
+import math
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
+
+import zerolite
+from zerolite.medqa import corpus, model, processes, report, resume
+from zerolite.medqa.answers import answer, held_out_questions
+from zerolite.medqa.arguments import Options, parse
+from zerolite.medqa.batches import Order, collate, fingerprint, micro_batches
+from zerolite.medqa.corpus import Corpus
+from zerolite.medqa.loss import label_loss, validation_loss
+from zerolite.medqa.processes import Processes, StopSignals
+from zerolite.medqa.progress import Meter, Progress
+
+
+@dataclass
+class Run:
+    """Everything that training needs, checked and built."""
+
+    options: Options
+    processes: Processes
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    order: Order
+    num_steps: int
+    first_step: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    position: resume.Position
+
+
+def prepare(options: Options) -> Run:
+    """Check and read everything that can be wrong, cheapest first, then build the model. Every rank must call it."""
+    is_rank_0 = processes.environment_rank() == 0
+    folder = Path(options.output_dir)
+    if is_rank_0:
+        resume.claim_output(folder, is_resumed=options.resume is not None)
+    checkpoint = resume.find(Path(options.resume)) if options.resume else None
+    tokenizer = model.load_tokenizer(options)
+    config = model.load_config(options, tokenizer)
+    data = corpus.load(options, tokenizer, folder / "rejected.jsonl" if is_rank_0 else None)
+
+    ranks = processes.join()
+    precision = options.precision or ("bf16" if ranks.device.type == "cuda" else "fp32")
+    options = dataclasses.replace(options, precision=precision)
+    data_print = fingerprint(data.train)
+    if len({tuple(row) for row in ranks.gather(*map(ord, data_print))}) > 1:
+        raise ValueError("the ranks read different training rows: every machine needs the same files and tokenizer")
+    if is_rank_0:
+        (folder / "options.yaml").write_text(options.to_yaml(), encoding="utf-8")
+    ranks.print(f"{options.to_yaml()}{data.summary}")
+
+    global_batch_rows = ranks.world_size * options.per_device_train_batch_size * options.gradient_accumulation_steps
+    order = Order([len(example.input_ids) for example in data.train], global_batch_rows, options.seed)
+    num_steps = options.max_steps or math.ceil(options.num_train_epochs * order.steps_per_epoch)
+    sharded = model.sharded(options, config)
+    optimizer = model.optimizer_of(options, sharded)
+    # "constant" of transformers has no warm-up.
+    schedule = options.lr_scheduler_type.replace("constant", "constant_with_warmup")
+    num_warmup_steps = math.ceil(options.warmup_ratio * num_steps)
+    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps, num_steps)
+    set_seed(options.seed + ranks.rank)  # each rank drops other activations
+    position = resume.Position(0, options.seed, global_batch_rows, data_print)
+    if checkpoint is not None:
+        position.step = resume.load(checkpoint, sharded, optimizer, scheduler, position)
+        ranks.print(f"resumed from {checkpoint} at step {position.step}")
+    return Run(
+        options,
+        ranks,
+        folder,
+        tokenizer,
+        data,
+        order,
+        num_steps,
+        position.step,
+        sharded,
+        optimizer,
+        scheduler,
+        position,
+    )
+
+
+def train(run: Run) -> int:
+    """Train, and leave the result in the output folder; the exit status. Every rank must call it."""
+    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    run.processes.print(
+        f"{num_parameters:,} parameters, {run.processes.world_size} x {run.processes.device.type}, "
+        f"{run.num_steps} steps of {run.order.global_batch_rows} rows, {run.order.steps_per_epoch} steps an epoch"
+    )
+    started_s = time.perf_counter()
+    progress = Progress(run.folder, run.processes.rank, run.first_step, run.num_steps)
+    with StopSignals() as signals:
+        validate(run, progress, run.first_step)
+        stopped_by = fit(run, signals, progress)
+        if stopped_by is None:
+            run.processes.print(f"trained in {time.perf_counter() - started_s:.1f} s")
+            conclude(run, progress)
+            return 0
+    folder = save_checkpoint(run)
+    progress.close()
+    options_file = str(run.folder / "options.yaml")
+    again = processes.command("--config", options_file, "--resume", str(run.folder))
+    run.processes.print(f"stopped by {stopped_by.name}: {folder} is complete; go on with: {again}")
+    return 128 + stopped_by
+
+
+def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | None:
+    """The optimizer steps; the signal that stopped them at a step boundary, or None when all are done."""
+    options, ranks, meter = run.options, run.processes, Meter()
+    num_skipped = 0
+    for step, rows in run.order.steps(run.first_step, run.num_steps):
+        chosen = micro_batches(rows, ranks.rank, ranks.world_size, options.per_device_train_batch_size)
+        examples = [[run.corpus.train[row] for row in micro_batch] for micro_batch in chosen]
+        mine = [example for micro_batch in examples for example in micro_batch]
+        num_labels, num_tokens, *stops = ranks.sum(
+            sum(example.num_labels for example in mine),
+            sum(len(example.input_ids) for example in mine),
+            *signals.counts(),
+        )
+        if (stopped_by := signals.agreed(stops)) is not None:
+            return stopped_by
+
+        run.optimizer.zero_grad()  # here, not after the step, so that the memory table finds the last gradients
+        for index, micro_batch in enumerate(examples):
+            with zerolite.no_sync(run.model, enabled=index + 1 < len(examples)):
+                loss = label_loss(run.model, collate(micro_batch, run.tokenizer.eos_token_id))
+                # Gradients are averaged over ranks: world_size makes it the sum, over all label tokens of the step.
+                (loss * (ranks.world_size / num_labels)).backward()
+            meter.loss_sum += loss.detach()
+        run.optimizer.step()
+        if run.optimizer.step_was_skipped:
+            num_skipped += 1
+        else:
+            run.scheduler.step()
+        run.position.step = step + 1
+        meter.add(num_labels, num_tokens)
+
+        progress.advance(step + 1)
+        if (step + 1) % options.logging_steps == 0 or step + 1 == run.num_steps:
+            log(run, progress, meter, num_skipped)
+        if options.eval_steps and (step + 1) % options.eval_steps == 0 and step + 1 < run.num_steps:
+            validate(run, progress, step + 1)
+            meter.reset()
+        if (step + 1) % options.save_steps == 0:
+            save_checkpoint(run)
+    return None
+
+
+def log(run: Run, progress: Progress, meter: Meter, num_skipped: int) -> None:
+    (loss_sum,) = run.processes.sum(float(meter.loss_sum))
+    values = {
+        "loss": loss_sum / meter.num_labels,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "grad_norm": run.optimizer.grad_norm,
+        "tokens_per_second": meter.tokens_per_second,
+        "peak_memory_bytes": run.processes.peak_memory_bytes(),
+        "num_skipped_steps": num_skipped,
+    }
+    meter.reset()
+    step = run.position.step
+    progress.record(step=step, epoch=step / run.order.steps_per_epoch, **values)
+    progress.show(
+        step,
+        loss=f"{values['loss']:.4f}",
+        lr=f"{values['learning_rate']:.2e}",
+        grad_norm=f"{values['grad_norm']:.3f}",
+        tokens_s=f"{values['tokens_per_second']:.0f}",
+        peak_MiB=f"{values['peak_memory_bytes'] / 2**20:.0f}",
+        **({"skipped": str(num_skipped)} if num_skipped else {}),
+    )
+
+
+def validate(run: Run, progress: Progress, step: int) -> None:
+    batch_rows = run.options.per_device_train_batch_size
+    loss = validation_loss(run.model, run.corpus.validation, run.processes, batch_rows, run.tokenizer.eos_token_id)
+    progress.record(step=step, validation_loss=loss, validation_perplexity=report.perplexity(loss))
+    progress.print(f"step {step}: validation loss {loss:.4f}, perplexity {report.perplexity(loss):.2f}")
+
+
+def save_checkpoint(run: Run) -> Path:
+    folder = run.folder / f"checkpoint-{run.position.step}"
+    resume.save(folder, run.model, run.optimizer, run.scheduler, run.position)
+    return folder
+
+
+def conclude(run: Run, progress: Progress) -> None:
+    """The result first, then what is told about it."""
+    memory = report.memory_table(run.model, run.optimizer, run.options, run.processes)
+    run.optimizer.zero_grad()
+    if run.options.export:
+        result = run.folder / "model"
+        zerolite.export(run.model, result)
+        if run.processes.rank == 0:
+            run.tokenizer.save_pretrained(result)
+    else:
+        result = save_checkpoint(run)
+    validate(run, progress, run.num_steps)
+    progress.close()
+    questions = held_out_questions(run.corpus.validation_rows)
+    answers = answer(run.model, run.tokenizer, questions, run.processes, run.options.cutoff_len)
+    if run.processes.rank == 0:
+        report.plot_losses(run.folder)
+        run.processes.print(report.write(run.folder, memory, answers))
+        run.processes.print(f"result: {result}; report: {run.folder / 'report.md'}, curve: {run.folder / 'loss.png'}")
+
+
+def main() -> int:
+    """The exit status: 0, 2 for a mistake of the user, 128 + n after signal n, 1 for any other failure."""
+    rank = processes.environment_rank()
+    try:
+        try:
+            run = prepare(parse(sys.argv[1:]))
+        except (ValueError, OSError, zerolite.ZeroliteError) as error:
+            return processes.refuse(error, rank)
+        return train(run)
+    except KeyboardInterrupt:
+        print("interrupted before the first step: nothing to save", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        return processes.report_failure(error, rank)
+
+
+if __name__ == "__main__":
+    processes.leave(main())
