@@ -68,6 +68,10 @@ class Unit:
         self.backward_uses = 0  # of the module, begun and not ended, in this backward
         self.pending_uses = 0  # forwards whose backward has not ended; a hint only, a graph may be dropped
 
+    def unshard(self) -> bool:
+        """Start gathering what is not here; whether anything was started. Collective."""
+        return any([bucket.flat.unshard() for bucket in self.buckets])
+
     def wait(self) -> None:
         for bucket in self.buckets:
             bucket.flat.wait()
@@ -206,7 +210,7 @@ class Zero:
         unit.wait()
 
     def _unshard(self, unit: Unit) -> None:
-        if any([bucket.flat.unshard() for bucket in unit.buckets]):
+        if unit.unshard():
             self.gather_digest = (31 * self.gather_digest + unit.index + 1) % (1 << 48)
 
     def _free(self, unit: Unit) -> None:
