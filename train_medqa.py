@@ -8,7 +8,6 @@ Without options it trains a small LLaMA from scratch on the shipped corpus. `--h
 model says is no medical advice.
 """
 
-import dataclasses
 import math
 import signal
 import sys
@@ -61,8 +60,7 @@ def prepare(options: Options) -> Run:
     data = corpus.load(options, tokenizer, folder / "rejected.jsonl" if is_rank_0 else None)
 
     ranks = processes.join()
-    precision = options.precision or ("bf16" if ranks.device.type == "cuda" else "fp32")
-    options = dataclasses.replace(options, precision=precision)
+    options = options.resolved(ranks.device.type)
     data_print = fingerprint(data.train)
     if len({tuple(row) for row in ranks.gather(*map(ord, data_print))}) > 1:
         raise ValueError("the ranks read different training rows: every machine needs the same files and tokenizer")
@@ -110,18 +108,17 @@ def train(run: Run) -> int:
     started_s = time.perf_counter()
     progress = Progress(run.folder, run.processes.rank, run.first_step, run.num_steps)
     with StopSignals() as signals:
-        validate(run, progress, run.first_step)
+        validate(run, progress, signals)
         stopped_by = fit(run, signals, progress)
         if stopped_by is None:
             run.processes.print(f"trained in {time.perf_counter() - started_s:.1f} s")
             conclude(run, progress)
             return 0
-    folder = save_checkpoint(run)
-    progress.close()
-    options_file = str(run.folder / "options.yaml")
-    again = processes.command("--config", options_file, "--resume", str(run.folder))
-    run.processes.print(f"stopped by {stopped_by.name}: {folder} is complete; go on with: {again}")
-    return 128 + stopped_by
+        folder = save_checkpoint(run)
+        progress.close()
+        again = processes.command("--config", str(run.folder / "options.yaml"), "--resume", str(run.folder))
+        run.processes.print(f"stopped by {stopped_by.name}: {folder} is complete; go on with: {again}")
+        return 128 + stopped_by
 
 
 def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | None:
@@ -159,10 +156,11 @@ def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | 
         if (step + 1) % options.logging_steps == 0 or step + 1 == run.num_steps:
             log(run, progress, meter, num_skipped)
         if options.eval_steps and (step + 1) % options.eval_steps == 0 and step + 1 < run.num_steps:
-            validate(run, progress, step + 1)
-            meter.reset()
+            with meter.paused():
+                validate(run, progress, signals)
         if (step + 1) % options.save_steps == 0:
-            save_checkpoint(run)
+            with meter.paused():
+                save_checkpoint(run)
     return None
 
 
@@ -190,11 +188,14 @@ def log(run: Run, progress: Progress, meter: Meter, num_skipped: int) -> None:
     )
 
 
-def validate(run: Run, progress: Progress, step: int) -> None:
-    batch_rows = run.options.per_device_train_batch_size
-    loss = validation_loss(run.model, run.corpus.validation, run.processes, batch_rows, run.tokenizer.eos_token_id)
-    progress.record(step=step, validation_loss=loss, validation_perplexity=report.perplexity(loss))
-    progress.print(f"step {step}: validation loss {loss:.4f}, perplexity {report.perplexity(loss):.2f}")
+def validate(run: Run, progress: Progress, signals: StopSignals | None) -> None:
+    """Measure and record the validation loss, unless one of `signals` comes: the loop then finds it at once."""
+    batch_rows, pad_token_id = run.options.per_device_train_batch_size, run.tokenizer.eos_token_id
+    loss = validation_loss(run.model, run.corpus.validation, run.processes, batch_rows, pad_token_id, signals)
+    if loss is not None:
+        step, perplexity = run.position.step, report.perplexity(loss)
+        progress.record(step=step, validation_loss=loss, validation_perplexity=perplexity)
+        progress.print(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
 
 
 def save_checkpoint(run: Run) -> Path:
@@ -214,7 +215,7 @@ def conclude(run: Run, progress: Progress) -> None:
             run.tokenizer.save_pretrained(result)
     else:
         result = save_checkpoint(run)
-    validate(run, progress, run.num_steps)
+    validate(run, progress, signals=None)  # the result is safe: no signal needs an answer now
     progress.close()
     questions = held_out_questions(run.corpus.validation_rows)
     answers = answer(run.model, run.tokenizer, questions, run.processes, run.options.cutoff_len)

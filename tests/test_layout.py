@@ -1,4 +1,4 @@
-"""Index arithmetic for any parameters and 1 to 9 ranks: each element is covered once, aligned, and cut where it must."""
+"""Index arithmetic for any parameters and up to 9 ranks: elements are covered once, aligned, and cut as they must."""
 
 from __future__ import annotations
 

@@ -313,6 +313,46 @@ def test_optimizer_state_goes_on_bit_for_bit(ranks, rule, dtype, stage):
         assert_same_bits(resumed, straight)
 
 
+# optimizers that share a model, and parameters frozen on the way
+
+
+def halves(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    return [*model.first.parameters(), model.blocks[1].up.weight], [
+        *model.blocks[0].parameters(),
+        model.blocks[1].up.bias,
+    ]
+
+
+def alternate(model: nn.Module, make, rank_data) -> None:
+    """Two optimizers, stepped in turn; each forgets only its own gradients. In the third step a block is frozen."""
+    optimizers = [make(half, lr) for half, lr in zip(halves(model), (1e-2, 3e-2), strict=True)]
+    for step in range(4):
+        model.blocks[0].requires_grad_(step != 2)
+        for x, y, share in rank_data(step):
+            (squared(model(x), y) / share).backward()
+        optimizer = optimizers[step % 2]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def alternate_on_rank(stage: int):
+    import zerolite
+
+    model = zerolite.shard(drawn(Stack).double(), stage=stage)
+    make = lambda half, lr: zerolite.AdamW(half, lr=lr, weight_decay=0.1)  # noqa: E731
+    alternate(model, make, lambda step: [(*data(dist.get_rank(), step), 1)])
+    return full(model)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_optimizers_share_a_model_and_blocks_freeze_and_thaw(ranks, stage):
+    model = drawn(Stack).double()
+    make = lambda half, lr: torch.optim.AdamW(half, lr=lr, weight_decay=0.1)  # noqa: E731
+    alternate(model, make, lambda step: [(*data(rank, step), 2) for rank in range(2)])
+    for result in ranks(2).run(alternate_on_rank, stage):
+        assert_close(result, whole(model))
+
+
 # units
 
 

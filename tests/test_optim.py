@@ -222,3 +222,24 @@ def test_the_norm_is_that_of_the_accumulated_mean_of_the_optimizers_own_paramete
     expected = sum(total.square().sum() for total in totals).sqrt().item()
     for norm in ranks(2).run(accumulated_norm, stage, quiet):
         assert norm == pytest.approx(expected, rel=1e-13)
+
+
+def large(stage: int, size: float):
+    import zerolite
+
+    dtype = torch.float32
+    model = zerolite.shard(Given(dtype), stage=stage, precision=zerolite.Precision(dtype, dtype))
+    optimizer = zerolite.AdamW(model.parameters(), lr=1e-2, max_grad_norm=1.0)
+    model({name: gradient * size for name, gradient in given(0, dist.get_rank(), dtype).items()}).backward()
+    optimizer.step()
+    return optimizer.grad_norm, optimizer.step_was_skipped
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-30], ids=str)
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_norm_of_what_fp32_cannot_square(ranks, stage, size):
+    """Squares that overflow or vanish in fp32: a finite gradient is no reason to skip."""
+    expected = sum(gradient.square().sum() for gradient in mean(0, 2, torch.float64).values()).sqrt().item() * size
+    for norm, skipped in ranks(2).run(large, stage, size):
+        assert not skipped
+        assert norm == pytest.approx(expected, rel=1e-5)

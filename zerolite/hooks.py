@@ -59,7 +59,7 @@ class _AfterForward:
     def __call__(self, module: nn.Module, args, output):
         zero, unit = self.zero, self.unit
         nodes = {}
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and unit.forward_depth == 1:  # not an owner of the root's inside the root's forward
             nodes = {id(t.grad_fn): t.grad_fn for t in tensors_of(output) if t.grad_fn is not None}
         for node in nodes.values():
             node.register_prehook(_before_backward(zero, unit))

@@ -187,11 +187,12 @@ class Zero:
         elif self._is_backward_open:
             self.abandon_backward()  # the last one raised
         unit.forward_depth += 1
-        self._gather(unit, -1 if in_backward else 1)
+        if unit.forward_depth == 1:
+            self._gather(unit, -1 if in_backward else 1)
 
     def post_forward(self, unit: Unit, needs_backward: bool) -> None:
         unit.forward_depth -= 1
-        if is_in_backward():
+        if is_in_backward() or unit.forward_depth > 0:
             return
         if needs_backward:
             unit.pending_uses += 1

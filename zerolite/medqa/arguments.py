@@ -51,10 +51,14 @@ class Options:
     # Training
     per_device_train_batch_size: int = option(4, int, "rows of a micro-batch on each rank", least=1)
     gradient_accumulation_steps: int = option(1, int, "micro-batches of an optimizer step", least=1)
-    num_train_epochs: float = option(5.0, float, "passes over the training rows; may be a fraction", above=0)
+    num_train_epochs: float | None = option(
+        None, float, "passes over the training rows (default: 8 from scratch, 3 from a pretrained model)", above=0
+    )
     max_steps: int | None = option(None, int, "optimizer steps, instead of num_train_epochs", least=1)
     optim: str = option("adamw", str, "optimizer", choices=("adamw", "adam", "lamb", "lion"))
-    learning_rate: float = option(2e-3, float, "peak learning rate", above=0)
+    learning_rate: float | None = option(
+        None, float, "peak learning rate (default: 2e-3 from scratch, 2e-5 from a pretrained model)", above=0
+    )
     lr_scheduler_type: str = option("cosine", str, "after the warm-up", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = option(0.05, float, "part of the steps with a rising learning rate", least=0, most=1)
     weight_decay: float = option(0.1, float, "of matrices; vectors (norms, biases) have none", least=0)
@@ -69,6 +73,16 @@ class Options:
     save_steps: int = option(500, int, "optimizer steps between two checkpoints", least=1)
     resume: str | None = option(None, str, "checkpoint folder, or an output_dir: its newest checkpoint")
     export: bool = option(True, bool, "write the result as a Hugging Face folder, else as a last checkpoint")
+
+    def resolved(self, device_type: str) -> "Options":
+        """With the defaults that depend on the device and on the kind of start filled in."""
+        is_pretrained = self.model_name_or_path is not None
+        return dataclasses.replace(
+            self,
+            precision=self.precision or ("bf16" if device_type == "cuda" else "fp32"),
+            num_train_epochs=self.num_train_epochs or (3.0 if is_pretrained else 8.0),
+            learning_rate=self.learning_rate or (2e-5 if is_pretrained else 2e-3),
+        )
 
     def to_yaml(self) -> str:
         """The options as a file that `--config` reads."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from zerolite.medqa.batches import collate, micro_batches
-from zerolite.medqa.processes import Processes
+from zerolite.medqa.processes import Processes, StopSignals
 from zerolite.medqa.prompts import IGNORED, Example
 
 
@@ -35,19 +35,29 @@ def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
 
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module, examples: list[Example], processes: Processes, batch_rows: int, pad_token_id: int
-) -> float:
-    """Mean loss a label token (nats) over all examples and ranks. Every rank must call it.
+    model: nn.Module,
+    examples: list[Example],
+    processes: Processes,
+    batch_rows: int,
+    pad_token_id: int,
+    signals: StopSignals | None = None,
+) -> float | None:
+    """Mean loss a label token (nats) over all examples and ranks; None once a rank received one of `signals`.
 
-    Every rank makes as many forward passes, though rows may not divide evenly: at stage 3 each is a collective.
+    Every rank must call it, and makes as many forward passes, though rows may not divide evenly: at stage 3 each is
+    a collective.
     """
-    model.eval()
     rows = np.argsort([len(example.input_ids) for example in examples], kind="stable")
     loss_sum, num_labels = 0.0, 0
-    for micro_batch in micro_batches(rows, processes.rank, processes.world_size, batch_rows):
-        chosen = [examples[row] for row in micro_batch]
-        loss_sum += label_loss(model, collate(chosen, pad_token_id)).item()
-        num_labels += sum(example.num_labels for example in chosen)
-    model.train()
+    model.eval()
+    try:
+        for micro_batch in micro_batches(rows, processes.rank, processes.world_size, batch_rows):
+            if signals is not None and signals.agreed(processes.sum(*signals.counts())):
+                return None
+            chosen = [examples[row] for row in micro_batch]
+            loss_sum += label_loss(model, collate(chosen, pad_token_id)).item()
+            num_labels += sum(example.num_labels for example in chosen)
+    finally:
+        model.train()
     loss_sum, num_labels = processes.sum(loss_sum, num_labels)
     return loss_sum / num_labels

@@ -1,9 +1,11 @@
 """What is seen while a run goes on: a progress bar or lines on rank 0, and `metrics.jsonl`."""
 
+import contextlib
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -66,6 +68,13 @@ class Meter:
     def add(self, num_labels: int, num_tokens: int) -> None:
         self.num_labels += num_labels
         self.num_tokens += num_tokens
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Seconds inside count for nothing."""
+        paused_s = time.perf_counter()
+        yield
+        self.started_s += time.perf_counter() - paused_s
 
     @property
     def tokens_per_second(self) -> float:
