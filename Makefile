@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test lint clean
+.PHONY: train test soak lint clean
 
 # Plain `torch` on a machine without a GPU would pull gigabytes of CUDA; pip finds a CPU wheel of this version.
 $(VENV)/installed: pyproject.toml
@@ -18,6 +18,10 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Long campaigns of what `make test` does a tenth of.
+soak: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow -s
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -230,8 +231,10 @@ def version(package: str) -> str | None:
 def machine_facts(packages: tuple[str, ...]) -> dict:
     """What a number needs beside it: machine, versions, commit, date and command. No host names, no absolute paths."""
     models = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    git = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        git = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
     return {
         "cpu": models[0] if models else platform.machine(),

@@ -39,7 +39,8 @@ def measure(mode: str, size: str, precision: str, steps: int, joint: int) -> dic
     DEVICE.reset_peak()
     base, base_peak = DEVICE.used_bytes(), DEVICE.peak_bytes()
     model = build_model(size)
-    parameters, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers[0]))
+    block, *others = (sum(p.numel() for p in layer.parameters()) for layer in model.model.layers)
+    parameters = sum(p.numel() for p in model.parameters())
     data = iter(batches(WARMUP + steps + AFTER, dist.get_rank(), dist.get_world_size(), joint))
     training = contender.build(model, precision)
     losses, memory = [], {}
@@ -69,6 +70,7 @@ def measure(mode: str, size: str, precision: str, steps: int, joint: int) -> dic
     return {
         "parameters": parameters,
         "block_parameters": block,
+        "root_parameters": parameters - block - sum(others),
         "times": times,
         "losses": [loss.item() for loss in losses],
         "memory": memory,
@@ -118,6 +120,7 @@ def collect(options: argparse.Namespace) -> dict:
         | {"device": DEVICE.type, "backend": DEVICE.backend, "micro_batch": MICRO_BATCH, "sequence": SEQUENCE},
         "parameters": reference["parameters"],
         "block_parameters": reference["block_parameters"],
+        "root_parameters": reference["root_parameters"],
         "noise": noise,
         "single": {"losses": reference["losses"], "times": reference["times"]},
         "rows": [summarize(mode, runs[mode], mmap.get(mode), reference, options) for mode in modes],
@@ -126,7 +129,7 @@ def collect(options: argparse.Namespace) -> dict:
 
 
 def summarize(mode: str, runs: list[dict], mmap: dict | None, reference: dict, options: argparse.Namespace) -> dict:
-    """A contender's row: times over all its runs, memory and bytes of the last one (they do not vary)."""
+    """A contender's row: times over all its runs, memory and bytes sent of the last one."""
     last, parameters = runs[-1], reference["parameters"]
     ideal = CONTENDERS[mode].ideal_bytes(options.precision, options.ranks)
     pairs = [pair for run in runs for pair in zip(run["losses"], reference["losses"], strict=True)]
@@ -220,6 +223,7 @@ def markdown(report: dict) -> str:
         facts=harness.facts_markdown(report["facts"]),
         title=title_of(report),
         block=4 * report["block_parameters"] / MIB,
+        root=4 * report["root_parameters"] / MIB,
         noise=", ".join(f"{each:.0%}" for each in report["noise"]),
         speed=speed,
         memory=memory,
@@ -245,8 +249,10 @@ the mean of the two DDP runs of the same repeat, which differ by {noise}. Bytes 
 
 ## Memory per rank
 Bytes per parameter are counted: live tensor storages on the device, each once, whatever Python can see (not DDP's C++
-buckets, nor what autograd saved); a block is {block:.1f} MiB in fp32. Ideal: what the stage's formula leaves when
-nothing is in flight. The base is the process before the model is built.
+buckets, nor all that autograd saved). Ideal: the stage's formula, with nothing in flight. In flight while a pass runs,
+and so in the peak: at zerolite's stages 2 and 3 two buckets of gradients, at stage 3 also the parameters of the root
+({root:.1f} MiB in fp32: all that is outside the blocks; it stays from forward to backward) and of two blocks
+({block:.1f} MiB each). The base is the process before the model is built.
 
 {memory}
 

@@ -12,7 +12,7 @@ from torch import nn
 
 
 def storages() -> dict[int, int]:
-    """Bytes of every live storage, by address, views and gradients included."""
+    """Bytes of every live storage, by address, those behind views and gradients included."""
     gc.collect()
     found: dict[int, int] = {}
     for thing in gc.get_objects():
@@ -48,10 +48,12 @@ def count(stage: int, dtype: torch.dtype, reduce: torch.dtype):
     rest = live()
     backward()
     after_backward = live()
+    usage = zerolite.measure(model, optimizer)
+    said = (usage.parameters_bytes + usage.gradients_bytes + usage.optimizer_bytes) / phi
     optimizer.step()
     after_step = live()
     optimizer.zero_grad()
-    return rest, after_backward, after_step, live()
+    return rest, after_backward, after_step, live(), said
 
 
 FP32 = {0: 4 + 4 + 8, 1: 4 + 4 + 4, 2: 4 + 2 + 4, 3: 2 + 2 + 4}
@@ -63,8 +65,9 @@ BF16 = {0: 2 + 2 + 12, 1: 2 + 2 + 6, 2: 2 + 1 + 6, 3: 1 + 1 + 6}  # the gradient
 def test_bytes_per_parameter_are_the_formula(ranks, dtype, ideal, stage):
     """At N = 2; within 6 %: one block of 20 in flight is 5 %, padding the rest."""
     gradient = dtype.itemsize / (1 if stage < 2 else 2)
-    for rest, after_backward, after_step, end in ranks(2).run(count, stage, dtype, dtype):
+    for rest, after_backward, after_step, end, said in ranks(2).run(count, stage, dtype, dtype):
         assert after_backward == pytest.approx(ideal[stage], rel=0.06)
+        assert said == pytest.approx(after_backward, rel=0.03), "what zerolite.measure says"
         assert after_step <= ideal[stage] * 1.06
         for idle in (rest, end):
             assert idle >= (ideal[stage] - gradient) * 0.99, "the states are counted"

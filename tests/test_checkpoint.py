@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from models import Stack, assert_close, assert_same_bits, drawn, llama
+from models import Stack, assert_close, assert_same_bits, drawn
 from saved import Odd, attempt, full, make, rank, state, train, tree
 from torch import nn
 
@@ -364,13 +364,13 @@ class Renamed(Odd):
 def load_into(folder: Path, what: str):
     import zerolite
 
-    if isinstance(what, str) and what in ("Lion", "Adam"):
+    if what in ("Lion", "Adam"):
         model, optimizer = make(3, rule=what, seed=1)
     elif what == "groups":
         model, optimizer = make(3, seed=1)
         optimizer = zerolite.AdamW(model.parameters(), lr=1e-2)
-    elif what == "llama":
-        model = zerolite.shard(llama().double(), stage=3)
+    elif what == "Stack":
+        model = zerolite.shard(Stack().double(), stage=3)
         optimizer = zerolite.AdamW(model.parameters())
     else:
         model, optimizer = make(3, cls=globals()[what], seed=1)
@@ -386,7 +386,7 @@ def load_into(folder: Path, what: str):
         ("Wide", ["another model", "last.weight", "[3, 7]", "[4, 7]"]),
         ("More", ["another model", "blocks.1.spare.weight", "absent there", "[2, 2] here"]),
         ("Renamed", ["another model", "scalar", "[] there", "absent here"]),
-        ("llama", ["another model", "parameter nothing is [3, 0] there and absent here"]),
+        ("Stack", ["another model", "parameter nothing is [3, 0] there and absent here"]),
         ("OtherBuffer", ["another model", "buffer sum", "[5] there", "[6] here"]),
         ("Thawed", ["frozen", "blocks.1.up.bias", "only here"]),
         ("Lion", ["AdamW", "Lion"]),

@@ -139,10 +139,10 @@ def test_files_that_give_nothing(tmp_path):
         data.read([lines(tmp_path, {}, {})], skip_invalid=True)
 
 
-def test_max_samples_counts_kept_rows_over_all_files(tmp_path):
-    first, second = lines(tmp_path, GOOD, {}, GOOD, name="a"), lines(tmp_path, GOOD, GOOD, {}, name="b")
-    rows = data.read([first, second], skip_invalid=True, max_samples=3)
-    assert (len(rows.kept), len(rows.rejected)) == (3, 1)
+def test_max_samples_counts_the_kept_rows_of_each_file(tmp_path):
+    first, second = lines(tmp_path, GOOD, {}, GOOD, GOOD, name="a"), lines(tmp_path, GOOD, GOOD, {}, name="b")
+    rows = data.read([first, second], skip_invalid=True, max_samples=2)
+    assert (len(rows.kept), len(rows.rejected)) == (4, 1)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="shared data set not beside the repository")

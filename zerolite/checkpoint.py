@@ -87,12 +87,10 @@ def load(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None):
 
 
 def _check_optimizer(zero: Zero, optimizer) -> None:
-    if optimizer is None:
-        return
-    if not isinstance(optimizer, ShardedOptimizer):
+    if not isinstance(optimizer, ShardedOptimizer | None):
         raise TypeError(f"checkpoints take a zerolite optimizer, got {type(optimizer).__name__}")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(parameter._zerolite_place[0] is not zero for parameter in parameters):
+    groups = optimizer.param_groups if optimizer is not None else []
+    if any(parameter._zerolite_place[0] is not zero for group in groups for parameter in group["params"]):
         raise ValueError("the optimizer is of another model: give the one that was built on this model's parameters")
 
 

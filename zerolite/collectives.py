@@ -16,6 +16,8 @@ from zerolite import device as devices
 from zerolite.config import LOW_PRECISION
 from zerolite.errors import ZeroliteError
 
+CHUNK_NUMEL = 128 * 1024  # three of them in fp32 lie in a core's second-level cache
+
 
 class Pending:
     """A collective in flight; it keeps its tensors alive until `wait`."""
@@ -161,10 +163,9 @@ class ExchangeGroup(Group):
 
 def sum_in_rank_order(terms: list[torch.Tensor], out: torch.Tensor, divisor: int) -> None:
     """out = sum(terms) / divisor, added in list order, 16-bit terms in fp32; `out` may be one of the terms."""
-    chunk_numel = devices.Cpu.chunk_numel
-    for start in range(0, out.numel(), chunk_numel):
-        chunks = [term[start : start + chunk_numel] for term in terms]
-        target = out[start : start + chunk_numel]
+    for start in range(0, out.numel(), CHUNK_NUMEL):
+        chunks = [term[start : start + CHUNK_NUMEL] for term in terms]
+        target = out[start : start + CHUNK_NUMEL]
         if len(chunks) == 2 and target.dtype not in LOW_PRECISION:
             total = torch.add(chunks[0], chunks[1], out=target)
         else:

@@ -196,7 +196,7 @@ class Zero:
             return
         if needs_backward:
             unit.pending_uses += 1
-            if unit.is_root:
+            if unit.is_root or unit is self.units[-1]:
                 return  # backward begins with what forward ended with
         self._free(unit)
 

@@ -45,7 +45,7 @@ class Options:
     validation_file: tuple[str, ...] | None = option(
         None, str, "files to validate on (default: the shipped corpus)", many=True
     )
-    max_samples: int | None = option(None, int, "use at most so many rows of each set (default: all)", least=1)
+    max_samples: int | None = option(None, int, "use at most so many rows of each file (default: all)", least=1)
     cutoff_len: int = option(512, int, "longest sequence in tokens; longer rows are shortened and counted", least=16)
     skip_invalid: bool = option(False, bool, "count unusable rows and write them to rejected.jsonl, do not stop")
     # Training

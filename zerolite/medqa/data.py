@@ -53,7 +53,7 @@ class Rows:
 
 
 def read(files: list[Path], *, skip_invalid: bool = False, max_samples: int | None = None) -> Rows:
-    """The conversations of `files` in order, at most `max_samples` of them.
+    """The conversations of `files` in order, of each file the first `max_samples` usable ones at most.
 
     Raises DataError for the first row that is not usable (with `skip_invalid` it goes to `Rows.rejected`), for a
     file that cannot be read, for a JSON array that breaks off (nothing behind that point can be told apart), and
@@ -61,6 +61,7 @@ def read(files: list[Path], *, skip_invalid: bool = False, max_samples: int | No
     """
     rows = Rows()
     for file in files:
+        num_before = len(rows.kept)
         for line, value in _values(file):
             try:
                 rows.kept.append(_conversation(value()))
@@ -69,8 +70,8 @@ def read(files: list[Path], *, skip_invalid: bool = False, max_samples: int | No
                 if not skip_invalid:
                     raise DataError(f"{reject} (--skip_invalid leaves such rows out)") from None
                 rows.rejected.append(reject)
-            if len(rows.kept) == max_samples:
-                return rows
+            if max_samples is not None and len(rows.kept) - num_before == max_samples:
+                break
     if not rows.kept:
         raise DataError(f"{', '.join(map(str, files))}: no usable row: {rows}")
     return rows

@@ -38,7 +38,7 @@ class AdamRule:
     def step(self, run: Run) -> None:
         beta1, beta2 = run.hyper["betas"]
         # The functional form counts the step up itself; the counter lies where the kernel runs.
-        before = torch.tensor(float(run.step - 1), device=run.parameter.device)
+        before = torch.full((), float(run.step - 1), device=run.parameter.device)
         self.functional(
             [run.parameter], [run.gradient], [run.states["exp_avg"]], [run.states["exp_avg_sq"]], [], [before],
             fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=run.hyper["lr"],
