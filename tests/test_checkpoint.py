@@ -221,7 +221,7 @@ def other_units(folder: Path):
 
     def start(units):
         model = zerolite.shard(drawn(Stack).double(), stage=3, units=units)
-        return model, zerolite.AdamW([*model.blocks[0].parameters()], lr=1e-2)
+        return model, zerolite.AdamW(model.blocks[0].up.parameters(), lr=1e-2)
 
     model, optimizer = start(lambda module: isinstance(module, nn.Linear | nn.LayerNorm))
     train(model, optimizer, range(2))

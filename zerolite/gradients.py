@@ -128,6 +128,12 @@ class GradientBucket:
         else:
             self.pool.give(local)
 
+    def require(self) -> torch.Tensor:
+        """`reduced`; zeros where a gradient was set to zero before any reduction, here or on another rank."""
+        if self.reduced is None:
+            self.reduced = torch.zeros(self.stop - self.start, dtype=self.dtype, device=self.device.device)
+        return self.reduced
+
     def clear(self, indices: Sequence[int], set_to_none: bool = True) -> None:
         """Forget the gradients of some slots; `set_to_none=False` leaves zeros that count as gradients, as in torch."""
         self.land()

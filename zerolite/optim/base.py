@@ -258,7 +258,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _run(self, bucket, chunk: layout.Run, multiplier: float) -> Run:
         flat = bucket.flat
         mine = slice(chunk.start - flat.start, chunk.stop - flat.start)
-        parameter, gradient = flat.stepped[mine], bucket.gradients.reduced[mine]
+        parameter, gradient = flat.stepped[mine], bucket.gradients.require()[mine]
         if multiplier != 1.0 or gradient.dtype != parameter.dtype:
             gradient = gradient.to(parameter.dtype, copy=True).mul_(multiplier)
         states = {name: values[mine] for name, values in self._states[bucket].items()}
