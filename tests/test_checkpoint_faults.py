@@ -146,6 +146,11 @@ def die_at_every_operation(root: Path, target: str, can_exchange: bool) -> tuple
             _, status = os.waitpid(fork(write), 0)
             got_through = os.waitstatus_to_exitcode(status) == 0
             assert got_through or os.waitstatus_to_exitcode(status) == -signal.SIGKILL, status
+            if not can_exchange:  # what the dead one had put aside survives a save that fails
+                shutil.copytree(folder, root / "again")
+                kind, _ = attempt(lambda: zerolite.save(root / "again" / target, model, optimizer, extra=object()))
+                assert kind == "CheckpointError" and version_of(root / "again" / target, *reader) in (1, 2)
+                shutil.rmtree(root / "again")
             found = None
             if target == "old" or (folder / target).exists():
                 found = version_of(folder / target, *reader)

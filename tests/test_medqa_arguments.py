@@ -21,6 +21,15 @@ def test_defaults_command_line_and_file(tmp_path):
     assert parse(["--config", str(config), "--export"]).export is True
 
 
+def test_defaults_that_depend_on_start_and_device():
+    """A rate that is right from scratch would wipe out a pretrained model."""
+    scratch, pretrained = parse([]).resolved("cpu"), parse(["--model_name_or_path", "folder"]).resolved("cuda")
+    assert (scratch.learning_rate, scratch.num_train_epochs, scratch.precision) == (1e-3, 8.0, "fp32")
+    assert (pretrained.learning_rate, pretrained.num_train_epochs, pretrained.precision) == (2e-5, 3.0, "bf16")
+    chosen = parse(["--learning_rate", "0.1", "--num_train_epochs", "1", "--precision", "fp16"])
+    assert chosen.resolved("cpu") == chosen
+
+
 def test_saved_options_come_back(tmp_path):
     options = dataclasses.replace(Options(), train_file=("x.jsonl",), precision="bf16", output_dir="医学")
     (tmp_path / "options.yaml").write_text(options.to_yaml(), encoding="utf-8")

@@ -36,7 +36,16 @@ def flags(tmp_path_factory) -> list[str]:
 
 def start(launcher: list[str], arguments: list[str], script: Path = ROOT / "train_medqa.py") -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*launcher, str(script), *arguments], env=ENVIRONMENT, **pipes)
+    return subprocess.Popen([*launcher, str(script), *arguments], env=ENVIRONMENT, start_new_session=True, **pipes)
+
+
+def last_words(process: subprocess.Popen) -> tuple[str, str]:
+    """The rest of stdout and stderr, once the process has ended; it does not outlive the test."""
+    try:
+        return process.communicate(timeout=END_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def stop_while_training(process: subprocess.Popen, number: signal.Signals) -> tuple[int, list[str], str]:
@@ -47,7 +56,7 @@ def stop_while_training(process: subprocess.Popen, number: signal.Signals) -> tu
         if line.startswith("step 3/"):
             process.send_signal(number)
             break
-    out, err = process.communicate(timeout=END_S)
+    out, err = last_words(process)
     return process.returncode, [*lines, *out.strip().splitlines()], err
 
 
@@ -63,7 +72,7 @@ def test_sigterm_to_all_ranks_leaves_a_checkpoint_to_go_on_from(flags, tmp_path)
     config = ["--config", str(output / "options.yaml"), "--resume", str(output)]  # what the last line says
     assert lines[-1].endswith(f"train_medqa.py --config '{output}/options.yaml' --resume '{output}'")
     done = start(TORCHRUN, [*config, "--max_steps", str(step + 2)])
-    out, err = done.communicate(timeout=END_S)
+    out, err = last_words(done)
     assert done.returncode == 0, err
     assert f"resumed from {checkpoint} at step {step}" in out and f"step {step + 2}/{step + 2}" in out
 
@@ -89,7 +98,7 @@ def test_a_failing_rank_ends_all_with_its_own_error_first(flags, tmp_path):
     )
     started_s = time.monotonic()
     process = start(TORCHRUN, [*flags, "--output_dir", str(tmp_path / "out")], script)
-    _, err = process.communicate(timeout=END_S)
+    _, err = last_words(process)
     assert process.returncode != 0 and time.monotonic() - started_s < END_S
     assert "rank 1 failed: no room on this rank" in err and "rank 0 failed" not in err
     assert err.index("rank 1 failed") < err.find("rank 0: ends") or "rank 0: ends" not in err
@@ -104,7 +113,7 @@ def test_a_failing_rank_ends_all_with_its_own_error_first(flags, tmp_path):
 )
 def test_a_mistake_is_one_message(launcher, arguments, message, tmp_path):
     process = start(launcher, [*arguments, "--output_dir", str(tmp_path)])
-    out, err = process.communicate(timeout=END_S)
+    out, err = last_words(process)
     assert err.count(f"train_medqa.py: error: {message}") == 1 and out == ""
     if launcher == SINGLE:
         assert process.returncode == 2 and err.count("\n") == 1

@@ -180,7 +180,8 @@ def torch_scaled_steps(rules: dict | None, gradients: list[float]):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("rules", [*RULES, None], ids=["halve", "quarter", "eighth", "defaults"])
 def test_loss_scaling_follows_torchs_grad_scaler(ranks, rules, stage):
-    gradients = [1.0] * 14 + [2.0**-6] * 6 + [3.0, 1.0, math.inf, 1.0, math.nan, 1.0, 1.0]
+    gradients = [1.0] * 14 + [2.0**-6] * 6 + [3.0, 1.0, math.inf, 1.0, math.nan]
+    gradients += [1.0, math.inf] * 3 + [1.0] * 8  # a good step before an overflow must not count towards growth
     skipped, norms, parameters = torch_scaled_steps(rules, gradients)
     assert any(skipped) and not all(skipped)
     for result in ranks(2).run(scaled_steps, stage, rules, gradients):

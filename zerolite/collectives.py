@@ -22,25 +22,22 @@ CHUNK_NUMEL = 128 * 1024  # three of them in fp32 lie in a core's second-level c
 class Pending:
     """A collective in flight; it keeps its tensors alive until `wait`."""
 
-    def __init__(self, works=(), finish=None, keepalive=(), label=""):
-        self.works = works
-        self.finish = finish
+    def __init__(self, steps=(), keepalive=(), label: str = ""):
+        self.steps = steps  # callables that wait for and finish it, in order
         self.keepalive = keepalive
         self.label = label
 
     def wait(self) -> None:
         """Order the current stream (CUDA) or this thread (CPU) after the collective. Idempotent."""
         try:
-            for work in self.works:
-                work.wait()
+            for step in self.steps:
+                step()
         except RuntimeError as error:
             raise ZeroliteError(
                 f"rank {dist.get_rank()}: {self.label} did not complete: another rank failed, is stuck, or runs other "
                 f"modules or another order of them ({error})"
             ) from error
-        if self.finish is not None:
-            self.finish()
-        self.works, self.finish, self.keepalive = (), None, ()
+        self.steps, self.keepalive = (), ()
 
 
 class Group:
@@ -89,12 +86,12 @@ class NcclGroup(Group):
         op = dist.ReduceOp.AVG if divisor == self.size else dist.ReduceOp.SUM
         work = dist.reduce_scatter_tensor(out, full, op=op, group=self.process_group, async_op=True)
         if op == dist.ReduceOp.AVG:
-            return Pending((work,), None, (full, out), label)
-        return Pending((work,), lambda: out.div_(divisor), (full, out), label)
+            return Pending((work.wait,), (full, out), label)
+        return Pending((work.wait, lambda: out.div_(divisor)), (full, out), label)
 
     def all_gather(self, full, piece, label):
         work = dist.all_gather_into_tensor(full, piece, group=self.process_group, async_op=True)
-        return Pending((work,), None, (full, piece), label)
+        return Pending((work.wait,), (full, piece), label)
 
     def all_reduce(self, tensor):
         dist.all_reduce(tensor, group=self.process_group)
@@ -119,11 +116,29 @@ class ExchangeGroup(Group):
         self.count = 0
 
     def _exchange(
-        self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor], label: str
-    ) -> list[dist.Work]:
-        # A tag of what and when: ranks that fall out of step time out, with the label, instead of mixing tensors.
-        self.count += 1
-        tag = (zlib.crc32(label.encode()) & 0x7FF) << 20 | self.count & 0xFFFFF
+        self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor], label: str, *then
+    ) -> Pending:
+        """Tensors to and from every peer, each announced by what it is; `then`: what is to be done with them.
+
+        gloo ends the process when a message is of another size than expected. Tags of what and when keep
+        messages of ranks that fell out of step apart; the announcement, tagged by when alone, tells them at once.
+        """
+        self.count = (self.count + 1) % (1 << 19)
+        what = zlib.crc32(label.encode())
+        announced = torch.tensor([what])
+        heard = {peer: torch.empty_like(announced) for peer in self.peers}
+        announcements = self._post({peer: announced for peer in self.peers}, heard, 2 * self.count)
+        works = self._post(sends, receives, (what & 0x3FF) << 20 | 2 * self.count + 1)
+
+        def check() -> None:
+            for peer, other in heard.items():
+                if other.item() != what:
+                    raise RuntimeError(f"rank {peer} of the group is at another collective")
+
+        steps = [*(work.wait for work in announcements), check, *(work.wait for work in works), *then]
+        return Pending(steps, (announced, sends, receives), label)
+
+    def _post(self, sends, receives, tag: int) -> list[dist.Work]:
         group = self.process_group
         works = [dist.irecv(receives[peer], group=group, group_src=peer, tag=tag) for peer in self.peers]
         return works + [dist.isend(sends[peer], group=group, group_dst=peer, tag=tag) for peer in self.peers]
@@ -131,25 +146,24 @@ class ExchangeGroup(Group):
     def reduce_scatter(self, full, out, divisor, label):
         if full.numel() == 0:
             return Pending()
-        pieces = list(full.view(self.size, -1).unbind())
+        pieces = dict(enumerate(full.view(self.size, -1).unbind()))
         received = {peer: torch.empty_like(pieces[peer]) for peer in self.peers}
-        works = self._exchange(dict(enumerate(pieces)), received, label)
         terms = [received.get(rank, pieces[rank]) for rank in range(self.size)]
-        return Pending(works, lambda: sum_in_rank_order(terms, out, divisor), (full,), label)
+        return self._exchange(pieces, received, label, lambda: sum_in_rank_order(terms, out, divisor))
 
     def all_gather(self, full, piece, label):
         if full.numel() == 0:
             return Pending()
-        pieces = full.view(self.size, -1).unbind()
-        works = self._exchange({peer: piece for peer in self.peers}, dict(enumerate(pieces)), label)
+        pieces = dict(enumerate(full.view(self.size, -1).unbind()))
+        pending = self._exchange({peer: piece for peer in self.peers}, pieces, label)
         if piece.data_ptr() != pieces[self.rank].data_ptr():
             pieces[self.rank].copy_(piece)
-        return Pending(works, None, (full, piece), label)
+        return pending
 
     def all_reduce(self, tensor):
         received = {peer: torch.empty_like(tensor) for peer in self.peers}
         sent = tensor.clone()
-        Pending(self._exchange({peer: sent for peer in self.peers}, received, "all-reduce"), label="all-reduce").wait()
+        self._exchange({peer: sent for peer in self.peers}, received, "adding up over replicas").wait()
         sum_in_rank_order([received.get(rank, sent) for rank in range(self.size)], tensor, 1)
 
     def broadcast(self, tensor):

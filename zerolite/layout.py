@@ -74,8 +74,10 @@ class BucketLayout:
     def runs(self, start: int, stop: int, keys: Sequence[Hashable | None]) -> Iterator[Run]:
         """Cut [start, stop) at pieces and slots, merge neighbours of equal key; a slot whose key is None is left out.
 
-        The cut at pieces does not depend on who owns what, so that a rank that owns the whole bucket (stage 0) and
-        ranks that own a piece each run the same kernels on the same elements: bits agree by construction.
+        A run takes the padding behind its last slot along (zeros, which every rule leaves zeros), so that its length is
+        a multiple of ALIGNMENT_NUMEL and no vectorised kernel has a remainder loop: that rounds differently, and where
+        an element lies would show in its bits. The cut at pieces does not depend on who owns what, so a rank that owns
+        the whole bucket (stage 0) and ranks that own a piece each run the same kernels on the same elements.
         """
         for rank in range(start // self.piece_numel if self.piece_numel else 0, self.world_size):
             low, high = self.piece(rank)
@@ -86,6 +88,7 @@ class BucketLayout:
                 first, last = self.overlap(slot, low, high)
                 if first == last:
                     continue
+                last = min(align(last), high)
                 if run is not None and run.key == key and key is not None:
                     run = Run(run.start, last, key)
                     continue

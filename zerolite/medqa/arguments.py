@@ -57,7 +57,7 @@ class Options:
     max_steps: int | None = option(None, int, "optimizer steps, instead of num_train_epochs", least=1)
     optim: str = option("adamw", str, "optimizer", choices=("adamw", "adam", "lamb", "lion"))
     learning_rate: float | None = option(
-        None, float, "peak learning rate (default: 2e-3 from scratch, 2e-5 from a pretrained model)", above=0
+        None, float, "peak learning rate (default: 1e-3 from scratch, 2e-5 from a pretrained model)", above=0
     )
     lr_scheduler_type: str = option("cosine", str, "after the warm-up", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = option(0.05, float, "part of the steps with a rising learning rate", least=0, most=1)
@@ -81,7 +81,7 @@ class Options:
             self,
             precision=self.precision or ("bf16" if device_type == "cuda" else "fp32"),
             num_train_epochs=self.num_train_epochs or (3.0 if is_pretrained else 8.0),
-            learning_rate=self.learning_rate or (2e-5 if is_pretrained else 2e-3),
+            learning_rate=self.learning_rate or (2e-5 if is_pretrained else 1e-3),
         )
 
     def to_yaml(self) -> str:

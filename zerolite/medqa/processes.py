@@ -17,7 +17,8 @@ import torch.distributed as dist
 TIMEOUT = timedelta(minutes=10)
 # What a collective raises when another rank is gone. That rank prints the cause, so this one keeps it short.
 PEER_FAILURES = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-PATIENCE_S = 2.0
+# How long a rank that has nothing new to say waits, for the one that has; torchrun ends it long before.
+PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class StopSignals:
 def refuse(error: Exception, rank: int) -> int:
     """Say what the user is to change, in one message; the exit status."""
     if rank != 0:
-        time.sleep(PATIENCE_S)  # all ranks see the same mistake and rank 0 tells it; torchrun ends the others then
+        time.sleep(PATIENCE_S)  # every rank finds the same mistake, and rank 0 tells it
     print(f"train_medqa.py: error: {error}", file=sys.stderr)
     return 2
 
