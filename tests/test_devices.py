@@ -1,5 +1,8 @@
 """One process, no process group: the same run on the CPU and on a GPU, streams, events and fused kernels included."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from models import llama
@@ -70,3 +73,13 @@ def test_the_engine_keeps_a_model_where_it_lies(device):
     assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {device}
     usage = zerolite.measure(model)
     assert usage.parameters_bytes >= 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_model_nobody_holds_is_freed(stage):
+    """Hooks live in C++, where the garbage collector sees no cycle: they keep neither the engine nor its memory."""
+    _, _, model = train("cpu", stage, None, num_steps=2)
+    engine = weakref.ref(model._zerolite)
+    del model
+    gc.collect()
+    assert engine() is None

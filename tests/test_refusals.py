@@ -84,16 +84,6 @@ def optimizer_of_two_models():
     zerolite.AdamW([*shard(stage=2).parameters(), *shard(stage=2).parameters()], lr=1e-3)
 
 
-def two_optimizers():
-    import zerolite
-
-    model = shard(stage=2)
-    optimizers = [zerolite.AdamW(model.parameters(), lr=1e-3) for _ in range(2)]
-    model(torch.ones(1, 5)).sum().backward()
-    for optimizer in optimizers:
-        optimizer.step()
-
-
 def a_parameter_in_two_groups():
     import zerolite
 
@@ -156,7 +146,6 @@ MISTAKES = {
     "an optimizer with a foreign parameter": (optimizer_of_a_foreign_parameter, {}, "ValueError", "shard"),
     "an optimizer of nothing": (optimizer_of_nothing, {}, "ValueError", "empty|no param"),
     "an optimizer of two models": (optimizer_of_two_models, {}, "ValueError", "two|one"),
-    "two optimizers for a parameter": (two_optimizers, {}, "ValueError", "optimizer"),
     "a parameter in two groups": (a_parameter_in_two_groups, {}, "ValueError", "group"),
     "a learning rate below 0": (optimizer, {"lr": -1.0}, "ValueError", "lr|learning rate"),
     "betas beyond 1": (optimizer, {"lr": 1e-3, "betas": (0.9, 1.5)}, "ValueError", "beta"),

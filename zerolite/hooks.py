@@ -7,6 +7,8 @@ tensor that several units read (an encoder's output) is complete only when all o
 is. The view's node runs before the pre-hook of the unit below, so a unit is freed before the next but one is gathered.
 """
 
+import weakref
+
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -74,12 +76,14 @@ def _before_backward(zero: Zero, unit: Unit):
 
 
 class _AfterGradient:
+    """Held by the parameter in C++, where the garbage collector does not look: it must not keep the engine alive."""
+
     def __init__(self, zero: Zero, bucket: Bucket, index: int):
-        self.zero, self.bucket, self.index = zero, bucket, index
+        self.zero, self.bucket, self.index = weakref.ref(zero), weakref.ref(bucket), index
 
     @torch.no_grad()
     def __call__(self, parameter: nn.Parameter) -> None:
-        self.zero.take_gradient(self.bucket, self.index, parameter)
+        self.zero().take_gradient(self.bucket(), self.index, parameter)
 
 
 def tensors_of(tree) -> list[torch.Tensor]:

@@ -67,9 +67,7 @@ class Options:
     # Result
     output_dir: str = option("outputs/medqa", str, "folder of the result")
     logging_steps: int = option(10, int, "optimizer steps between two lines of metrics.jsonl", least=1)
-    eval_steps: int | None = option(
-        None, int, "optimizer steps between two validations (default: only before and after)", least=1
-    )
+    eval_steps: int = option(200, int, "optimizer steps between two validations; 0: only before and after", least=0)
     save_steps: int = option(500, int, "optimizer steps between two checkpoints", least=1)
     resume: str | None = option(None, str, "checkpoint folder, or an output_dir: its newest checkpoint")
     export: bool = option(True, bool, "write the result as a Hugging Face folder, else as a last checkpoint")
