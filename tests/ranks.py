@@ -161,17 +161,20 @@ def serve(pipe: Connection, number: int) -> None:
             task = pipe.recv_bytes()
         except (EOFError, ConnectionError):
             os._exit(0)
-        pipe.send_bytes(answer(task, number))
-        leave()
+        leave()  # not before: another rank may still have been in the last run's collectives
+        reply, has_failed = answer(task, number)
+        if has_failed:
+            leave()  # at once, so that those who wait for this rank fail too
+        pipe.send_bytes(reply)
 
 
-def answer(task: bytes, number: int) -> bytes:
+def answer(task: bytes, number: int) -> tuple[bytes, bool]:
     try:
         function, args, world, rendezvous = pickle.loads(task)
         join(rendezvous, number, world)
-        return pickle.dumps(function(*args))
+        return pickle.dumps(function(*args)), False
     except BaseException as error:  # whatever it is, the test must hear of it
-        return pickle.dumps(RankError(number, type(error).__name__, str(error), traceback.format_exc()))
+        return pickle.dumps(RankError(number, type(error).__name__, str(error), traceback.format_exc())), True
 
 
 def join(rendezvous: str | None, number: int, world: int) -> None:
@@ -180,6 +183,7 @@ def join(rendezvous: str | None, number: int, world: int) -> None:
     if rendezvous is not None:
         os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
         dist.init_process_group("gloo", store=dist.FileStore(rendezvous, world), rank=number, world_size=world)
+        dist.barrier()  # nobody leaves before everybody has joined
 
 
 def leave() -> None:

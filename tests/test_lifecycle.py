@@ -387,6 +387,33 @@ def test_two_optimizers_over_the_same_parameters(ranks, stage):
         assert_close(result, whole(model))
 
 
+# the end
+
+
+def drop(stage: int):
+    import gc
+    import weakref
+
+    model, optimizer = share(build("llama"), stage)
+    ids = torch.arange(3, 11)[None]
+    for _ in range(2):
+        model(input_ids=ids).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    full(model)
+    references = [weakref.ref(thing) for thing in (model, optimizer, model.lm_head.weight)]
+    del model, optimizer
+    gc.collect()
+    return [reference() is None for reference in references]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_model_that_nobody_holds_is_freed(ranks, stage):
+    for freed in ranks(2).run(drop, stage):
+        assert all(freed), freed
+
+
 # units
 
 

@@ -92,19 +92,42 @@ def tensors_of(tree) -> list[torch.Tensor]:
 
 def _view_inputs(args, kwargs, after_backward):
     """Replace inputs that need a gradient by views; `after_backward()` runs when all the views' gradients are there."""
-    views: list[torch.Tensor] = []
-
-    def view(leaf):
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not isinstance(leaf, nn.Parameter):
-            views.append(leaf.view_as(leaf))
-            return views[-1]
-        return leaf
-
-    replaced = pytree.tree_map(view, (args, kwargs))
-    if not views:
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    where = [index for index, leaf in enumerate(leaves) if _needs_gradient(leaf)]
+    if not where:
         return None
-    torch.autograd.graph.register_multi_grad_hook(views, lambda gradients: after_backward(), mode="all")
-    return replaced
+    if len(where) == 1:
+        # The usual block. A plain view may be written to in place, an output of the Function below may not.
+        (index,) = where
+        leaves[index] = leaves[index].view_as(leaves[index])
+        leaves[index].register_hook(lambda gradient: after_backward())
+    else:
+        for index, view in zip(where, _Views.apply(after_backward, *(leaves[index] for index in where)), strict=True):
+            leaves[index] = view
+    return pytree.tree_unflatten(leaves, structure)
+
+
+def _needs_gradient(leaf) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad and not isinstance(leaf, nn.Parameter)
+
+
+class _Views(torch.autograd.Function):
+    """Views of several tensors whose backward runs once, when no more of their gradients can come.
+
+    torch.autograd.graph.register_multi_grad_hook does the same, but its hook holds the nodes that hold it (torch 2.13):
+    every forward's graph would stay for ever.
+    """
+
+    @staticmethod
+    def forward(ctx, after_backward, *inputs):
+        ctx.after_backward = after_backward
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in inputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        ctx.after_backward()
+        return None, *gradients
 
 
 # Root-only hooks #
@@ -131,9 +154,7 @@ def scale_loss(zero: Zero) -> None:
 
 
 def _map_floating(leaf, function, zero: Zero):
-    if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not isinstance(leaf, nn.Parameter):
-        return function.apply(leaf, zero)
-    return leaf
+    return function.apply(leaf, zero) if _needs_gradient(leaf) else leaf
 
 
 class _Scale(torch.autograd.Function):
