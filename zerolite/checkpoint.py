@@ -65,6 +65,8 @@ def load(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None):
     """
     zero = engine_of(model)
     _check_optimizer(zero, optimizer)
+    if zero.full_depth > 0:
+        raise ValueError("load changes what full_params has gathered: call it outside of `with zerolite.full_params`")
     folder = Path(folder).resolve()
     together = partial(on_all_ranks, zero, f"loading {folder}", CheckpointError)
     together(lambda: files.restore(folder) if zero.rank == 0 else None)

@@ -1,8 +1,7 @@
-"""The only place that asks CUDA or CPU: streams, events and memory counters with the same methods on both."""
+"""The only place that asks CUDA or CPU: streams and events with the same methods on both."""
 
 import contextlib
 import os
-import resource
 
 import torch
 
@@ -10,7 +9,6 @@ import torch
 class Cpu:
     """The test bed: one queue (the calling thread), so streams order nothing and events have always happened."""
 
-    type = "cpu"
     backend = "gloo"
     chunk_numel = 512 * 1024  # what a step works on at once; its scratch, 2 MiB of fp32, stays in a core's cache
 
@@ -31,21 +29,10 @@ class Cpu:
     def wait(self, event) -> None:
         """Make the current stream (not the host) wait for `event`."""
 
-    def synchronize(self) -> None:
-        """Block the host until the device is idle."""
-
-    def peak_bytes(self) -> int:
-        """Peak resident bytes of this process (CPU) or of this process's tensors on the device (CUDA)."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def small_to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
 
 class Cuda:
     """One CUDA device; collectives and copies run on streams of their own beside the compute stream."""
 
-    type = "cuda"
     backend = "nccl"
     chunk_numel = 16 * 1024 * 1024
 
@@ -67,15 +54,6 @@ class Cuda:
 
     def wait(self, event) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
-
-    def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device)
-
-    def small_to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.cpu()
 
 
 def of(device: torch.device) -> Cpu | Cuda:
