@@ -83,14 +83,19 @@ class Pool:
         return Team(self, world, distributed, timeout)
 
     def start(self, world: int) -> list[Rank]:
+        if any(rank.process.poll() is not None for rank in self.ranks):  # killed from outside since the last run
+            self.close()
         while len(self.ranks) < world:
             self.ranks.append(Rank(len(self.ranks)))
-        for rank in self.ranks[:world]:
+        for number, rank in enumerate(self.ranks[:world]):
             if not rank.ready:
-                if not rank.pipe.poll(START_S):
-                    self.close()
-                    raise RankTimeout(f"a rank process did not start in {START_S:.0f} s")
-                rank.ready = rank.receive()
+                try:
+                    if not rank.pipe.poll(START_S):
+                        raise RankTimeout(f"rank {number} did not start in {START_S:.0f} s")
+                    rank.ready = rank.receive()
+                except (EOFError, ConnectionError, RankTimeout):
+                    self.close()  # the next run starts anew
+                    raise
         return self.ranks[:world]
 
     def rendezvous(self) -> str:
@@ -163,9 +168,9 @@ def serve(pipe: Connection, number: int) -> None:
             os._exit(0)
         leave()  # not before: another rank may still have been in the last run's collectives
         reply, has_failed = answer(task, number)
-        if has_failed:
-            leave()  # at once, so that those who wait for this rank fail too
         pipe.send_bytes(reply)
+        if has_failed:
+            leave()  # at once, so that those who wait for this rank fail too, but later than it
 
 
 def answer(task: bytes, number: int) -> tuple[bytes, bool]:

@@ -55,6 +55,10 @@ def test_an_error_names_its_rank_and_a_hang_ends():
         assert len(pool(2).run(total, 0)) == 2
         with pytest.raises(RankError, match="rank 0: ProcessDied: exit 7"):
             pool(2).run(die_on, 0)
+        assert len(pool(2).run(total, 0)) == 2
+        pool.ranks[1].process.kill()
+        pool.ranks[1].process.wait()
+        assert len(pool(2).run(total, 0)) == 2
         with pytest.raises(RankTimeout, match=r"ranks \[1\] of 2"):
             pool(2, timeout=0.5).run(hang_on, 1)
         assert len(pool(2).run(total, 0)) == 2
