@@ -108,3 +108,17 @@ def tree(folder: Path) -> dict[str, bytes]:
         f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}": b"" if path.is_dir() else path.read_bytes()
         for path in sorted(folder.rglob("*"))
     }
+
+
+def save_steps(folder: Path, steps: int):
+    import zerolite
+
+    model, optimizer = make(3)
+    train(model, optimizer, range(steps))
+    zerolite.save(folder, model, optimizer, extra=steps)
+
+
+def load_extra(folder: Path):
+    import zerolite
+
+    return zerolite.load(folder, *make(3))
