@@ -19,9 +19,10 @@ from zerolite.zero import Bucket, Unit, Zero, is_in_backward
 
 def install(zero: Zero, unit: Unit, plan: UnitPlan) -> None:
     """Hook one unit's module and its trainable parameters."""
+    uses: list[_Use] = []
     for module in _entrances(unit, plan):
-        module.register_forward_pre_hook(_BeforeForward(zero, unit), with_kwargs=True, prepend=True)
-        module.register_forward_hook(_AfterForward(zero, unit), always_call=True)
+        module.register_forward_pre_hook(_BeforeForward(zero, unit, uses), with_kwargs=True, prepend=True)
+        module.register_forward_hook(_AfterForward(zero, unit, uses), always_call=True)
     for bucket in unit.buckets:
         if bucket.gradients is not None:
             for index, parameter in enumerate(bucket.flat.parameters):
@@ -40,39 +41,46 @@ def _entrances(unit: Unit, plan: UnitPlan) -> list[nn.Module]:
     return [unit.module, *(module for module in owners if module is not unit.module)]
 
 
-class _BeforeForward:
+class _Use:
+    """One forward of a unit and the backward through it, which may begin at several outputs and ends once."""
+
     def __init__(self, zero: Zero, unit: Unit):
         self.zero, self.unit = zero, unit
+        self.has_begun = False
+
+    def begin(self, gradients) -> None:
+        is_first, self.has_begun = not self.has_begun, True
+        self.zero.pre_backward(self.unit, is_first)
+
+    def end(self) -> None:
+        self.has_begun = False
+        self.zero.post_backward(self.unit)
+
+
+class _BeforeForward:
+    def __init__(self, zero: Zero, unit: Unit, uses: list[_Use]):
+        self.zero, self.unit, self.uses = zero, unit, uses
 
     def __call__(self, module: nn.Module, args, kwargs):
-        zero, unit = self.zero, self.unit
-        zero.pre_forward(unit)
-        if not torch.is_grad_enabled():
+        self.zero.pre_forward(self.unit)
+        self.uses.append(_Use(self.zero, self.unit))
+        if self.unit.is_root or not torch.is_grad_enabled():
             return None
-        if unit.is_root:
-            return None
-        return _view_inputs(args, kwargs, lambda: zero.post_backward(unit))
+        return _view_inputs(args, kwargs, self.uses[-1].end)
 
 
 class _AfterForward:
-    def __init__(self, zero: Zero, unit: Unit):
-        self.zero, self.unit = zero, unit
+    def __init__(self, zero: Zero, unit: Unit, uses: list[_Use]):
+        self.zero, self.unit, self.uses = zero, unit, uses
 
     def __call__(self, module: nn.Module, args, output):
-        zero, unit = self.zero, self.unit
+        zero, unit, use = self.zero, self.unit, self.uses.pop()
         nodes = {}
         if torch.is_grad_enabled() and unit.forward_depth == 1:  # not an owner of the root's inside the root's forward
             nodes = {id(t.grad_fn): t.grad_fn for t in tensors_of(output) if t.grad_fn is not None}
         for node in nodes.values():
-            node.register_prehook(_before_backward(zero, unit))
+            node.register_prehook(use.begin)
         zero.post_forward(unit, bool(nodes))
-
-
-def _before_backward(zero: Zero, unit: Unit):
-    def before(gradients):
-        zero.pre_backward(unit)
-
-    return before
 
 
 class _AfterGradient:

@@ -226,9 +226,10 @@ class Zero:
             self._is_backward_open = True
             Variable._execution_engine.queue_callback(self.finish_backward)
 
-    def pre_backward(self, unit: Unit) -> None:
+    def pre_backward(self, unit: Unit, is_first: bool) -> None:
+        """A node that made one of the unit's outputs is about to run; `is_first` in the backward of this use."""
         self.open_backward()
-        unit.backward_uses += 1
+        unit.backward_uses += is_first
         self._gather(unit, -1)
 
     def post_backward(self, unit: Unit) -> None:
