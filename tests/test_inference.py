@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from models import Stack, assert_close, assert_same_bits, build, drawn, joint_batch, loss_of, part, whole
+from models import Stack, assert_close, assert_same_bits, build, drawn, joint_batch, llama, loss_of, part, whole
 
 STAGES = (0, 1, 2, 3)
 
@@ -194,3 +194,20 @@ def test_full_params_nests_and_survives_an_exception(ranks, stage):
     for results in ranks(2).run(nested, stage):
         for values in results:
             assert_same_bits(values, whole(build("stack")))
+
+
+def generate_on_rank_0_alone():
+    import zerolite
+
+    model = zerolite.shard(drawn(llama), stage=3).eval()
+    tokens = None
+    with zerolite.full_params(model):
+        if dist.get_rank() == 0:
+            tokens = model.generate(torch.tensor([[1, 5]]), max_new_tokens=3, do_sample=False).tolist()
+    return tokens
+
+
+def test_one_rank_may_generate_while_parameters_are_whole(ranks):
+    """Inside full_params generation communicates nothing: rank 0 alone gives what plain transformers gives."""
+    expected = drawn(llama).eval().generate(torch.tensor([[1, 5]]), max_new_tokens=3, do_sample=False).tolist()
+    assert ranks(2).run(generate_on_rank_0_alone) == [expected, None]

@@ -98,18 +98,26 @@ def build(zero: Zero, rule: UnitRule | None, materialize, has_values: bool) -> N
 
 def _adapt_methods(model: nn.Module, zero: Zero) -> None:
     """Methods of the model that would be wrong on sharded state: made right, or refused by name."""
-    zero_module_grad = model.zero_grad
+    zero_own_grad = model.zero_grad
 
-    @functools.wraps(zero_module_grad)
+    @functools.wraps(zero_own_grad)
     def zero_grad(set_to_none: bool = True) -> None:
-        zero_module_grad(set_to_none)
+        zero_own_grad(set_to_none)
         zero.clear_gradients(set_to_none)
 
     model.zero_grad = zero_grad
     if not any(bucket.flat.is_resident for unit in zero.units for bucket in unit.buckets):
         if hasattr(model, "generate"):
-            # Ranks that finish early go on forwarding, so that every rank gathers as often as the longest one.
-            model.generate = functools.partial(model.generate, synced_gpus=True)
+            generate_alone = model.generate
+
+            @functools.wraps(generate_alone)
+            def generate(*args, **kwargs):
+                # Ranks that finish early go on forwarding, so that every rank gathers as often as the longest one. With
+                # whole parameters nothing is gathered, and one rank may generate while the others do not.
+                kwargs.setdefault("synced_gpus", zero.full_depth == 0)
+                return generate_alone(*args, **kwargs)
+
+            model.generate = generate
 
         def refuse(module, *args) -> None:
             if zero.full_depth == 0:
