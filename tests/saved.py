@@ -77,7 +77,7 @@ def state(model: nn.Module, optimizer) -> dict[str, Tensor]:
         for index, bucket in enumerate(unit.buckets):
             key = f"{unit.name} {int(unit.buckets[0].flat.is_trainable)} {index}"
             found[f"{key} owned"] = bucket.flat.owned.clone()
-            found[f"{key} stepped"] = bucket.flat.stepped.clone()
+            found[f"{key} stepped"] = bucket.flat.values().clone()
             if bucket.flat.is_resident:
                 found[f"{key} full"] = bucket.flat.full.clone()
             for name, values in optimizer.states_of(bucket).items():

@@ -2,8 +2,8 @@
 
 from zerolite.api import full_params, no_sync, shard
 from zerolite.checkpoint import load, save
-from zerolite.config import Precision
-from zerolite.errors import CheckpointError, DataError, ZeroliteError
+from zerolite.config import Offload, Precision
+from zerolite.errors import CheckpointError, DataError, WorkerError, ZeroliteError
 from zerolite.memory.track import Usage, measure
 from zerolite.optim.optimizers import Adam, AdamW, Lamb, Lion
 from zerolite.pretrained import export, load_pretrained
@@ -15,8 +15,10 @@ __all__ = [
     "DataError",
     "Lamb",
     "Lion",
+    "Offload",
     "Precision",
     "Usage",
+    "WorkerError",
     "ZeroliteError",
     "export",
     "full_params",

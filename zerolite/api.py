@@ -2,16 +2,19 @@
 
 import contextlib
 import functools
+import zlib
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from zerolite import hooks, meta
-from zerolite.config import Precision
+from zerolite import alarm, hooks, meta
+from zerolite.config import Offload, Precision, parse_bytes
 from zerolite.errors import ZeroliteError
 from zerolite.mesh import groups_of
-from zerolite.units import UnitRule, plan_units
+from zerolite.offload.host import Host
+from zerolite.units import UnitPlan, UnitRule, plan_units
 from zerolite.zero import Zero
 
 
@@ -19,7 +22,7 @@ def shard(
     model: nn.Module,
     stage: int,
     mesh: DeviceMesh | None = None,
-    offload=None,
+    offload: Offload | str | None = None,
     precision: Precision | None = None,
     units: UnitRule | None = None,
 ) -> nn.Module:
@@ -27,6 +30,9 @@ def shard(
 
     stage: 0 nothing is sharded (as DDP), 1 optimizer states, 2 also gradients, 3 also parameters.
     mesh: 1-D (shard) or 2-D (replicate x shard) over all ranks; None: the whole world shards.
+    offload: "cpu" or an `Offload`: gradients and optimizer states in host memory, stepped by worker processes.
+        `optimizer.step` then returns before they are done; each parameter is back when its unit's next forward, or
+        `model.parameters()`, `state_dict`, `full_params`, `save` or `export` asks for it, and reads as NaN before.
     precision: dtypes; None: parameters keep theirs, 16-bit ones are reduced in fp32 and stepped on an fp32 master.
     units: module classes, or a predicate over modules, gathered and freed as one; None: the repeated block class.
 
@@ -34,7 +40,7 @@ def shard(
     `parameter.grad`; optimizers are zerolite's. At stage 3 a parameter reads as NaN outside of forward, backward and
     `full_params`. Requires_grad is what it was here: a unit's trainable and frozen parameters are kept apart.
     """
-    check_arguments(stage, offload, precision)
+    offload = check_arguments(stage, offload, precision)
     if not isinstance(model, nn.Module):
         raise TypeError(f"shard takes a torch.nn.Module, got {type(model).__name__}")
     if any(hasattr(parameter, "_zerolite_place") for parameter in model.parameters()):
@@ -42,18 +48,21 @@ def shard(
     device = meta.target_device(model, mesh)
     shard_group, replicate_group = groups_of(mesh, device)
     zero = Zero(model, stage, shard_group, replicate_group, device, precision)
-    build(zero, units, meta.materialize, has_values=True)
+    build(zero, units, offload, meta.materialize, has_values=True)
     settle_buffers(zero)
     return model
 
 
-def check_arguments(stage, offload, precision) -> None:
+def check_arguments(stage, offload, precision) -> Offload | None:
+    """ValueError or TypeError for what cannot be; `offload` as a value."""
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"stage is 0, 1, 2 or 3, got {stage!r}")
-    if offload is not None:
-        raise ValueError(f"offload={offload!r}: this version keeps all states on the device; drop offload=")
+    offload = Offload.of(offload)
+    if offload is not None and offload.parameters and stage != 3:
+        raise ValueError(f"Offload(parameters=True) streams what stage 3 shards, got stage={stage}: use stage=3")
     if precision is not None and not isinstance(precision, Precision):
         raise TypeError(f"precision= takes a zerolite.Precision, got {type(precision).__name__}")
+    return offload
 
 
 def settle_buffers(zero: Zero) -> None:
@@ -66,7 +75,7 @@ def settle_buffers(zero: Zero) -> None:
                 zero.shard_group.broadcast(buffer)
 
 
-def build(zero: Zero, rule: UnitRule | None, materialize, has_values: bool) -> None:
+def build(zero: Zero, rule: UnitRule | None, offload: Offload | None, materialize, has_values: bool) -> None:
     """Plan the units, make them flat one after the other, and hook the model. Collective.
 
     `materialize(model, plans, device)` gives the parameters of one module's plans their values, where `has_values`;
@@ -78,12 +87,17 @@ def build(zero: Zero, rule: UnitRule | None, materialize, has_values: bool) -> N
         return precision.param if precision is not None and parameter.is_floating_point() else parameter.dtype
 
     plans = plan_units(model, rule, dtype_of)
+    on_host = _choose_host_units(zero, plans, dtype_of, offload) if offload is not None else set()
+    if on_host or (offload is not None and offload.parameters):
+        zero.host = _start_host(zero, offload)
+        needed = sum(zero.host_bytes(plan, dtype_of) for index, plan in enumerate(plans) if index in on_host)
+        zero.host.check_memory(needed, "offloading gradients and parameters")
     done: set[int] = set()
-    for plan in plans:
+    for index, plan in enumerate(plans):
         if id(plan.module) not in done:
             done.add(id(plan.module))
             materialize(model, [other for other in plans if other.module is plan.module], zero.device.device)
-        unit = zero.add_unit(plan, has_values, dtype_of)
+        unit = zero.add_unit(plan, has_values, dtype_of, index in on_host)
         hooks.install(zero, unit, plan)
         for bucket in unit.buckets:
             for index, parameter in enumerate(bucket.flat.parameters):
@@ -96,16 +110,49 @@ def build(zero: Zero, rule: UnitRule | None, materialize, has_values: bool) -> N
     _adapt_methods(model, zero)
 
 
+def _choose_host_units(zero: Zero, plans: list[UnitPlan], dtype_of, offload: Offload) -> set[int]:
+    """Units whose states go to the host: all or, with a budget, those that do not fit, first units fitting first."""
+    if offload.budget is None:
+        return {index for index, plan in enumerate(plans) if plan.is_trainable or offload.parameters}
+    budget = parse_bytes(offload.budget)
+    used = sum(zero.device_bytes(plan, dtype_of, offload) for plan in plans)
+    if used > budget:
+        raise ValueError(
+            f"the parameters alone take {used:,} bytes on each rank at stage {zero.stage}, the budget is "
+            f"{budget:,} bytes: raise it, use a higher stage, or Offload(parameters=True) at stage 3"
+        )
+    on_host: set[int] = set()
+    for index, plan in enumerate(plans):
+        more = zero.device_bytes(plan, dtype_of, None) - zero.device_bytes(plan, dtype_of, offload)
+        if used + more <= budget:
+            used += more
+        elif plan.is_trainable:
+            on_host.add(index)
+    return on_host
+
+
+def _start_host(zero: Zero, offload: Offload) -> Host:
+    """This rank's arena and workers, with its share of the cores of this machine. Collective."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    machines = (
+        zero.gather_facts(torch.tensor([float(zlib.crc32(boot.encode()))], dtype=torch.float64)).view(-1).tolist()
+    )
+    here = [rank for rank, machine in enumerate(machines) if machine == machines[zero.rank]]
+    alarm.listen()
+    return Host(offload, zero.device, here.index(zero.rank), len(here), f"rank {zero.rank}", alarm.ring)
+
+
 def _adapt_methods(model: nn.Module, zero: Zero) -> None:
     """Methods of the model that would be wrong on sharded state: made right, or refused by name."""
-    zero_own_grad = model.zero_grad
 
-    @functools.wraps(zero_own_grad)
+    @functools.wraps(model.zero_grad)
     def zero_grad(set_to_none: bool = True) -> None:
-        zero_own_grad(set_to_none)
+        # torch's own asks for model.parameters(), which would wait for the workers; no gradient lives in them.
         zero.clear_gradients(set_to_none)
 
     model.zero_grad = zero_grad
+    if zero.host is not None:
+        _wait_when_read(model, zero)
     if not any(bucket.flat.is_resident for unit in zero.units for bucket in unit.buckets):
         if hasattr(model, "generate"):
             generate_alone = model.generate
@@ -128,6 +175,27 @@ def _adapt_methods(model: nn.Module, zero: Zero) -> None:
 
         model.register_state_dict_pre_hook(refuse)
         model.register_load_state_dict_pre_hook(refuse)
+    else:
+        # What was loaded must reach the master and, with offload, the host; else the next step would undo it.
+        model.register_load_state_dict_post_hook(lambda module, keys: zero.absorb_edits())
+
+
+def _wait_when_read(model: nn.Module, zero: Zero) -> None:
+    """Have whoever asks the model for parameters get those that the workers have stepped."""
+    own_parameters = model.named_parameters
+
+    @functools.wraps(own_parameters)
+    def named_parameters(*args, **kwargs):
+        for name, parameter in own_parameters(*args, **kwargs):
+            zero.settle(parameter._zerolite_place[1].unit)
+            yield name, parameter
+
+    def settle(module, *args) -> None:
+        zero.settle()
+
+    model.named_parameters = named_parameters  # model.parameters() asks this one
+    model.register_state_dict_pre_hook(settle)
+    model.register_load_state_dict_pre_hook(settle)
 
 
 def engine_of(model: nn.Module) -> Zero:

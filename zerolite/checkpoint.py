@@ -78,7 +78,6 @@ def load(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None):
         extra = slices.extra(zero.rank)
     for unit in zero.units:
         for bucket in unit.buckets:
-            bucket.flat.refresh_from_master()
             bucket.flat.republish()
             bucket.flat.wait()
     if optimizer is not None:
@@ -138,27 +137,38 @@ def _prepare(zero: Zero, folder: Path) -> str:
 
 
 def _flats_of(zero: Zero, optimizer: ShardedOptimizer | None):
-    """(bucket, slot, kind, this rank's 1D range of the bucket) of every parameter and of every state that it has."""
+    """(bucket, kind, this rank's 1D range, the slots that have it) of parameters and of every state; see `_put_back`.
+
+    Of what is offloaded it waits for the workers, a bucket at a time.
+    """
     for unit in zero.units:
         for bucket in unit.buckets:
-            states = optimizer.states_of(bucket) if optimizer is not None else {}
-            for slot, parameter in zip(bucket.layout.slots, bucket.flat.parameters, strict=True):
-                yield bucket, slot, "parameter", bucket.flat.stepped
-                if optimizer is not None and parameter in optimizer.state:
-                    for kind, values in states.items():
-                        yield bucket, slot, kind, values
+            slots = list(zip(bucket.layout.slots, bucket.flat.parameters, strict=True))
+            yield bucket, "parameter", bucket.flat.values(), [slot for slot, _ in slots]
+            if optimizer is not None:
+                stepped = [slot for slot, parameter in slots if parameter in optimizer.state]
+                for kind, values in optimizer.states_of(bucket).items():
+                    yield bucket, kind, values, stepped
+
+
+def _put_back(optimizer: ShardedOptimizer | None, bucket, kind: str, values: torch.Tensor) -> None:
+    if kind == "parameter":
+        bucket.flat.set_values(values)
+    else:
+        optimizer.set_state(bucket, kind, values)
 
 
 def _states_of(zero: Zero, optimizer: ShardedOptimizer | None):
     """(key, start, stop, 1D values) of everything that this rank is the one to save."""
     if zero.replicate_group.rank != 0:
         return
-    for bucket, slot, kind, values in _flats_of(zero, optimizer):
+    for bucket, kind, values, slots in _flats_of(zero, optimizer):
         low, high = bucket.layout.piece(zero.shard_group.rank)  # its piece, also where it owns all
-        first, last = bucket.layout.overlap(slot, low, high)
-        if first < last:
-            mine = values[first - bucket.flat.start : last - bucket.flat.start]
-            yield f"{kind}/{slot.name}", first - slot.offset, last - slot.offset, mine
+        for slot in slots:
+            first, last = bucket.layout.overlap(slot, low, high)
+            if first < last:
+                mine = values[first - bucket.flat.start : last - bucket.flat.start]
+                yield f"{kind}/{slot.name}", first - slot.offset, last - slot.offset, mine
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -335,11 +345,13 @@ class _Slices:
 @torch.no_grad()
 def _fill(zero: Zero, optimizer: ShardedOptimizer | None, slices: _Slices) -> None:
     """Read this rank's ranges and buffers; what other ranks' ranges are gathered into is still the old."""
-    for bucket, slot, kind, values in _flats_of(zero, optimizer):
-        first, last = bucket.layout.overlap(slot, bucket.flat.start, bucket.flat.stop)
-        if first < last:
-            out = values[first - bucket.flat.start : last - bucket.flat.start]
-            slices.read(f"{kind}/{slot.name}", first - slot.offset, last - slot.offset, out)
+    for bucket, kind, values, slots in _flats_of(zero, optimizer):
+        for slot in slots:
+            first, last = bucket.layout.overlap(slot, bucket.flat.start, bucket.flat.stop)
+            if first < last:
+                out = values[first - bucket.flat.start : last - bucket.flat.start]
+                slices.read(f"{kind}/{slot.name}", first - slot.offset, last - slot.offset, out)
+        _put_back(optimizer, bucket, kind, values)
     handle = slices.of_rank(zero.rank)
     for name, buffer in buffers_of(zero.model).items():
         buffer.copy_(handle.get_tensor(f"buffer/{name}"))

@@ -12,8 +12,9 @@ import zlib
 import torch
 import torch.distributed as dist
 
+from zerolite import alarm
 from zerolite.config import LOW_PRECISION
-from zerolite.errors import ZeroliteError
+from zerolite.errors import WorkerError, ZeroliteError
 
 CHUNK_NUMEL = 128 * 1024  # three of them in fp32 lie in a core's second-level cache
 
@@ -32,6 +33,9 @@ class Pending:
             for step in self.steps:
                 step()
         except RuntimeError as error:
+            news = alarm.heard()
+            if news is not None:
+                raise WorkerError(news) from error
             raise ZeroliteError(
                 f"rank {dist.get_rank()}: {self.label} did not complete: another rank failed, is stuck, or runs other "
                 f"modules or another order of them ({error})"

@@ -29,6 +29,19 @@ class Cpu:
     def wait(self, event) -> None:
         """Make the current stream (not the host) wait for `event`."""
 
+    def synchronize(self, event) -> None:
+        """Make the host wait for `event`."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """target = source on the current stream; one of them may be pinned host memory."""
+        target.copy_(source)
+
+    def pin(self, memory: torch.Tensor) -> None:
+        """Lock host memory in place, so that copies from and to it run beside the host."""
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """Undo `pin`."""
+
 
 class Cuda:
     """One CUDA device; collectives and copies run on streams of their own beside the compute stream."""
@@ -54,6 +67,20 @@ class Cuda:
 
     def wait(self, event) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)
+
+    def synchronize(self, event) -> None:
+        event.synchronize()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def pin(self, memory: torch.Tensor) -> None:
+        with torch.cuda.device(self.device):
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)))
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())))
 
 
 def of(device: torch.device) -> Cpu | Cuda:

@@ -9,5 +9,9 @@ class CheckpointError(ZeroliteError):
     """A checkpoint cannot be written, or what is on disk is incomplete, altered, or of another model."""
 
 
+class WorkerError(ZeroliteError):
+    """An optimizer process died, is stuck or failed; what it was stepping is in doubt and is never saved."""
+
+
 class DataError(ZeroliteError):
     """A row of training data cannot be used; the message names file, line and reason."""

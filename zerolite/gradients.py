@@ -11,6 +11,11 @@ nothing is held twice; else the buffer goes back to the pool when it has landed.
 `land(k)` runs right after `launch(k + 1)`, so two whole buckets are in flight at most. On CUDA the reduction runs on
 its own stream; the compute stream waits for bucket k there, which lets a reduction take as long as the backward of one
 bucket before it delays anything. Tensors are allocated on the compute stream and freed only behind that wait.
+
+[Note: the way down]
+With offload the reduced range goes on to its slot in host memory, on a stream of its own, and `let_go` frees its
+device memory one bucket later. A second gradient before the step adds up on the host, in fp32: `fold` has the workers
+add the slot into a sum, at the beginning of the next backward, so that the slot is free when it is needed.
 """
 
 from collections.abc import Sequence
@@ -20,6 +25,9 @@ import torch
 from zerolite.collectives import Group, Pending
 from zerolite.device import Cpu, Cuda
 from zerolite.layout import BucketLayout
+from zerolite.offload.arena import Field
+from zerolite.offload.bucket import HostBucket
+from zerolite.squares import sum_of_squares
 
 
 class BufferPool:
@@ -58,12 +66,15 @@ class GradientBucket:
         replicate_group: Group,
         keeps_whole: bool,
         pool: BufferPool,
+        host: HostBucket | None = None,
     ):
+        """host: where the reduced range goes; `reduced` then stays None."""
         self.layout = layout
         self.start, self.stop = start, stop
         self.dtype, self.device, self.stream = dtype, device, stream
         self.shard_group, self.replicate_group = shard_group, replicate_group
-        self.keeps_whole = keeps_whole
+        self.keeps_whole = keeps_whole and host is None
+        self.host = host
         self.pool = pool
         self.label = f"reducing the gradients of {layout.slots[0].name} ... {layout.slots[-1].name}"
         self.local = None
@@ -72,10 +83,19 @@ class GradientBucket:
         self._filled = [False] * len(layout.slots)  # does `local` hold a gradient of this slot
         self.whole: torch.Tensor | None = None  # the buffer that `reduced` is a range of, where whole gradients stay
         self._in_flight: tuple[torch.Tensor, torch.Tensor, Pending] | None = None
+        self.squares: torch.Tensor | None = None  # 0-dim fp64, of this rank's piece; where it is on the host and known
+        self._is_staged = False  # the host's slot holds a gradient that is not in its sum
+        self._is_summed = False  # the host's sum holds gradients
+        self._descending: torch.Tensor | None = None  # device memory that the copy down reads
+        self._landed = None  # event behind that copy
 
     @property
     def has_unreduced(self) -> bool:
         return any(self._filled)
+
+    @property
+    def has_reduced(self) -> bool:
+        return self.reduced is not None or self._is_staged or self._is_summed
 
     def take(self, index: int, gradient: torch.Tensor) -> None:
         """Add one parameter's gradient (its shape, any dtype) into the local sum."""
@@ -117,16 +137,72 @@ class GradientBucket:
             self.replicate_group.all_reduce(piece)
             if self.stop - self.start > piece.numel():
                 self.shard_group.all_gather(local, piece, self.label).wait()
-            result = local[self.start : self.stop] if self.keeps_whole else piece
+            owns_all = self.stop - self.start > piece.numel()
+            result = local[self.start : self.stop] if self.keeps_whole or owns_all else piece
             if self.reduced is not None:
                 result.add_(self.reduced)
+            if self.host is not None:
+                self._descend(result)
             event = self.device.record()
         self.device.wait(event)  # See [Note: one bucket behind]
+        if self.host is not None:
+            self._descending = local if owns_all else piece
+            if not owns_all:
+                self.pool.give(local)
+            return
         self.reduced = result
         if self.keeps_whole:
             self.whole = local
         else:
             self.pool.give(local)
+
+    # On the host: see [Note: the way down] #
+
+    def _descend(self, result: torch.Tensor) -> None:
+        """Start the copy of the reduced range, behind the current stream, to the host's slot."""
+        host, is_first = self.host, not self.has_reduced
+        self.fold()
+        host.wait()  # the last step has read the slot, or the sum has taken it
+        low, high = self.layout.piece(self.shard_group.rank)
+        self.squares = None
+        if is_first:
+            for run in self.layout.runs(low, high, [True] * len(self.layout.slots)):
+                squares = sum_of_squares(result[run.start - self.start : run.stop - self.start], run.start - low)
+                self.squares = squares if self.squares is None else self.squares + squares
+        with self.device.on(host.host.down_stream, after_current=True):
+            self.device.copy(host.gradient.values, result)
+            self._landed = self.device.record()
+        self._is_staged = True
+
+    def let_go(self) -> None:
+        """Free the device memory of a gradient on its way down, behind the copy."""
+        if self._descending is not None:
+            self.device.wait(self._landed)
+            if self._descending.numel() == self.layout.numel:
+                self.pool.give(self._descending)
+            self._descending = None
+
+    def fold(self) -> None:
+        """Have the workers add the slot into the sum."""
+        if not self._is_staged:
+            return
+        self.device.synchronize(self._landed)
+        self.host.accumulate(is_first=not self._is_summed)
+        self._is_staged, self._is_summed = False, True
+        self.squares = None
+
+    def on_host(self) -> Field:
+        """The memory that holds this bucket's gradient, landed; zeros where no rank brought one."""
+        if self._is_summed:
+            self.fold()
+            return self.host.sum
+        if not self._is_staged:
+            self.host.wait()
+            self.host.gradient.values.zero_()
+            self._is_staged = True
+        elif self._landed is not None:
+            self.device.synchronize(self._landed)
+        return self.host.gradient
 
     def require(self) -> torch.Tensor:
         """`reduced`; zeros where a gradient was set to zero before any reduction, here or on another rank."""
@@ -143,7 +219,15 @@ class GradientBucket:
         if not any(self._filled):
             self.local = None
         if not any(self.was_used):
-            self.reduced = self.whole = None
+            self.reduced = self.whole = self.squares = None
+            self._is_staged = self._is_summed = False
+        elif self.host is not None and self.has_reduced:
+            held = self.on_host().values
+            self.host.wait()
+            for index in indices:
+                first, last = self.layout.overlap(self.layout.slots[index], self.start, self.stop)
+                held[first - self.start : last - self.start].zero_()
+            self.squares = None
         elif self.reduced is not None:
             for index in indices:
                 first, last = self.layout.overlap(self.layout.slots[index], self.start, self.stop)

@@ -10,7 +10,7 @@ are aligned for kernels, and pieces have a multiple of it so that collectives ar
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-ALIGNMENT_NUMEL = 32  # 64 bytes of bf16, 128 of fp32
+ALIGNMENT_NUMEL = 128  # 256 bytes of bf16; a block of int8 states, so that no block belongs to two parameters
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from zerolite import files, meta
 from zerolite.agreement import on_all_ranks
 from zerolite.api import build, check_arguments, engine_of, settle_buffers
 from zerolite.checkpoint import buffers_of
-from zerolite.config import Precision
+from zerolite.config import Offload, Precision
 from zerolite.errors import ZeroliteError
 from zerolite.mesh import groups_of
 from zerolite.units import UnitRule
@@ -34,7 +34,7 @@ def load_pretrained(
     path,
     stage: int,
     mesh: DeviceMesh | None = None,
-    offload=None,
+    offload: Offload | str | None = None,
     precision: Precision | None = None,
     units: UnitRule | None = None,
 ) -> nn.Module:
@@ -44,13 +44,13 @@ def load_pretrained(
     (stages 0 to 2) ranks gather the rest from each other. ValueError where the folder has no weights, or others than
     the configuration asks for.
     """
-    check_arguments(stage, offload, precision)
+    offload = check_arguments(stage, offload, precision)
     folder = Path(path)
     with _Weights(folder) as weights:
         model = _empty_model(folder)
         device = meta.target_device(model, mesh)
         zero = Zero(model, stage, *groups_of(mesh, device), device, precision)
-        build(zero, units, meta.leave_meta, has_values=False)
+        build(zero, units, offload, meta.leave_meta, has_values=False)
         _fill(zero, weights)
         for name, buffer in model.named_buffers():
             if name in weights.entries:
@@ -134,13 +134,16 @@ def _fill(zero: Zero, weights: _Weights) -> None:
         for bucket in unit.buckets:
             flat = bucket.flat
             low, high = bucket.layout.piece(zero.shard_group.rank)
-            mine = flat.stepped[low - flat.start : high - flat.start]
+            values = flat.values()
+            mine = values[low - flat.start : high - flat.start]
             for slot in bucket.layout.slots:
                 first, last = bucket.layout.overlap(slot, low, high)
                 weights.read(keys[slot.name], first - slot.offset, last - slot.offset, mine[first - low : last - low])
             if flat.owns_all:
-                zero.shard_group.all_gather(flat.stepped, mine, flat.label).wait()
-            flat.refresh_from_master()
+                everything = values.to(zero.device.device)
+                zero.shard_group.all_gather(everything, everything[low:high], flat.label).wait()
+                values = everything.to(values.device)
+            flat.set_values(values)
             flat.republish()
             flat.wait()
 
@@ -203,6 +206,7 @@ def export(model: nn.Module, folder) -> None:
     stay. ZeroliteError on every rank where rank 0 cannot write; what stood there then still stands.
     """
     zero = engine_of(model)
+    zero.settle()
     folder = Path(folder).resolve()
     together = partial(on_all_ranks, zero, f"exporting to {folder}", ZeroliteError)
     writer = _Writer(folder) if zero.rank == 0 else None

@@ -15,6 +15,13 @@ reductions are launched strictly in `reduction_order` (the reverse of registrati
 for its predecessors, one that never fills (a parameter without a gradient on this rank) is launched, with zeros,
 when its unit's backward has passed, or at the end of backward. Nothing is recorded from an earlier step.
 
+[Note: just-in-time return]
+With offload `optimizer.step` sends the workers off and returns. Buckets come back strictly in the order of units, which
+is the same on every rank whatever its forward does: before a unit runs, every bucket up to its last one is taken back
+(its exchange is a collective), and this unit's alone are waited for; later ones that the workers have finished start
+their copies, which communicate nothing. Whoever reads parameters otherwise waits in the same order, so one rank may
+read alone, as long as the others go on to their next forward.
+
 [Note: late gradients]
 A gradient may come after its bucket was launched (a layer used in two reentrant checkpoints). It stays in the local
 sum, as inside `no_sync`, and is reduced by the next backward or, after all ranks agreed on it, by the step.
@@ -25,19 +32,23 @@ What DeepSpeed has and this has not: an engine object with its own training loop
 a recorded trace for prefetching, persistence thresholds for small parameters, expert parallelism.
 """
 
+from collections import deque
+
 import torch
 from torch import nn
 from torch.autograd import Variable
 
 from zerolite import device as devices
 from zerolite.collectives import Group
-from zerolite.config import Precision, reduce_dtype
+from zerolite.config import Offload, Precision, master_dtype, reduce_dtype
 from zerolite.errors import ZeroliteError
 from zerolite.flat import FlatBucket
 from zerolite.gradients import BufferPool, GradientBucket
-from zerolite.layout import pack
+from zerolite.layout import BucketLayout, pack
+from zerolite.offload.bucket import HostBucket
+from zerolite.offload.host import Host
 from zerolite.optim.scaling import LossScale
-from zerolite.units import BUCKET_NUMEL, UnitPlan
+from zerolite.units import BUCKET_NUMEL, ParameterGroup, UnitPlan
 
 
 class Bucket:
@@ -93,6 +104,7 @@ class Zero:
         device: torch.device,
         precision: Precision | None,
     ):
+        self.host: Host | None = None  # set by `api` where something is offloaded
         self.model = model
         self.stage = stage
         self.shard_group, self.replicate_group = shard_group, replicate_group
@@ -111,6 +123,9 @@ class Zero:
         self._was_loss_scaled = False
         self._next_launch = 0
         self._last_launched: Bucket | None = None
+        self._last_landed: Bucket | None = None
+        self._away: deque[Bucket] = deque()  # what workers are stepping; see [Note: just-in-time return]
+        self._readers_done = None  # event behind the last use of old parameters on the device
 
     @property
     def world_size(self) -> int:
@@ -130,29 +145,76 @@ class Zero:
 
     # Shard #
 
-    def add_unit(self, plan: UnitPlan, has_values: bool, dtype_of) -> Unit:
-        """Make a unit's parameters flat and keep this rank's range; without values they start as zeros. Collective."""
+    def layouts_of(self, group: ParameterGroup) -> list[BucketLayout]:
+        """The buckets of one group of a unit's plan."""
+        parameters = zip(group.names, group.parameters, strict=True)
+        return pack([(name, tuple(p.shape)) for name, p in parameters], self.shard_group.size, BUCKET_NUMEL)
+
+    def owned_numel(self, layout: BucketLayout) -> int:
+        return layout.numel if self.stage == 0 else layout.piece_numel
+
+    def device_bytes(self, plan: UnitPlan, dtype_of, offload: Offload | None, num_states: int = 2) -> int:
+        """What a unit's model states take on the device; gathered units and gradients on their way left out."""
+        total = 0
+        is_away = offload is not None and plan.is_trainable
+        for group in plan.groups:
+            dtype = dtype_of(group.parameters[0])
+            for layout in self.layouts_of(group):
+                owned = self.owned_numel(layout)
+                if not (offload is not None and offload.parameters):
+                    total += (layout.numel if self.stage <= 2 else owned) * dtype.itemsize
+                if plan.is_trainable and not is_away:
+                    master = master_dtype(dtype)
+                    gradients = layout.numel if self.stage <= 1 else owned
+                    total += gradients * reduce_dtype(self.precision, dtype).itemsize
+                    total += owned * master.itemsize * (num_states + (master != dtype))
+        return total
+
+    def host_bytes(self, plan: UnitPlan, dtype_of) -> int:
+        """Host memory of a unit that workers step, the optimizer's states left out."""
+        total = 0
+        for group in plan.groups if plan.is_trainable or self.host.offload.parameters else ():
+            dtype = dtype_of(group.parameters[0])
+            width = dtype.itemsize
+            if plan.is_trainable:
+                width += max(reduce_dtype(self.precision, dtype).itemsize, 8 if dtype == torch.float64 else 0)
+                width += {torch.bfloat16: 2, torch.float16: 4}.get(dtype, 0)
+            total += width * sum(self.owned_numel(layout) for layout in self.layouts_of(group))
+        return total
+
+    def add_unit(self, plan: UnitPlan, has_values: bool, dtype_of, is_on_host: bool = False) -> Unit:
+        """Make a unit's parameters flat and keep this rank's range; without values they start as zeros. Collective.
+
+        is_on_host: workers step it; where parameters are offloaded too, they lie there.
+        """
+        streams = self.host is not None and self.host.offload.parameters
         owns_all, keeps_whole = self.stage == 0, self.stage <= 1 or self.shard_group.size == 1
-        is_resident = self.stage <= 2 or self.shard_group.size == 1
+        is_resident = (self.stage <= 2 or self.shard_group.size == 1) and not streams
         unit = Unit(plan.name, plan.module, plan.module is self.model)
         for group in plan.groups:
             dtype = dtype_of(group.parameters[0])
             by_name = dict(zip(group.names, group.parameters, strict=True))
-            layouts = pack([(n, tuple(p.shape)) for n, p in by_name.items()], self.shard_group.size, BUCKET_NUMEL)
             position = group.position
-            for layout in layouts:
+            for layout in self.layouts_of(group):
                 parameters = [by_name[slot.name] for slot in layout.slots]
+                start, stop = (0, layout.numel) if owns_all else layout.piece(self.shard_group.rank)
+                gradient_dtype = reduce_dtype(self.precision, dtype) if plan.is_trainable else None
+                host = None
+                if streams or (is_on_host and plan.is_trainable):
+                    host = HostBucket(self.host, layout, start, stop, dtype, gradient_dtype)
                 flat = FlatBucket(
                     layout,
                     parameters,
                     has_values,
                     dtype=dtype,
-                    device=self.device.device,
+                    device=self.device,
                     group=self.shard_group,
                     replicas=self.replicate_group,
                     owns_all=owns_all,
                     is_resident=is_resident,
                     is_trainable=plan.is_trainable,
+                    host=host,
+                    streams=streams,
                 )
                 gradients = None
                 if plan.is_trainable:
@@ -160,13 +222,14 @@ class Zero:
                         layout,
                         flat.start,
                         flat.stop,
-                        dtype=reduce_dtype(self.precision, dtype),
+                        dtype=gradient_dtype,
                         device=self.device,
                         stream=self.reduce_stream,
                         shard_group=self.shard_group,
                         replicate_group=self.replicate_group,
                         keeps_whole=keeps_whole,
                         pool=self.pool,
+                        host=host,
                     )
                 unit.buckets.append(Bucket(unit, flat, gradients, position))
                 position += len(parameters)
@@ -205,6 +268,7 @@ class Zero:
 
         The root (index 0) is followed by the first unit in forward and, by Python's index -1, by the last in backward.
         """
+        self._take_back(unit.index)
         self._unshard(unit)
         if unit.index + step < len(self.units):
             self._unshard(self.units[unit.index + step])
@@ -218,12 +282,42 @@ class Zero:
         if self.full_depth == 0:
             unit.reshard()
 
+    # The way back. See [Note: just-in-time return] #
+
+    def send_away(self, buckets: list[Bucket]) -> None:
+        """Workers are stepping these buckets, in the order of units: hide the old values until they are back."""
+        self._readers_done = self.device.record()
+        for bucket in buckets:
+            bucket.flat.hide()
+        self._away.extend(buckets)
+
+    def _take_back(self, last: int) -> None:
+        """Start the return of every bucket up to unit `last`, and the copies of those behind it that are stepped."""
+        while self._away and self._away[0].unit.index <= last:
+            self._away[0].flat.take_back(self._readers_done)
+            self._away.popleft()
+        for bucket in self._away:
+            if not bucket.flat.host.is_done():
+                return
+            bucket.flat.ascend(self._readers_done)
+
+    def settle(self, unit: Unit | None = None) -> None:
+        """Have the parameters of all units up to `unit`, or of all, back and readable."""
+        last = len(self.units) - 1 if unit is None else unit.index
+        away = {bucket.unit for bucket in self._away}
+        self._take_back(last)
+        for other in self.units[: last + 1]:
+            if other in away:
+                other.wait()
+
     # Backward #
 
     def open_backward(self) -> None:
         """Have `finish_backward` called when the present, outermost backward ends. Idempotent within one backward."""
         if not self._is_backward_open:
             self._is_backward_open = True
+            for bucket in self.reduction_order:
+                bucket.gradients.fold()
             Variable._execution_engine.queue_callback(self.finish_backward)
 
     def pre_backward(self, unit: Unit, is_first: bool) -> None:
@@ -281,6 +375,7 @@ class Zero:
 
     def _reset_round(self) -> None:
         self._next_launch = 0
+        self._let_go_last()
         self.pool.clear()
         for bucket in self.reduction_order:
             bucket.ready.clear()
@@ -307,14 +402,22 @@ class Zero:
     def _land_last(self) -> None:
         if self._last_launched is not None:
             self._last_launched.gradients.land()
-            self._last_launched = None
+            if self._last_landed is not None:
+                self._last_landed.gradients.let_go()
+            self._last_landed, self._last_launched = self._last_launched, None
             self.gradient_version += 1
+
+    def _let_go_last(self) -> None:
+        if self._last_landed is not None:
+            self._last_landed.gradients.let_go()
+            self._last_landed = None
 
     def reduce_late(self, buckets: list[Bucket]) -> None:
         """Reduce local sums that no backward has reduced. Collective: the same buckets on every rank."""
         for bucket in buckets:
             self._launch(bucket)
         self._land_last()
+        self._let_go_last()
         self.pool.clear()
 
     def clear_gradients(self, set_to_none: bool = True, slots: dict[Bucket, list[int]] | None = None) -> None:
@@ -330,15 +433,17 @@ class Zero:
     # Step and whole parameters #
 
     def before_step(self) -> None:
-        """Nothing gathered may outlive a step."""
+        """Nothing gathered may outlive a step, and nothing be away from the last one."""
         if self._is_backward_open:
             self.abandon_backward()
+        self.settle()
         for unit in self.units:
             if self.full_depth == 0:
                 unit.reshard()
 
     def gather_all(self) -> None:
         """Gather every unit and keep it. Collective."""
+        self.settle()
         self.full_depth += 1
         for unit in self.units:
             self._unshard(unit)
@@ -347,12 +452,17 @@ class Zero:
 
     def release_all(self, writeback: bool) -> None:
         if writeback:
-            for unit in self.units:
-                for bucket in unit.buckets:
-                    bucket.flat.absorb_edits()
+            self.absorb_edits()
         self.full_depth -= 1
         for unit in self.units:
             self._free(unit)
+
+    @torch.no_grad()
+    def absorb_edits(self) -> None:
+        """Take what somebody wrote into full parameters into what is stepped."""
+        for unit in self.units:
+            for bucket in unit.buckets:
+                bucket.flat.absorb_edits()
 
     def mark_loss_scaled(self) -> None:
         self._was_loss_scaled = True

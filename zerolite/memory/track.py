@@ -21,6 +21,8 @@ class Usage:
     gradients_bytes: int
     optimizer_bytes: int  # fp32 master copies and the optimizer's states
     padding_bytes: int  # of the three together, what alignment and division by the world size cost
+    host_bytes: int = 0  # offloaded: gradients, parameters, masters, states, and what workers need beside
+    file_bytes: int = 0  # offloaded to a drive
 
 
 def measure(model: nn.Module, optimizer: ShardedOptimizer | None = None) -> Usage:
@@ -32,10 +34,11 @@ def measure(model: nn.Module, optimizer: ShardedOptimizer | None = None) -> Usag
             flat, layout = bucket.flat, bucket.layout
             owned = (flat.start, flat.stop)
             parameters.add(flat.full, layout, 0, layout.numel)
-            parameters.add(flat.owned, layout, *owned)
+            if not flat.streams:
+                parameters.add(flat.owned, layout, *owned)
             if flat.master is not None:
                 states.add(flat.master, layout, *owned)
-            if optimizer is not None:
+            if optimizer is not None and not flat.is_on_host:
                 for values in optimizer.states_of(bucket).values():
                     states.add(values, layout, *owned)
             if bucket.gradients is not None:
@@ -43,7 +46,15 @@ def measure(model: nn.Module, optimizer: ShardedOptimizer | None = None) -> Usag
                 gradients.add(bucket.gradients.whole, layout, 0, layout.numel)
                 gradients.add(bucket.gradients.reduced, layout, *owned)
     padding = parameters.padding_bytes + gradients.padding_bytes + states.padding_bytes
-    return Usage(parameters.total_bytes, gradients.total_bytes, states.total_bytes, padding)
+    host = zero.host
+    return Usage(
+        parameters.total_bytes,
+        gradients.total_bytes,
+        states.total_bytes,
+        padding,
+        host.arena.nbytes if host is not None else 0,
+        host.states_bytes if host is not None else 0,
+    )
 
 
 class _Count:

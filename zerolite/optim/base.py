@@ -5,6 +5,9 @@
 2. decide   a norm that is not finite skips the step on every rank; else the clip factor, with the loss scale taken out;
 3. update   the rule runs over the owned range, a run of equal hyperparameters and step count at a time;
 4. publish  ranks that hold full parameters exchange their ranges, a bucket's exchange behind the next one's update.
+
+What is offloaded is handed to the workers in phase 3, before the rest is updated here, and `step` returns without
+waiting for it: parameters come back when somebody needs them (zero.py, [Note: just-in-time return]).
 """
 
 import math
@@ -12,10 +15,11 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from zerolite_kernels.command import STEP
 
 from zerolite import layout
 from zerolite.optim.norm import Verdict, agree
-from zerolite.optim.rules import Run
+from zerolite.optim.rules import Rule, Run
 
 
 class Key(NamedTuple):
@@ -33,7 +37,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     max_grad_norm: clip the global norm in `step`; None: do not.
     """
 
-    rule = None  # set by the subclass
+    rule: Rule  # set by the subclass
 
     def __init__(self, params, defaults: dict, max_grad_norm: float | None = None):
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -43,7 +47,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._zero = None
         self._places: dict[torch.nn.Parameter, tuple[object, int]] = {}  # parameter -> (bucket, slot index)
         self._group_of: dict[torch.nn.Parameter, int] = {}
-        self._states: dict[object, dict[str, torch.Tensor]] = {}  # bucket -> state name -> 1D, the owned range
+        # bucket -> state name -> 1D, the owned range; empty for a bucket that workers step
+        self._states: dict[object, dict[str, torch.Tensor]] = {}
         self._verdict: tuple[int, Verdict] | None = None  # with the gradient version that it was taken of
         self._clip_factor = 1.0  # of clip_grad_norm_, for the next step
         super().__init__(params, defaults)
@@ -53,8 +58,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         group_index = len(self.param_groups) - 1
+        self._check_host_memory(self.param_groups[-1]["params"])
         for parameter in self.param_groups[-1]["params"]:
             self._adopt(parameter, group_index)
+
+    def _check_host_memory(self, parameters) -> None:
+        places = [parameter._zerolite_place for parameter in parameters if hasattr(parameter, "_zerolite_place")]
+        hosts = {bucket: bucket.flat.host for _, bucket, _ in places if bucket.flat.is_on_host}
+        new = [host for bucket, host in hosts.items() if bucket not in self._states and not host.states]
+        needed = sum(host.state_bytes(self.rule.state_names) for host in new)
+        if needed:
+            new[0].host.check_memory(needed, f"{type(self).__name__}'s states")
 
     def _adopt(self, parameter: torch.nn.Parameter, group_index: int) -> None:
         place = getattr(parameter, "_zerolite_place", None)
@@ -78,17 +92,36 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         self._places[parameter] = (bucket, index)
         self._group_of[parameter] = group_index
+        flat = bucket.flat
         if bucket not in self._states:
-            stepped = bucket.flat.stepped
-            self._states[bucket] = {name: torch.zeros_like(stepped) for name in self.rule.state_names}
+            self._states[bucket] = {}
+            if flat.is_on_host:
+                flat.host.add_states(self.rule.state_names)
+            else:
+                stepped = flat.values()
+                self._states[bucket] = {name: torch.zeros_like(stepped) for name in self.rule.state_names}
+        held = {**self._states[bucket], **({} if flat.master is None else {"master": flat.master})}
+        mine = {name: self._slice(parameter, values) for name, values in held.items()}
+        self.state[parameter] = {"step": torch.tensor(0.0), **mine}
+
+    def _slice(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
+        """A parameter's part of an owned range: in its shape where all of it is here, else 1D."""
+        bucket, index = self._places[parameter]
         slot, flat = bucket.layout.slots[index], bucket.flat
         first, last = bucket.layout.overlap(slot, flat.start, flat.stop)
-        state = {"step": torch.tensor(0.0)}
-        held = {**self._states[bucket], **({} if flat.master is None else {"master": flat.master})}
-        for name, values in held.items():
-            mine = values[first - flat.start : last - flat.start]
-            state[name] = mine.view(shape) if last - first == slot.numel else mine
-        self.state[parameter] = state
+        mine = values[first - flat.start : last - flat.start]
+        return mine.view(slot.shape) if last - first == slot.numel else mine
+
+    def state_dict(self) -> dict:
+        """As torch's; states that workers hold are decoded, for reading. Waits for the workers. Not collective."""
+        packed = super().state_dict()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        held = _Held(self)
+        packed["state"] = {
+            index: {**state, **held.of(parameters[index])} if index < len(parameters) else state
+            for index, state in packed["state"].items()
+        }
+        return packed
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load what `state_dict` of the same layout (stage and world size) gave; `zerolite.load` takes any other.
@@ -100,9 +133,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         groups = state_dict["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError("loaded state_dict has param groups of other sizes than this optimizer's")
+        self._zero.settle()
+        held = _Held(self)
         for group, saved_group in zip(self.param_groups, groups, strict=True):
             for parameter, identity in zip(group["params"], saved_group["params"], strict=True):
-                for name, value in self.state.get(parameter, {}).items():
+                for name, value in {**self.state.get(parameter, {}), **held.of(parameter)}.items():
                     loaded = saved[identity][name]
                     if loaded.shape != value.shape:
                         raise ValueError(
@@ -114,14 +149,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 if parameter in self._places:
                     self._places[parameter][0].flat.refresh_from_master()
             group.update({key: value for key, value in saved_group.items() if key != "params"})
+        held.write_back()
 
     def _name(self, parameter: torch.nn.Parameter) -> str:
         _, bucket, index = parameter._zerolite_place
         return bucket.layout.slots[index].name
 
     def states_of(self, bucket) -> dict[str, torch.Tensor]:
-        """The states of a bucket of the model: name -> 1D, the owned range; empty where it has none."""
+        """The states of a bucket of the model: name -> 1D, the owned range; empty where it has none.
+
+        The memory itself, but where the host encodes it: give changed values to `set_state`. Waits for the workers.
+        """
+        if bucket in self._states and bucket.flat.is_on_host:
+            return {name: bucket.flat.host.read_state(name) for name in self.rule.state_names}
         return self._states.get(bucket, {})
+
+    def set_state(self, bucket, name: str, values: torch.Tensor) -> None:
+        """Take values that `states_of` gave and somebody changed."""
+        if bucket.flat.is_on_host:
+            bucket.flat.host.write_state(name, values)
 
     def describe(self) -> dict:
         """Class, param groups by parameter name, and steps taken, as JSON values."""
@@ -219,6 +265,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         buckets = [bucket for unit in self._zero.units for bucket in unit.buckets if bucket in self._states]
         work = [(bucket, self._count_up(bucket, used[bucket])) for bucket in buckets]
         self._prepare(work, multiplier)
+        away = [(bucket, keys) for bucket, keys in work if bucket.flat.is_on_host and any(keys)]
+        for bucket, keys in away:
+            self._step_on_host(bucket, keys, multiplier)
+        self._zero.send_away([bucket for bucket, _ in away])
+        work = [(bucket, keys) for bucket, keys in work if not bucket.flat.is_on_host]
         for bucket, keys in work:
             for chunk in self._chunks(bucket, keys):
                 self._step_chunk(bucket, chunk, multiplier)
@@ -244,25 +295,75 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _prepare(self, work: list, multiplier: float) -> None:
         """What a rule must know of all buckets before it steps the first."""
 
+    def _step_on_host(self, bucket, keys: list[Key | None], multiplier: float) -> None:
+        """Hand one bucket's runs to the workers."""
+        host, held = bucket.flat.host, bucket.gradients.on_host()
+        commands = [
+            host.command(STEP, run, held, **self._numbers(bucket, run.key, multiplier), **self._extra(bucket, run.key))
+            for run in bucket.layout.runs(bucket.flat.start, bucket.flat.stop, keys)
+        ]
+        host.submit(commands, "stepping")
+
+    def _numbers(self, bucket, key: Key, multiplier: float) -> dict[str, float]:
+        seed = key.step << 24 | bucket.position  # of stochastic rounding: the same on every rank and after a resume
+        return {**self.rule.numbers(self.param_groups[key.group], key.step, multiplier), "seed": seed}
+
+    def _extra(self, bucket, key: Key) -> dict[str, float]:
+        """What the rule's step takes beside a run."""
+        return {}
+
     def _step_chunk(self, bucket, chunk: layout.Run, multiplier: float) -> None:
-        self.rule.step(self._run(bucket, chunk, multiplier))
+        self.rule.step(self._run(bucket, chunk, multiplier), **self._extra(bucket, chunk.key))
 
     def _chunks(self, bucket, keys: list[Key | None]):
         """The owned range as runs of one key, cut where the scratch that a run needs would be large."""
         flat = bucket.flat
-        chunk_numel = self._zero.device.chunk_numel
         for run in bucket.layout.runs(flat.start, flat.stop, keys):
+            chunk_numel = self._zero.device.chunk_numel
+            if self._run(bucket, run, 1.0).is_native:
+                chunk_numel = run.stop - run.start  # one pass, no scratch
             for start in range(run.start, run.stop, chunk_numel):
                 yield layout.Run(start, min(start + chunk_numel, run.stop), run.key)
 
     def _run(self, bucket, chunk: layout.Run, multiplier: float) -> Run:
         flat = bucket.flat
         mine = slice(chunk.start - flat.start, chunk.stop - flat.start)
-        parameter, gradient = flat.stepped[mine], bucket.gradients.require()[mine]
-        if multiplier != 1.0 or gradient.dtype != parameter.dtype:
-            gradient = gradient.to(parameter.dtype, copy=True).mul_(multiplier)
         states = {name: values[mine] for name, values in self._states[bucket].items()}
-        return Run(parameter, gradient, states, chunk.key.step, self.param_groups[chunk.key.group])
+        return Run(
+            flat.values()[mine],
+            bucket.gradients.require()[mine],
+            states,
+            chunk.key.step,
+            self.param_groups[chunk.key.group],
+            multiplier,
+            chunk.start % bucket.layout.piece_numel,
+        )
+
+
+class _Held:
+    """Master and states that the host holds, by parameter: decoded once a bucket, written back on demand."""
+
+    def __init__(self, optimizer: ShardedOptimizer):
+        self.optimizer = optimizer
+        self.decoded: dict[object, dict[str, torch.Tensor]] = {}
+
+    def of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        bucket, _ = self.optimizer._places.get(parameter, (None, 0))
+        if bucket is None or not bucket.flat.is_on_host:
+            return {}
+        if bucket not in self.decoded:
+            self.decoded[bucket] = dict(self.optimizer.states_of(bucket))
+            if bucket.flat.host.master is not None:
+                self.decoded[bucket]["master"] = bucket.flat.values()
+        return {name: self.optimizer._slice(parameter, values) for name, values in self.decoded[bucket].items()}
+
+    def write_back(self) -> None:
+        for bucket, states in self.decoded.items():
+            for name, values in states.items():
+                if name == "master":
+                    bucket.flat.set_values(values)
+                else:
+                    self.optimizer.set_state(bucket, name, values)
 
 
 def _clip_factor(norm: float, max_norm: float) -> float:

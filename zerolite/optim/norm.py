@@ -5,34 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from zerolite_kernels.command import NORM
 
 from zerolite.errors import ZeroliteError
-
-ROW_NUMEL = 1024
-CHUNK_NUMEL = 1024 * ROW_NUMEL
-
-
-def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
-    """0-dim fp64 sum of squares of a 1D tensor: fp32 within rows of 1024 elements, fp64 over rows.
-
-    Relative error 1e-9, six times as fast on the CPU as fp64 throughout. An Inf or NaN stays one. Where squares leave
-    fp32's range (a result of Inf or 0) `exact_sum_of_squares` tells.
-    """
-    if tensor.dtype == torch.float64:
-        return exact_sum_of_squares(tensor)
-    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for start in range(0, tensor.numel(), CHUNK_NUMEL):
-        chunk = tensor[start : start + CHUNK_NUMEL].to(torch.float32)
-        whole = chunk.numel() // ROW_NUMEL * ROW_NUMEL
-        rows = torch.linalg.vector_norm(chunk[:whole].view(-1, ROW_NUMEL), dim=1)
-        total += rows.double().square().sum()
-        total += torch.linalg.vector_norm(chunk[whole:]).double().square()
-    return total
-
-
-def exact_sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
-    """0-dim fp64 sum of squares, in fp64 throughout: beyond the range of no narrower dtype's squares."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+from zerolite.squares import add_up, exact_sum_of_squares, sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -71,13 +47,15 @@ def _exchange(zero, keys, squares_of) -> tuple[Verdict, list[bool]]:
     """One small all-gather: [digest of gathers], then a bucket's [squares, has unreduced, used slots ...]."""
     numbers: list[torch.Tensor | float] = [float(zero.gather_digest)]
     for bucket, bucket_keys in zip(zero.reduction_order, keys, strict=True):
-        gradients, layout = bucket.gradients, bucket.layout
+        gradients = bucket.gradients
         squares: torch.Tensor | float = 0.0
-        if gradients.reduced is not None:
-            for run in layout.runs(*layout.piece(zero.shard_group.rank), bucket_keys):
-                squares = squares + squares_of(
-                    gradients.reduced[run.start - gradients.start : run.stop - gradients.start]
-                )
+        if bucket.flat.is_on_host:
+            squares = _squares_on_host(zero, bucket, bucket_keys, squares_of)
+        elif gradients.reduced is not None:
+            low, high = bucket.layout.piece(zero.shard_group.rank)
+            for run in bucket.layout.runs(low, high, bucket_keys):
+                mine = gradients.reduced[run.start - gradients.start : run.stop - gradients.start]
+                squares = squares + squares_of(mine, run.start - low)
         numbers += [squares, float(gradients.has_unreduced), *map(float, gradients.was_used)]
     facts = torch.tensor([float("nan") if isinstance(n, torch.Tensor) else n for n in numbers], dtype=torch.float64)
     facts = facts.to(zero.device.device)
@@ -102,3 +80,15 @@ def _exchange(zero, keys, squares_of) -> tuple[Verdict, list[bool]]:
         was_used.append([any(row[1 + index] for row in rows) for index in range(num_slots)])
         column += 2 + num_slots
     return Verdict(squares, was_used), unreduced
+
+
+def _squares_on_host(zero, bucket, keys, squares_of) -> torch.Tensor | float:
+    """Of this rank's piece: what came down with the gradient or, where other slots count, what the workers sum."""
+    gradients = bucket.gradients
+    if not gradients.has_reduced:
+        return 0.0
+    if gradients.squares is not None and all(keys) and squares_of is sum_of_squares:
+        return gradients.squares
+    held = gradients.on_host()
+    runs = list(bucket.layout.runs(*bucket.layout.piece(zero.shard_group.rank), keys))
+    return sum(map(add_up, bucket.flat.host.sums(NORM, runs, [{}] * len(runs), held)), 0.0)

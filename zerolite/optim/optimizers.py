@@ -1,9 +1,11 @@
 """The four optimizers that users build: torch.optim's arguments, plus `max_grad_norm`."""
 
 import torch
+from zerolite_kernels.command import PREPARE
 
 from zerolite.optim.base import ShardedOptimizer
 from zerolite.optim.rules import AdamRule, AdamWRule, LambRule, LionRule, trust_ratio
+from zerolite.squares import add_up
 
 
 class AdamW(ShardedOptimizer):
@@ -61,10 +63,20 @@ class Lamb(ShardedOptimizer):
         sums = []
         for bucket, keys in work:
             # A row a piece, so that the order of summation does not depend on who owns which pieces.
-            rows = torch.zeros(bucket.layout.world_size, len(keys), 2, dtype=torch.float64, device=bucket.flat.device)
-            for chunk in self._chunks(bucket, keys):
-                piece = chunk.start // bucket.layout.piece_numel
-                rows[piece, chunk.key.index] += self.rule.prepare(self._run(bucket, chunk, multiplier))
+            flat, piece_numel = bucket.flat, bucket.layout.piece_numel
+            rows = torch.zeros(bucket.layout.world_size, len(keys), 2, dtype=torch.float64, device=flat.device.device)
+            if flat.is_on_host:
+                runs = list(bucket.layout.runs(flat.start, flat.stop, keys))
+                numbers = [self._numbers(bucket, run.key, multiplier) for run in runs]
+                held = bucket.gradients.on_host()
+                for run, entries in zip(runs, flat.host.sums(PREPARE, runs, numbers, held), strict=True):
+                    rows[run.start // piece_numel, run.key.index] += torch.tensor(
+                        [add_up(entries[0::2]), add_up(entries[1::2])], dtype=torch.float64
+                    ).to(rows.device)
+            else:
+                for chunk in self._chunks(bucket, keys):
+                    part = self.rule.prepare(self._run(bucket, chunk, multiplier))
+                    rows[chunk.start // piece_numel, chunk.key.index] += part
             sums.append(rows)
         zero = self._zero
         flat = torch.cat([rows.view(-1) for rows in sums]) if sums else torch.zeros(0, dtype=torch.float64)
@@ -78,8 +90,8 @@ class Lamb(ShardedOptimizer):
             totals = [sum(table[piece][index] for piece in range(len(table))) for index in range(len(keys))]
             self._ratios[bucket] = [trust_ratio(*total.tolist()) for total in totals]
 
-    def _step_chunk(self, bucket, chunk, multiplier):
-        self.rule.step(self._run(bucket, chunk, multiplier), self._ratios[bucket][chunk.key.index])
+    def _extra(self, bucket, key):
+        return {"trust_ratio": self._ratios[bucket][key.index]}
 
 
 def _check(lr, betas, eps, weight_decay) -> None:

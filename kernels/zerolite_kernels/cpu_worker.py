@@ -1,0 +1,189 @@
+"""One optimizer process: reads commands from shared memory and runs them on its share of every region.
+
+A worker has one thread (a lane) a core. Every lane reads every command, does its own fixed share of the region, and
+counts the command as done; so a region's elements are always touched from the same core, and nothing is divided at run
+time. Lanes sleep on an eventfd, and end when the trainer does. Imports neither torch nor zerolite where the
+kernels were built; else `reference` serves, which needs torch.
+
+Started as: python -S cpu_worker.py '{"lanes": [...], ...}' with the descriptors of `Setup` inherited.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+
+if __name__ == "__main__":
+    # Only the script's own folder is on the path, and `-S` leaves out site-packages.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from zerolite_kernels.command import FILL, PARTIAL_NUMEL, Command
+
+CHUNK_NUMEL = 1024 * PARTIAL_NUMEL  # between two heartbeats
+
+# The control memory: a header, a row a lane, a ring of commands. All numbers are uint64.
+SUBMITTED, ARENA_BYTES, IS_STOPPING, NUM_LANES = range(4)  # of the header
+ERROR_OFFSET, ERROR_BYTES = 1024, 3072  # text, zero-terminated, of the first worker that failed
+LANES_OFFSET, LANE_BYTES = 4096, 64
+IS_READY, DONE, HEARTBEAT = range(3)  # of a lane's row
+RING_NUMEL = 8192
+
+
+def control_bytes(num_lanes: int) -> int:
+    return ring_offset(num_lanes) + RING_NUMEL * ctypes.sizeof(Command)
+
+
+def ring_offset(num_lanes: int) -> int:
+    return LANES_OFFSET + num_lanes * LANE_BYTES
+
+
+def share(numel: int, lane: int, num_lanes: int) -> tuple[int, int]:
+    """[first, last) of a region that a lane works on, cut at multiples of PARTIAL_NUMEL."""
+    blocks = -(-numel // PARTIAL_NUMEL)
+    cut = [min(blocks * index // num_lanes * PARTIAL_NUMEL, numel) for index in (lane, lane + 1)]
+    return cut[0], cut[1]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the trainer tells a worker; numbers of descriptors that it inherits."""
+
+    lanes: list[int]
+    cores: list[int]  # one a lane; empty: not pinned
+    num_lanes: int  # of all workers together
+    trainer_pid: int
+    control_fd: int
+    arena_fd: int
+    wake_fds: list[int]  # one a lane
+    progress_fd: int
+    states_fd: int  # file of the states, -1: none
+    library: str | None  # the built kernels; None: the reference in torch
+
+
+class Worker:
+    """What the lanes of one process share."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.control_map = mmap.mmap(setup.control_fd, control_bytes(setup.num_lanes))
+        self.header = (ctypes.c_uint64 * 8).from_buffer(self.control_map)
+        self.ring_offset = ring_offset(setup.num_lanes)
+        self.execute = _load(setup.library)
+        self.arenas: list[mmap.mmap] = []  # the last one is the largest; older ones may be in use by another lane
+        self.lock = threading.Lock()
+        self.trainer_fd = os.pidfd_open(setup.trainer_pid)
+
+    def row(self, lane: int):
+        return (ctypes.c_uint64 * 8).from_buffer(self.control_map, LANES_OFFSET + lane * LANE_BYTES)
+
+    def command(self, number: int) -> Command:
+        offset = self.ring_offset + number % RING_NUMEL * ctypes.sizeof(Command)
+        return Command.from_buffer_copy(self.control_map, offset)
+
+    def arena(self) -> mmap.mmap:
+        """The arena, mapped anew when it has grown."""
+        nbytes = self.header[ARENA_BYTES]
+        with self.lock:
+            if not self.arenas or len(self.arenas[-1]) < nbytes:
+                self.arenas.append(mmap.mmap(self.setup.arena_fd, nbytes))
+            return self.arenas[-1]
+
+    def fail(self, lane: int) -> None:
+        """Leave the traceback where the trainer finds it, and end."""
+        text = f"lane {lane}: {traceback.format_exc()}".encode()[-ERROR_BYTES + 1 :]
+        self.control_map[ERROR_OFFSET : ERROR_OFFSET + len(text)] = text
+        os._exit(1)
+
+
+def _load(library: str | None):
+    """execute(memory, command, first, last) of the built kernels, or of the reference in torch."""
+    if library is None:
+        from zerolite_kernels.reference import execute
+
+        return execute
+    function = ctypes.CDLL(library).zl_execute
+    function.argtypes = [ctypes.c_void_p, ctypes.POINTER(Command), ctypes.c_uint64, ctypes.c_uint64]
+
+    def execute_native(memory: mmap.mmap, command: Command, first: int, last: int) -> None:
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        code = function(base, ctypes.byref(command), first, last)
+        if code != 0:
+            raise ValueError(f"the kernels know no command {[(n, getattr(command, n)) for n, _ in command._fields_]}")
+
+    return execute_native
+
+
+def run_lane(worker: Worker, lane: int, core: int | None, wake_fd: int) -> None:
+    setup = worker.setup
+    try:
+        if core is not None:
+            os.sched_setaffinity(0, {core})  # of this thread
+        row = worker.row(lane)
+        states = None
+        if setup.states_fd >= 0:
+            from zerolite_kernels.state_file import StateFile
+
+            states = StateFile(setup.states_fd)
+        poller = select.poll()
+        poller.register(wake_fd, select.POLLIN)
+        poller.register(worker.trainer_fd, select.POLLIN)
+        row[IS_READY] = 1
+        os.eventfd_write(setup.progress_fd, 1)
+        while True:
+            while row[DONE] < worker.header[SUBMITTED]:
+                _do(worker, states, worker.command(row[DONE]), lane, row)
+                row[HEARTBEAT] += 1
+                row[DONE] += 1  # after the work; the write below is a barrier
+                os.eventfd_write(setup.progress_fd, 1)
+            if worker.header[IS_STOPPING]:
+                return
+            ready = {fd for fd, _ in poller.poll()}
+            if worker.trainer_fd in ready:
+                os._exit(0)  # the trainer is gone
+            os.eventfd_read(wake_fd)
+    except BaseException:
+        worker.fail(lane)
+
+
+def _do(worker: Worker, states, command: Command, lane: int, row) -> None:
+    """This lane's share of one command, a chunk at a time."""
+    first, last = share(command.numel, lane, worker.setup.num_lanes)
+    if command.op != FILL:
+        first, last = max(first, command.first), min(last, command.last)
+    memory = worker.arena()
+    if command.file:
+        states.run(worker.execute, memory, command, first, last)
+        return
+    while first < last:
+        stop = min(first - first % PARTIAL_NUMEL + CHUNK_NUMEL, last)
+        worker.execute(memory, command, first, stop)
+        row[HEARTBEAT] += 1
+        if os.getppid() != worker.setup.trainer_pid:
+            os._exit(0)
+        first = stop
+
+
+def main() -> None:
+    setup = Setup(**json.loads(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
+    if os.getppid() != setup.trainer_pid:
+        os._exit(0)
+    worker = Worker(setup)
+    cores: list[int | None] = list(setup.cores) or [None] * len(setup.lanes)
+    work = list(zip(setup.lanes, cores, setup.wake_fds, strict=True))
+    threads = [threading.Thread(target=run_lane, args=(worker, *item), daemon=True) for item in work[1:]]
+    for thread in threads:
+        thread.start()
+    run_lane(worker, *work[0])
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Gradients and optimizer states in host memory, stepped there by worker processes."""

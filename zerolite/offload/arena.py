@@ -1,0 +1,99 @@
+"""Host memory that trainer and workers share: one anonymous file, grown a field at a time, gone with its processes."""
+
+import mmap
+import os
+import weakref
+from pathlib import Path
+
+import psutil
+import torch
+
+from zerolite.device import Cpu, Cuda
+from zerolite.errors import ZeroliteError
+
+PAGE_BYTES = mmap.PAGESIZE
+
+
+class Field:
+    """One tensor of the arena."""
+
+    offset: int  # bytes from the arena's start, a multiple of the page size
+    values: torch.Tensor  # 1D, on the host, pinned where there is a GPU
+
+    def __init__(self, offset: int, values: torch.Tensor):
+        self.offset, self.values = offset, values
+
+    def address(self, index: int) -> int:
+        """Offset in bytes of one element."""
+        return self.offset + index * self.values.element_size()
+
+
+class Arena:
+    """Fields in the order of their allocation; every byte asked for is a byte taken, up to the end of its page."""
+
+    def __init__(self, device: Cpu | Cuda):
+        self.device = device
+        self.fd = os.memfd_create("zerolite", os.MFD_CLOEXEC)
+        self.nbytes = 0
+        self._pinned: list[torch.Tensor] = []
+        self.close = weakref.finalize(self, _close, self.fd, self._pinned, device)
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> Field:
+        """A field of undefined values. Its pages are placed by whoever touches them first."""
+        nbytes = max(numel, 1) * dtype.itemsize
+        offset = self.nbytes
+        self.nbytes += -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+        os.ftruncate(self.fd, self.nbytes)
+        memory = mmap.mmap(self.fd, self.nbytes - offset, offset=offset)
+        return Field(offset, torch.frombuffer(memory, dtype=dtype, count=max(numel, 1))[:numel])  # keeps `memory` alive
+
+    def pin(self, field: Field) -> None:
+        """Lock a field for copies to and from the device, once its pages are placed."""
+        if field.values.numel():
+            whole = field.values.view(torch.uint8)
+            self.device.pin(whole)
+            self._pinned.append(whole)
+
+
+def _close(fd: int, pinned: list[torch.Tensor], device: Cpu | Cuda) -> None:
+    for memory in pinned:
+        device.unpin(memory)
+    pinned.clear()
+    os.close(fd)
+
+
+def check_available(needed_bytes: int, num_local_ranks: int, what: str) -> None:
+    """ZeroliteError where this machine has not the memory that its ranks are about to take, each `needed_bytes`."""
+    available = available_bytes()
+    if needed_bytes * num_local_ranks > available:
+        raise ZeroliteError(
+            f"{what} takes {needed_bytes / 2**30:.2f} GiB of host memory on each of {num_local_ranks} ranks of this "
+            f"machine, {needed_bytes * num_local_ranks / 2**30:.2f} GiB in all, and {available / 2**30:.2f} GiB are "
+            'free: use more machines, smaller states (Offload(states="bf16" or "int8")), or Offload(path=...)'
+        )
+
+
+def available_bytes() -> int:
+    """Memory that can be taken now without swapping: the machine's or, where it is less, the control group's."""
+    available = psutil.virtual_memory().available
+    for line in _lines("/proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            folder, limit, used = Path("/sys/fs/cgroup") / path.strip("/"), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            folder = Path("/sys/fs/cgroup/memory") / path.strip("/")
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        values = [_lines(folder / name)[:1] for name in (limit, used)]
+        if all(value and value[0].isdigit() for value in values):
+            cached = dict(line.split() for line in _lines(folder / "memory.stat")).get("inactive_file", 0)
+            available = min(available, int(values[0][0]) - int(values[1][0]) + int(cached))
+    return available
+
+
+def _lines(path) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

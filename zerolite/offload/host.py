@@ -1,0 +1,106 @@
+"""The host side of one engine: its arena, its workers, its file of states, and the streams between host and device."""
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from zerolite_kernels import cpu
+from zerolite_kernels.command import FILL, PARTIAL_NUMEL, Command
+
+from zerolite.config import Offload
+from zerolite.device import Cpu, Cuda
+from zerolite.offload.arena import Arena, Field, check_available
+from zerolite.offload.cores import cores_of
+from zerolite.offload.pool import Pool
+
+
+class Host:
+    """Arena and workers of this rank; they end with the engine that holds it."""
+
+    def __init__(
+        self,
+        offload: Offload,
+        device: Cpu | Cuda,
+        local_rank: int,
+        num_local_ranks: int,
+        name: str,
+        on_failure: Callable[[str], None],
+    ):
+        """local_rank: among the `num_local_ranks` of this machine; `name` of the rank, for errors."""
+        if cpu.path() is None:
+            if offload.path is not None or offload.states != "fp32":
+                raise ValueError(
+                    "Offload(path=...) and states other than fp32 need the kernels that are built at install time: "
+                    "install a C++ compiler and run `pip install -e .` again"
+                )
+            warnings.warn(
+                "zerolite's host kernels were not built (no C++ compiler at install time): torch's AdamW steps in the "
+                "workers, about half as fast and with torch's memory in each; install a compiler and zerolite again",
+                stacklevel=2,
+            )
+        self.offload, self.device = offload, device
+        self.num_local_ranks = num_local_ranks
+        self.down_stream, self.up_stream = device.new_stream(), device.new_stream()
+        self.arena = Arena(device)
+        self._scratch: Field | None = None
+        self.states_fd, self.states_bytes = -1, 0
+        if offload.path is not None:
+            self.states_fd = _open_direct(Path(offload.path))
+            weakref.finalize(self, os.close, self.states_fd)
+        num_workers = offload.workers or 1
+        num_lanes = None if offload.threads is None else offload.threads * num_workers
+        cores = cores_of(local_rank, num_local_ranks, num_lanes)
+        if len(cores) < num_workers:
+            cores = cores_of(local_rank, num_local_ranks, num_workers)
+        self.pool = Pool(self.arena.fd, num_workers, cores, self.states_fd, name, on_failure)
+
+    def check_memory(self, needed_bytes: int, what: str) -> None:
+        """ZeroliteError, with both sizes, where the machine has less than its ranks are about to take."""
+        check_available(needed_bytes, self.num_local_ranks, what)
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> Field:
+        """Zeros whose pages are placed by the lanes that will work on them, pinned where there is a GPU."""
+        field = self.arena.allocate(numel, dtype)
+        self.zero(field)
+        self.arena.pin(field)
+        return field
+
+    def zero(self, field: Field) -> None:
+        nbytes = field.values.numel() * field.values.element_size()
+        fill = Command(op=FILL, numel=nbytes, last=nbytes, gradient=field.offset)
+        self.wait(self.submit([fill], "placing memory"))
+
+    def allocate_in_file(self, numel: int, itemsize: int) -> int:
+        """Offset of a zeroed, page-aligned range of the file of states, with room for whole partial blocks."""
+        offset = self.states_bytes
+        self.states_bytes += -(-numel // PARTIAL_NUMEL) * PARTIAL_NUMEL * itemsize
+        os.posix_fallocate(self.states_fd, offset, max(self.states_bytes - offset, 1))
+        return offset
+
+    def scratch(self, numel: int) -> Field:
+        """fp64 that workers leave results in; the same memory each time."""
+        if self._scratch is None or self._scratch.values.numel() < numel:
+            self._scratch = self.allocate(max(numel, PARTIAL_NUMEL), torch.float64)
+        return self._scratch
+
+    def submit(self, commands: list[Command], label: str) -> int:
+        return self.pool.submit(commands, label, self.arena.nbytes)
+
+    def wait(self, number: int) -> None:
+        self.pool.wait(number)
+
+
+def _open_direct(folder: Path) -> int:
+    """A file without a name in `folder`, read and written past the page cache; it is gone with its descriptors."""
+    if not folder.is_dir():
+        raise ValueError(f"Offload(path={str(folder)!r}) is not a folder: make it first, on a local drive")
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ValueError(
+            f"Offload(path={str(folder)!r}): its file system takes no direct I/O or no unnamed files ({error}); "
+            "name a folder on a local drive (ext4, xfs)"
+        ) from error

@@ -1,0 +1,211 @@
+"""The worker processes of one rank, and the ring of commands that they all read.
+
+Commands are numbered; a lane has done commands [0, its count). `submit` returns the number behind the last one, `wait`
+returns when every lane has counted that far. The trainer and the lanes sleep on eventfds; a worker that dies ends the
+sleep through its pidfd, one that stands still for STUCK_SECONDS through the heartbeats.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from zerolite_kernels import cpu, cpu_worker
+from zerolite_kernels.command import Command
+from zerolite_kernels.cpu_worker import (
+    ARENA_BYTES,
+    DONE,
+    ERROR_BYTES,
+    ERROR_OFFSET,
+    HEARTBEAT,
+    IS_READY,
+    IS_STOPPING,
+    LANE_BYTES,
+    LANES_OFFSET,
+    NUM_LANES,
+    RING_NUMEL,
+    SUBMITTED,
+    control_bytes,
+    ring_offset,
+)
+
+from zerolite.errors import WorkerError
+
+STUCK_SECONDS = 10.0
+START_SECONDS = 60.0
+
+
+class Pool:
+    """Workers with `len(cores)` lanes between them; one trainer thread at a time may call it."""
+
+    def __init__(
+        self,
+        arena_fd: int,
+        num_workers: int,
+        cores: Sequence[int],
+        states_fd: int = -1,
+        name: str = "rank 0",
+        on_failure: Callable[[str], None] = lambda message: None,
+    ):
+        self.name = name
+        self.on_failure = on_failure
+        self.num_lanes = len(cores)
+        self.failure: str | None = None
+        self._doubt: deque[tuple[int, str]] = deque()  # (number behind its last command, what it works on)
+        self._submitted = 0
+        control_fd = os.memfd_create("zerolite-control", os.MFD_CLOEXEC)
+        os.ftruncate(control_fd, control_bytes(self.num_lanes))
+        self._control = mmap.mmap(control_fd, control_bytes(self.num_lanes))
+        self._header = (ctypes.c_uint64 * 8).from_buffer(self._control)
+        self._header[NUM_LANES] = self.num_lanes
+        self._rows = [
+            (ctypes.c_uint64 * 8).from_buffer(self._control, LANES_OFFSET + lane * LANE_BYTES)
+            for lane in range(self.num_lanes)
+        ]
+        self._wake_fds = [os.eventfd(0, os.EFD_CLOEXEC) for _ in cores]
+        self._progress_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.processes: list[subprocess.Popen] = []
+        self.lanes_of: list[range] = []
+        library = cpu.path()
+        for worker in range(num_workers):
+            first, last = (self.num_lanes * index // num_workers for index in (worker, worker + 1))
+            wake_fds = self._wake_fds[first:last]
+            setup = {
+                "lanes": list(range(first, last)),
+                "cores": list(cores[first:last]),
+                "num_lanes": self.num_lanes,
+                "trainer_pid": os.getpid(),
+                "control_fd": control_fd,
+                "arena_fd": arena_fd,
+                "wake_fds": wake_fds,
+                "progress_fd": self._progress_fd,
+                "states_fd": states_fd,
+                "library": str(library) if library is not None else None,
+            }
+            inherited = [control_fd, arena_fd, self._progress_fd, *wake_fds, *([states_fd] if states_fd >= 0 else [])]
+            # `-S`: no site-packages, which an isolated start does not need; the reference needs torch from there.
+            command = [sys.executable, *(["-S"] if library is not None else []), str(Path(cpu_worker.__file__))]
+            process = subprocess.Popen([*command, json.dumps(setup)], pass_fds=inherited, stdin=subprocess.DEVNULL)
+            self.processes.append(process)
+            self.lanes_of.append(range(first, last))
+        os.close(control_fd)
+        self._pid_fds = [os.pidfd_open(process.pid) for process in self.processes]
+        self._poller = select.poll()
+        for fd in (self._progress_fd, *self._pid_fds):
+            self._poller.register(fd, select.POLLIN)
+        self.close = weakref.finalize(
+            self,
+            _end,
+            self._header,
+            self._wake_fds,
+            self.processes,
+            [self._progress_fd, *self._pid_fds, *self._wake_fds],
+        )
+        self._sleep_until(lambda: all(row[IS_READY] for row in self._rows), "starting", START_SECONDS)
+
+    def submit(self, commands: Sequence[Command], label: str, arena_bytes: int) -> int:
+        """Hand commands to every lane; the number to `wait` for. `label` says in an error what they worked on."""
+        self.check()
+        self._header[ARENA_BYTES] = arena_bytes
+        size, base = ctypes.sizeof(Command), ring_offset(self.num_lanes)
+        for command in commands:
+            if self._submitted - RING_NUMEL >= self._num_done():
+                self._wake()
+                self.wait(self._submitted - RING_NUMEL + 1)
+            offset = base + self._submitted % RING_NUMEL * size
+            self._control[offset : offset + size] = bytes(command)
+            self._submitted += 1
+            self._header[SUBMITTED] = self._submitted
+        self._forget(self._num_done())
+        self._doubt.append((self._submitted, label))
+        self._wake()
+        return self._submitted
+
+    def _wake(self) -> None:
+        for fd in self._wake_fds:
+            os.eventfd_write(fd, 1)
+
+    def _num_done(self) -> int:
+        return min(row[DONE] for row in self._rows)
+
+    def is_done(self, number: int) -> bool:
+        """Whether all lanes have counted up to `number`."""
+        return self._num_done() >= number
+
+    def wait(self, number: int) -> None:
+        """Sleep until every lane has done the commands before `number`; WorkerError where one cannot."""
+        self._sleep_until(lambda: self._num_done() >= number, "working", STUCK_SECONDS)
+        self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        while self._doubt and self._doubt[0][0] <= number:
+            self._doubt.popleft()
+
+    def check(self) -> None:
+        """WorkerError where a worker has died."""
+        if self.failure is not None:
+            raise WorkerError(self.failure)
+        dead = {fd for fd, _ in self._poller.poll(0)} & set(self._pid_fds)
+        if dead:
+            self._fail(self._pid_fds.index(min(dead)))
+
+    def _sleep_until(self, condition: Callable[[], bool], doing: str, patience: float) -> None:
+        if self.failure is not None:
+            raise WorkerError(self.failure)
+        seen, since = None, time.monotonic()
+        while not condition():
+            ready = {fd for fd, _ in self._poller.poll(patience * 250)}
+            dead = ready & set(self._pid_fds)
+            if dead:
+                self._fail(self._pid_fds.index(min(dead)))
+            if self._progress_fd in ready:
+                os.eventfd_read(self._progress_fd)
+            beats = [row[HEARTBEAT] for row in self._rows]
+            if beats != seen:
+                seen, since = beats, time.monotonic()
+            elif time.monotonic() - since > patience:
+                slowest = min(range(self.num_lanes), key=lambda lane: self._rows[lane][DONE])
+                worker = next(index for index, lanes in enumerate(self.lanes_of) if slowest in lanes)
+                self._fail(worker, f"has not moved for {patience:.0f} seconds while {doing}")
+
+    def _fail(self, worker: int, how: str | None = None) -> None:
+        process = self.processes[worker]
+        if how is None:
+            code = process.wait()
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            text = self._control[ERROR_OFFSET : ERROR_OFFSET + ERROR_BYTES].split(b"\0")[0].decode(errors="replace")
+            if text:
+                how += f" ({text.strip()})"
+        done = min(self._rows[lane][DONE] for lane in self.lanes_of[worker])
+        labels = list(dict.fromkeys(label for number, label in self._doubt if number > done))
+        doubt = f"in doubt: {', '.join(labels[:8])}{' and others' if len(labels) > 8 else ''}" if labels else "idle"
+        self.failure = (
+            f"{self.name}: optimizer worker {worker} (pid {process.pid}) {how}; {doubt}. The states of this run are "
+            "lost: start again from the last checkpoint"
+        )
+        self.on_failure(self.failure)
+        raise WorkerError(self.failure)
+
+
+def _end(header, wake_fds: list[int], processes: list[subprocess.Popen], fds: list[int]) -> None:
+    """Let workers finish what they were given, and end them."""
+    header[IS_STOPPING] = 1
+    for fd in wake_fds:
+        os.eventfd_write(fd, 1)
+    for process in processes:
+        try:
+            process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for fd in fds:
+        os.close(fd)
