@@ -182,14 +182,14 @@ def test_a_bucket_of_nothing(shapes, world):
 def test_by_hand():
     """Three parameters on two ranks: offsets, padding and runs as worked out on paper."""
     (layout,) = pack([("w", (5, 10)), ("b", (3,)), ("v", (40,))], 2, 10_000)
-    assert [slot.offset for slot in layout.slots] == [0, 64, 96] and layout.numel == 192  # 136, to a multiple of 64
-    assert layout.piece(1) == (96, 192) and layout.padding_numel == 192 - 93
-    assert list(layout.gaps()) == [(50, 64), (67, 96), (136, 192)]
-    assert list(layout.runs(0, 192, ["k", "k", "k"])) == [Run(0, 96, "k"), Run(96, 160, "k")]
-    assert list(layout.runs(0, 192, ["k", None, "j"])) == [Run(0, 64, "k"), Run(96, 160, "j")]
+    assert [slot.offset for slot in layout.slots] == [0, 128, 256] and layout.numel == 512  # 296, to a multiple of 256
+    assert layout.piece(1) == (256, 512) and layout.padding_numel == 512 - 93
+    assert list(layout.gaps()) == [(50, 128), (131, 256), (296, 512)]
+    assert list(layout.runs(0, 512, ["k", "k", "k"])) == [Run(0, 256, "k"), Run(256, 384, "k")]
+    assert list(layout.runs(0, 512, ["k", None, "j"])) == [Run(0, 128, "k"), Run(256, 384, "j")]
 
 
-@pytest.mark.parametrize("bucket_numel, sizes", [(63, [1, 1, 1]), (67, [2, 1]), (136, [3]), (1, [1, 1, 1])])
+@pytest.mark.parametrize("bucket_numel, sizes", [(130, [1, 1, 1]), (131, [2, 1]), (296, [3]), (1, [1, 1, 1])])
 def test_bucket_limits_by_hand(bucket_numel, sizes):
     """The limit counts a bucket's elements up to its last parameter, alignment between them included."""
     layouts = pack([("w", (5, 10)), ("b", (3,)), ("v", (40,))], 2, bucket_numel)

@@ -131,7 +131,7 @@ MISTAKES = {
     "stage '2'": (shard, {"stage": "2"}, "(Value|Type)Error", "stage.*'2'"),
     "stage True": (shard, {"stage": True}, "(Value|Type)Error", "stage.*True"),
     "stage 2.5": (shard, {"stage": 2.5}, "(Value|Type)Error", "stage.*2.5"),
-    "offload": (shard, {"stage": 2, "offload": "cpu"}, "ValueError", "offload"),
+    "offload": (shard, {"stage": 2, "offload": "gpu"}, "ValueError", "offload.*cpu.*'gpu'"),
     "a dtype as precision": (shard, {"stage": 2, "precision": torch.bfloat16}, "TypeError", "[Pp]recision"),
     "units that match nothing": (shard, {"stage": 2, "units": [nn.Conv1d]}, "ValueError", "units.*Conv1d"),
     "units that are names": (shard, {"stage": 2, "units": ["Block"]}, "TypeError", "units.*Block"),

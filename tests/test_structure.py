@@ -40,7 +40,8 @@ PUBLIC_NAMES = {
 FLAGS = {
     "cutoff_len", "eval_steps", "export", "gradient_accumulation_steps", "gradient_checkpointing",
     "learning_rate", "logging_steps", "lr_scheduler_type", "max_grad_norm", "max_samples", "max_steps",
-    "model_name_or_path", "num_train_epochs", "optim", "output_dir", "per_device_train_batch_size", "precision",
+    "model_name_or_path", "num_train_epochs", "offload", "offload_budget", "offload_parameters", "offload_path",
+    "offload_states", "offload_workers", "optim", "output_dir", "per_device_train_batch_size", "precision",
     "resume", "save_steps", "seed", "skip_invalid", "stage", "tokenizer_name_or_path", "train_file",
     "validation_file", "warmup_ratio", "weight_decay",
 }  # fmt: skip

@@ -5,6 +5,7 @@ it aborts the process groups, so that a collective in flight fails, and `collect
 """
 
 import contextlib
+import datetime
 import threading
 import time
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 KEY = "zerolite/alarm"
+FOREVER = datetime.timedelta(days=365)
 GRACE_SECONDS = 3.0  # between another rank's end and its news
 
 _listener: threading.Thread | None = None
@@ -45,7 +47,7 @@ def heard() -> str | None:
 
 def _sleep(store) -> None:
     with contextlib.suppress(RuntimeError):
-        store.wait([KEY])
+        store.wait([KEY], FOREVER)
         _news.append(store.get(KEY).decode())
         with contextlib.suppress(RuntimeError, AttributeError):
             distributed_c10d._abort_process_group()

@@ -62,8 +62,8 @@ class _BeforeForward:
         self.zero, self.unit, self.uses = zero, unit, uses
 
     def __call__(self, module: nn.Module, args, kwargs):
-        self.zero.pre_forward(self.unit)
         self.uses.append(_Use(self.zero, self.unit))
+        self.zero.pre_forward(self.unit)
         if self.unit.is_root or not torch.is_grad_enabled():
             return None
         return _view_inputs(args, kwargs, self.uses[-1].end)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import yaml
 
+import zerolite
+
 CORPUS = Path(__file__).parent / "corpus"
 
 
@@ -38,6 +40,18 @@ class Options:
         None, str, "dtype of parameters (default: bf16 on CUDA, fp32 on the CPU)", choices=("fp32", "bf16", "fp16")
     )
     gradient_checkpointing: bool = option(False, bool, "recompute activations in the backward pass")
+    offload: str = option(
+        "none", str, "cpu: gradients and optimizer states lie, and are stepped, on the host", choices=("none", "cpu")
+    )
+    offload_budget: str | None = option(
+        None, str, "device memory for model states on each rank, as 20GiB: only the rest leaves (default: all leave)"
+    )
+    offload_workers: int | None = option(None, int, "optimizer processes of each rank (default: 1)", least=1)
+    offload_states: str = option("fp32", str, "how the host keeps moments", choices=("fp32", "bf16", "int8"))
+    offload_parameters: bool = option(False, bool, "parameters in host memory too, at stage 3")
+    offload_path: str | None = option(
+        None, str, "folder on a local NVMe drive for the moments (default: in host memory)"
+    )
     # Data
     train_file: tuple[str, ...] | None = option(
         None, str, "JSONL or JSON array files to train on (default: the shipped corpus)", many=True
@@ -82,6 +96,24 @@ class Options:
             learning_rate=self.learning_rate or (2e-5 if is_pretrained else 1e-3),
         )
 
+    def placement(self) -> zerolite.Offload | None:
+        """What leaves the device; None: nothing does. ValueError for options that do not go together."""
+        chosen = [name for name in OFFLOADED if getattr(self, name) != FIELDS[name].default]
+        if self.offload == "none":
+            if chosen:
+                raise ValueError(f"--{chosen[0]} is part of offloading, which is off: add --offload cpu")
+            return None
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError(f"--offload_parameters: expected --stage 3, which shards parameters, got {self.stage}")
+        if self.offload_parameters and self.offload_budget is not None:
+            raise ValueError("--offload_parameters and --offload_budget: expected one of them, since all units leave")
+        if self.offload_path is not None and not Path(self.offload_path).is_dir():
+            raise ValueError(f"--offload_path {self.offload_path}: expected a folder on a local drive, there is none")
+        try:
+            return zerolite.Offload(**{name.removeprefix("offload_"): getattr(self, name) for name in OFFLOADED})
+        except ValueError as error:
+            raise ValueError(f"--offload_budget: {error}") from None
+
     def to_yaml(self) -> str:
         """The options as a file that `--config` reads."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
@@ -89,13 +121,15 @@ class Options:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+OFFLOADED = [name for name in FIELDS if name.startswith("offload_")]
 
 
 def parse(argv: list[str]) -> Options:
     """Options from a command line (without the program's name).
 
-    Raises ValueError for an unknown option, one without its value, a value out of range, and an unreadable
-    `--config`. `--help` prints and leaves with status 0.
+    Raises ValueError for an unknown option, one without its value, a value out of range, options that do not go
+    together, and an unreadable `--config`. `--offload none` here also takes back the file's offload options. `--help`
+    prints and leaves with status 0.
     """
     parser = _Parser(
         prog="train_medqa.py",
@@ -118,8 +152,12 @@ def parse(argv: list[str]) -> Options:
         raise ValueError(_unknown(unknown[0], [f"--{name}" for name in (*FIELDS, "config")]))
     given = vars(known)
     values = _read_config(given.pop("config")) if "config" in given else {}
+    if given.get("offload") == "none":
+        values = {name: value for name, value in values.items() if name not in OFFLOADED}
     values.update({name: _check(f"--{name}", FIELDS[name], value) for name, value in given.items()})
-    return Options(**values)
+    options = Options(**values)
+    options.placement()
+    return options
 
 
 class _Parser(argparse.ArgumentParser):

@@ -89,14 +89,14 @@ def built_in(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
 
 
 def sharded(options: Options, config: PretrainedConfig) -> nn.Module:
-    """The model, sharded over the ranks at `options.stage`. Every rank must call it."""
-    dtype = DTYPES[options.precision]
-    precision = zerolite.Precision(param=dtype, reduce=torch.float32)
+    """The model, sharded over the ranks and offloaded as the options say. Every rank must call it."""
+    precision = zerolite.Precision(param=DTYPES[options.precision], reduce=torch.float32)
+    how = {"stage": options.stage, "offload": options.placement(), "precision": precision}
     if options.model_name_or_path is None:
         torch.manual_seed(options.seed)
-        model = zerolite.shard(LlamaForCausalLM(config), stage=options.stage, precision=precision)
+        model = zerolite.shard(LlamaForCausalLM(config), **how)
     else:
-        model = zerolite.load_pretrained(options.model_name_or_path, stage=options.stage, precision=precision)
+        model = zerolite.load_pretrained(options.model_name_or_path, **how)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

@@ -15,58 +15,109 @@ from zerolite.medqa.progress import METRICS, read_metrics
 matplotlib.use("Agg")  # no display on a training machine
 import matplotlib.pyplot as plt  # noqa: E402
 
-# Bytes a parameter of optimizer states in fp32; 16-bit parameters add an fp32 master copy.
-STATE_BYTES = {"adamw": 8, "adam": 8, "lamb": 8, "lion": 4}
+# Bytes a parameter. States are one or two moments; 16-bit parameters add an fp32 master copy, of which the host keeps
+# only the half that a bf16 parameter has not.
+NUM_MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "lion": 1}
 PARAMETER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES = {"fp32": 0, "bf16": 4, "fp16": 4}
+HOST_MASTER_BYTES = {"fp32": 0, "bf16": 2, "fp16": 4}
+MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 128}
 GRADIENT_BYTES = 4  # reduced and kept in fp32, at every precision
+
+
+def placement_line(model: nn.Module, optimizer, options: Options, processes: Processes) -> str:
+    """Where a rank's model states lie before the first backward, most of any rank. Every rank must call it."""
+    usage = zerolite.measure(model, optimizer)
+    device_bytes = usage.parameters_bytes + usage.optimizer_bytes
+    ranks = processes.gather(device_bytes, usage.host_bytes, usage.file_bytes)
+    device, host, drive = (f"{max(column) / 2**20:,.1f} MiB" for column in zip(*ranks, strict=True))
+    line = f"model states of a rank before the first gradients: {device} on {processes.device.type}"
+    if options.offload != "none":
+        line += f", {host} in host memory" + (f", {drive} on a drive" if options.offload_path else "")
+    return line
 
 
 def memory_table(model: nn.Module, optimizer, options: Options, processes: Processes) -> str:
     """Bytes of model states on each rank, counted, beside the formula. Every rank must call it, between a backward
     pass and zero_grad, since that is when the gradients exist."""
     usage = zerolite.measure(model, optimizer)
-    ranks = processes.gather(
-        usage.parameters_bytes,
-        usage.gradients_bytes,
-        usage.optimizer_bytes,
-        usage.padding_bytes,
-        processes.peak_memory_bytes(),
-    )
+    on_device = (usage.parameters_bytes, usage.gradients_bytes, usage.optimizer_bytes)
+    columns = {
+        "parameters": usage.parameters_bytes,
+        "gradients": usage.gradients_bytes,
+        "optimizer states": usage.optimizer_bytes,
+        "sum": sum(on_device),
+        "of it padding": usage.padding_bytes,
+        "peak on the device" if processes.device.type == "cuda" else "peak resident": processes.peak_memory_bytes(),
+    }
+    if options.offload != "none":
+        columns["in host memory"] = usage.host_bytes
+    if options.offload_path is not None:
+        columns["on the drive"] = usage.file_bytes
+    ranks = processes.gather(*columns.values())
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    formula, of_formula = _formula(options, num_parameters, processes.world_size)
-    peak = "peak on the device" if processes.device.type == "cuda" else "peak resident"
+    where = "" if options.offload == "none" else f", offloaded with {options.offload_states} moments"
     lines = [
-        f"Model states at stage {options.stage}, {options.precision}, {options.optim}, N = {processes.world_size}, "
-        f"Φ = {num_parameters:,} parameters. All in bytes; padding is part of the counted numbers.",
+        f"Model states at stage {options.stage}, {options.precision}, {options.optim}{where}, "
+        f"N = {processes.world_size}, Φ = {num_parameters:,} parameters. All in bytes; padding is part of the counted "
+        "numbers.",
         "",
-        f"| rank | parameters | gradients | optimizer states | sum | of it padding | {peak} |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| rank | {' | '.join(columns)} |",
+        "|---|" + "---:|" * len(columns),
+        *(f"| {rank} | " + " | ".join(f"{int(cell):,}" for cell in row) + " |" for rank, row in enumerate(ranks)),
     ]
-    for rank, row in enumerate(ranks):
-        parameters, gradients, states, padding, peak_bytes = map(int, row)
-        cells = (parameters, gradients, states, parameters + gradients + states, padding, peak_bytes)
-        lines.append(f"| {rank} | " + " | ".join(f"{cell:,}" for cell in cells) + " |")
-    lines.append("| formula | " + " | ".join(f"{text} = {value:,.0f}" for text, value in formula) + " | - | - |")
-    return "\n".join([*lines, "", of_formula])
+    if options.offload_budget is None:
+        cells = {name: "-" for name in columns} | _formula(options, num_parameters, processes.world_size)
+        lines.append("| formula | " + " | ".join(cells.values()) + " |")
+    return "\n".join([*lines, "", _note(options)])
 
 
-def _formula(options: Options, num_parameters: int, world_size: int) -> tuple[list[tuple[str, float]], str]:
-    """(text, bytes) of parameters, gradients, states and their sum a rank, and a line that says which formula it is."""
+def _formula(options: Options, num_parameters: int, world_size: int) -> dict[str, str]:
+    """Column -> "formula = bytes", a rank, where nothing or everything is offloaded."""
+    parameter, master = PARAMETER_BYTES[options.precision], MASTER_BYTES[options.precision]
+    moments = NUM_MOMENTS[options.optim] * MOMENT_BYTES[options.offload_states]
+
+    def cell(*terms: tuple[float, int]) -> str:
+        """Of (bytes a parameter, the stage from which they are sharded)."""
+        widths = [(width, options.stage >= sharded_from) for width, sharded_from in terms if width]
+        text = " + ".join(f"{width:g}Φ" + ("/N" if is_sharded else "") for width, is_sharded in widths)
+        value = sum(width * num_parameters / (world_size if is_sharded else 1) for width, is_sharded in widths)
+        return f"{text} = {value:,.0f}" if text else "0"
+
+    on_device = {
+        "parameters": (parameter, 3),
+        "gradients": (GRADIENT_BYTES, 2),
+        "optimizer states": (master + moments, 1),
+    }
+    on_host = {}
+    if options.offload != "none":
+        kept = 0 if options.offload_parameters else parameter
+        on_device = {"parameters": (kept, 3), "gradients": (0, 2), "optimizer states": (0, 1)}
+        width = parameter + HOST_MASTER_BYTES[options.precision] + GRADIENT_BYTES
+        on_host["in host memory"] = cell((width if options.offload_path else width + moments, 1))
+    if options.offload_path is not None:
+        on_host["on the drive"] = cell((moments, 1))
+    return {name: cell(term) for name, term in on_device.items()} | {"sum": cell(*on_device.values())} | on_host
+
+
+def _note(options: Options) -> str:
+    """Which formula it is."""
     parameter, gradient = PARAMETER_BYTES[options.precision], GRADIENT_BYTES
-    states = MASTER_BYTES[options.precision] + STATE_BYTES[options.optim]
-    terms = []
-    for bytes_each, sharded_from in ((parameter, 3), (gradient, 2), (states, 1)):
-        is_sharded = options.stage >= sharded_from
-        text = f"{bytes_each}Φ/N" if is_sharded else f"{bytes_each}Φ"
-        terms.append((text, bytes_each * num_parameters / (world_size if is_sharded else 1)))
+    states = MASTER_BYTES[options.precision] + NUM_MOMENTS[options.optim] * MOMENT_BYTES["fp32"]
     total = parameter + gradient + states
     note = f"Unsharded, {options.precision} with {options.optim} is {parameter} + {gradient} + {states} = {total}Φ"
     if options.precision == "fp32":
         note += ": there is no master copy beside fp32 parameters."
     else:
         note += ": states hold an fp32 master copy, and gradients are summed and kept in fp32, 2Φ more than 16 bits."
-    return [*terms, (" + ".join(text for text, _ in terms), sum(value for _, value in terms))], note
+    if options.offload != "none":
+        note += (
+            " What is offloaded lies on the host: a copy of the parameters, the rest of their fp32 master, gradients, "
+            "moments, and page ends and scratch, which no formula counts."
+        )
+    if options.offload_budget is not None:
+        note += f" The first units stay on the device, as many as fit into {options.offload_budget}."
+    return note
 
 
 def perplexity(loss: float) -> float:

@@ -36,7 +36,7 @@ class Arena:
         self.fd = os.memfd_create("zerolite", os.MFD_CLOEXEC)
         self.nbytes = 0
         self._pinned: list[torch.Tensor] = []
-        self.close = weakref.finalize(self, _close, self.fd, self._pinned, device)
+        self.close = weakref.finalize(self, _close, os.getpid(), self.fd, self._pinned, device)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Field:
         """A field of undefined values. Its pages are placed by whoever touches them first."""
@@ -55,7 +55,9 @@ class Arena:
             self._pinned.append(whole)
 
 
-def _close(fd: int, pinned: list[torch.Tensor], device: Cpu | Cuda) -> None:
+def _close(trainer: int, fd: int, pinned: list[torch.Tensor], device: Cpu | Cuda) -> None:
+    if os.getpid() != trainer:
+        return  # a fork of the trainer, which has no CUDA
     for memory in pinned:
         device.unpin(memory)
     pinned.clear()

@@ -105,6 +105,7 @@ class Pool:
         self.close = weakref.finalize(
             self,
             _end,
+            os.getpid(),
             self._header,
             self._wake_fds,
             self.processes,
@@ -192,12 +193,16 @@ class Pool:
             f"{self.name}: optimizer worker {worker} (pid {process.pid}) {how}; {doubt}. The states of this run are "
             "lost: start again from the last checkpoint"
         )
+        for other in self.processes:
+            other.kill()  # also one that is stopped, and could not end by itself
         self.on_failure(self.failure)
         raise WorkerError(self.failure)
 
 
-def _end(header, wake_fds: list[int], processes: list[subprocess.Popen], fds: list[int]) -> None:
-    """Let workers finish what they were given, and end them."""
+def _end(trainer: int, header, wake_fds: list[int], processes: list[subprocess.Popen], fds: list[int]) -> None:
+    """Let workers finish what they were given, and end them; nothing in a fork of the trainer, such as a data loader."""
+    if os.getpid() != trainer:
+        return
     header[IS_STOPPING] = 1
     for fd in wake_fds:
         os.eventfd_write(fd, 1)

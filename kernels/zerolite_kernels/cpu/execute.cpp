@@ -12,6 +12,8 @@
 
 #include "command.h"
 
+#define INLINE inline __attribute__((always_inline))
+
 namespace {
 
 namespace plain {

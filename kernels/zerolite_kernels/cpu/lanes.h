@@ -26,7 +26,7 @@ inline void write(T* to, V x) {
   memcpy(to, &x, sizeof x);
 }
 
-// --- narrow integers: W elements from memory, widened; W elements to memory, which must fit ----------------------------
+// --- narrow integers: W elements from memory, widened; the low bits of W lanes to memory; lanes from 0 up, at most 255 --
 
 #if defined(LANES_AVX512)
 
@@ -36,9 +36,14 @@ inline Words read_u8(const void* from) { return Words(_mm512_cvtepu8_epi32(_mm_l
 inline Words read_s8(const void* from) { return Words(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from))); }
 inline void write_16(void* to, Words x) { _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(__m512i(x))); }
 inline void write_8(void* to, Words x) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(__m512i(x))); }
+inline void write_8_capped(void* to, Ints x) { _mm_storeu_si128((__m128i*)to, _mm512_cvtusepi32_epi8(__m512i(x))); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(__m512i(x)); }
 inline Floats root(Floats x) { return _mm512_sqrt_ps(x); }
 inline Ints max(Ints a, Ints b) { return Ints(_mm512_max_epi32(__m512i(a), __m512i(b))); }
+inline Words max(Words a, Words b) { return Words(_mm512_max_epu32(__m512i(a), __m512i(b))); }
+inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // a > b ? a : b, as on all paths
+inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline uint32_t largest(Words x) { return _mm512_reduce_max_epu32(__m512i(x)); }
 
 #elif defined(LANES_AVX2)
 
@@ -51,11 +56,23 @@ inline __m128i packed_16(Words x) {
   __m256i pairs = _mm256_packus_epi32(__m256i(x), __m256i(x));
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0xD8));
 }
-inline void write_16(void* to, Words x) { _mm_storeu_si128((__m128i*)to, packed_16(x)); }
-inline void write_8(void* to, Words x) { _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(packed_16(x), packed_16(x))); }
+inline void write_16(void* to, Words x) { _mm_storeu_si128((__m128i*)to, packed_16(x & 0xFFFF)); }
+inline void write_8_capped(void* to, Ints x) {
+  __m128i packed = packed_16(Words(x));
+  _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(packed, packed));
+}
+inline void write_8(void* to, Words x) { write_8_capped(to, Ints(x & 0xFF)); }
 inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(__m256i(x)); }
 inline Floats root(Floats x) { return _mm256_sqrt_ps(x); }
 inline Ints max(Ints a, Ints b) { return Ints(_mm256_max_epi32(__m256i(a), __m256i(b))); }
+inline Words max(Words a, Words b) { return Words(_mm256_max_epu32(__m256i(a), __m256i(b))); }
+inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline uint32_t largest(Words x) {
+  __m128i most = _mm_max_epu32(_mm256_castsi256_si128(__m256i(x)), _mm256_extracti128_si256(__m256i(x), 1));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4E));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(most, _mm_shuffle_epi32(most, 0xB1))));
+}
 
 #else
 
@@ -64,34 +81,41 @@ inline Words widened(const void* from) {
   typedef T Narrow __attribute__((vector_size(W * sizeof(T))));
   return Words(__builtin_convertvector(read<Narrow>((const T*)from), Ints));
 }
+template <class T>
+inline void write_narrow(void* to, Words x) {
+  typedef T Narrow __attribute__((vector_size(W * sizeof(T))));
+  write((T*)to, __builtin_convertvector(x, Narrow));
+}
 inline Words read_u16(const void* from) { return widened<uint16_t>(from); }
 inline Words read_s16(const void* from) { return widened<int16_t>(from); }
 inline Words read_u8(const void* from) { return widened<uint8_t>(from); }
 inline Words read_s8(const void* from) { return widened<int8_t>(from); }
-inline void write_16(void* to, Words x) {
-  for (int i = 0; i < W; i++) ((uint16_t*)to)[i] = uint16_t(x[i]);
-}
-inline void write_8(void* to, Words x) {
-  for (int i = 0; i < W; i++) ((uint8_t*)to)[i] = uint8_t(x[i]);
-}
+inline void write_16(void* to, Words x) { write_narrow<uint16_t>(to, x); }
+inline void write_8(void* to, Words x) { write_narrow<uint8_t>(to, x); }
+inline void write_8_capped(void* to, Ints x) { write_8(to, Words(x < 255 ? x : Ints{} + 255)); }
 inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 inline Floats root(Floats x) {
-  for (int i = 0; i < W; i++) x[i] = __builtin_sqrtf(x[i]);
-  return x;
+  float lane[W];
+  memcpy(lane, &x, sizeof x);
+  for (float& each : lane) each = __builtin_sqrtf(each);
+  return read<Floats>(lane);
 }
-inline Ints max(Ints a, Ints b) { return a > b ? a : b; }
+template <class V>
+inline V max(V a, V b) {
+  return a > b ? a : b;
+}
+inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
+inline uint32_t largest(Words x) {
+  uint32_t most = x[0];
+  for (int i = 1; i < W; i++) most = x[i] > most ? x[i] : most;
+  return most;
+}
 
 #endif
 
 inline Doubles root(Doubles x) {
   for (int i = 0; i < W / 2; i++) x[i] = __builtin_sqrt(x[i]);
   return x;
-}
-
-inline uint32_t largest(Ints x) {
-  int32_t most = x[0];
-  for (int i = 1; i < W; i++) most = x[i] > most ? x[i] : most;
-  return uint32_t(most);
 }
 
 inline Words count_up() {

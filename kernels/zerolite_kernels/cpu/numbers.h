@@ -37,21 +37,21 @@ inline Floats widen(const fp16* from) {
 
 // --- fp32 to 16 bits -----------------------------------------------------------------------------------------------------
 
-inline Words quiet(Words bits) { return Ints(bits & ~SIGN) > int32_t(INFINITE) ? Words{} + NOT_A_NUMBER : bits; }
+inline Words quiet(Floats x) { return x == x ? Words(x) : Words{} + NOT_A_NUMBER; }
 
 // Ties to even. Rounding must not carry out of a NaN.
 inline Words nearest_bf16(Floats x) {
-  Words bits = quiet(Words(x));
+  Words bits = quiet(x);
   return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 
 // Up or down with the chances that make the mean exact; `noise` is uniform in [0, 2^16).
-inline Words stochastic_bf16(Floats x, Words noise) { return (quiet(Words(x)) + noise) >> 16; }
+inline Words stochastic_bf16(Floats x, Words noise) { return (quiet(x) + noise) >> 16; }
 
 // Ties to even, overflow to Inf. Below fp16's normal range the sum with 0.5, whose last place is fp16's smallest
 // subnormal, rounds; above, a carry out of the mantissa does.
 inline Words nearest_fp16(Floats x) {
-  Words bits = quiet(Words(x)), magnitude = bits & ~SIGN;
+  Words bits = quiet(x), magnitude = bits & ~SIGN;
   Words subnormal = Words(Floats(magnitude) + 0.5f) - 0x3F000000;
   Words normal = (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13;
   Words rounded = Ints(magnitude) < 0x38800000 ? subnormal : normal;

@@ -35,9 +35,9 @@ struct Split {
   explicit Split(const Block& block) : high(block.at<uint16_t>(PARAMETER)), low(block.at<uint16_t>(MASTER)) {}
   Floats load(uint64_t i) const { return Floats((read_u16(high + i) << 16) + read_s16(low + i)); }
   void store(uint64_t i, Floats x) const {
-    Words bits = quiet(Words(x));
+    Words bits = quiet(x);
     write_16(high + i, (bits + 0x8000) >> 16);
-    write_16(low + i, bits & 0xFFFF);
+    write_16(low + i, bits);
   }
 };
 

@@ -30,12 +30,14 @@ struct Lanes {
 // --- what is done to a block ---------------------------------------------------------------------------------------------
 
 template <class Rule, class G, class Parameter, class States>
-static void step(const Block& block, const Constants<typename Parameter::Scalar>& c) {
+static void step(const Block& block, const Constants<typename Parameter::Scalar>& constants) {
   typedef typename Parameter::Vector V;
+  const G* gradient = block.at<G>(GRADIENT);
+  const auto c = constants;  // a copy that no store can reach stays in registers
   Parameter parameter(block);
   States states(block);
   for (uint64_t i = 0; i < BLOCK_NUMEL; i += sizeof(V) / sizeof(typename Parameter::Scalar)) {
-    V g = widen(block.at<G>(GRADIENT) + i) * c.multiplier, p = parameter.load(i), m = {}, v = {};
+    V g = widen(gradient + i) * c.multiplier, p = parameter.load(i), m = {}, v = {};
     states.load(i, m, v);
     Rule::step(g, p, m, v, c);
     if (Rule::STORES_PARAMETER) parameter.store(i, p);
@@ -56,7 +58,7 @@ static void add_norms(const Block& block, const Constants<typename Parameter::Sc
   States states(block);
   T directions[BLOCK_NUMEL];
   for (uint64_t i = 0; i < BLOCK_NUMEL; i += LANES_OF_V) {
-    V p = parameter.load(i), m, v;
+    V p = parameter.load(i), m = {}, v = {};
     states.load(i, m, v);
     sums[0].add_squares(i, p);
     write(directions + i, lamb_direction(p, m, v, c));
