@@ -6,16 +6,17 @@ import weakref
 import pytest
 import torch
 from models import llama
+from zerolite_kernels import cpu
 
 import zerolite
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def train(device: str, stage: int, precision: zerolite.Precision | None, num_steps: int = 5):
+def train(device: str, stage: int, precision: zerolite.Precision | None, num_steps: int = 5, offload=None):
     """A tiny LLaMA, with accumulation and clipping; parameters, norms and peak bytes."""
     torch.manual_seed(0)
-    model = zerolite.shard(llama().to(device), stage=stage, precision=precision)
+    model = zerolite.shard(llama().to(device), stage=stage, precision=precision, offload=offload)
     optimizer = zerolite.AdamW(model.parameters(), lr=1e-2, max_grad_norm=0.5)
     generator = torch.Generator().manual_seed(1)
     norms = []
@@ -83,3 +84,52 @@ def test_a_model_nobody_holds_is_freed(stage):
     del model
     gc.collect()
     assert engine() is None
+
+
+OFFLOADS = {
+    "optimizer": (2, "cpu"),
+    "optimizer-stage-3": (3, zerolite.Offload(workers=2, threads=1)),
+    "parameters": (3, zerolite.Offload(parameters=True)),
+    "budget": (2, zerolite.Offload(budget=600_000)),
+    "bf16-states": (2, zerolite.Offload(states="bf16")),
+    "int8-states": (2, zerolite.Offload(states="int8")),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", [None, zerolite.Precision(torch.bfloat16)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_offload_trains_as_the_device_does(device, precision, name):
+    """Copies, events and workers: the run ends where the one without offload ends, but for the rounding of states."""
+    stage, offload = OFFLOADS[name]
+    if offload != "cpu" and offload.states != "fp32" and cpu.path() is None:
+        pytest.skip("the host kernels were not built")
+    plain, norms, _ = train(device, stage, precision)
+    ours, our_norms, model = train(device, stage, precision, offload=offload)
+    assert {parameter.device.type for parameter in model.parameters()} == {device}
+    assert our_norms == pytest.approx(norms, rel=0.05)
+    distance = sum((a.float() - b.float()).square().sum() for a, b in zip(ours, plain, strict=True)).sqrt()
+    exact = precision is None and "states" not in name
+    assert distance < (1e-4 if exact else 0.05) * sum(a.float().square().sum() for a in plain).sqrt()
+
+
+@pytest.mark.gpu
+def test_streamed_parameters_take_two_units_of_device_memory():
+    """Offload(parameters=True): the peak of a forward and backward is far below the model."""
+    torch.manual_seed(0)
+    blocks = [torch.nn.Sequential(torch.nn.Linear(2048, 2048), torch.nn.ReLU()) for _ in range(24)]
+    model = torch.nn.Sequential(*blocks).to(torch.bfloat16)
+    whole = sum(parameter.numel() * 2 for parameter in model.parameters())
+    with torch.device("cuda"):
+        x = torch.randn(8, 2048, dtype=torch.bfloat16)
+    model = zerolite.shard(model.cuda(), stage=3, offload=zerolite.Offload(parameters=True))
+    optimizer = zerolite.AdamW(model.parameters(), lr=1e-4)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    list(model.parameters())
+    assert torch.cuda.max_memory_allocated() - before < whole / 2
