@@ -105,6 +105,7 @@ def train(run: Run) -> int:
         f"{num_parameters:,} parameters, {run.processes.world_size} x {run.processes.device.type}, "
         f"{run.num_steps} steps of {run.order.global_batch_rows} rows, {run.order.steps_per_epoch} steps an epoch"
     )
+    run.processes.print(report.placement_line(run.model, run.optimizer, run.options, run.processes))
     started_s = time.perf_counter()
     progress = Progress(run.folder, run.processes.rank, run.first_step, run.num_steps)
     with StopSignals() as signals:

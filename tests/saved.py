@@ -80,8 +80,8 @@ def state(model: nn.Module, optimizer) -> dict[str, Tensor]:
             found[f"{key} stepped"] = bucket.flat.values().clone()
             if bucket.flat.is_resident:
                 found[f"{key} full"] = bucket.flat.full.clone()
-            for name, values in optimizer.states_of(bucket).items():
-                found[f"{key} {name}"] = values.clone()
+            for name in optimizer.rule.state_names if bucket.gradients is not None else ():
+                found[f"{key} {name}"] = optimizer.read_state(bucket, name).clone()
     description = optimizer.describe()
     for name, steps in description["steps"].items():
         found[f"step {name}"] = torch.tensor(steps)

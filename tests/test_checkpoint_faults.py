@@ -111,11 +111,11 @@ class Bomb:
         return wrapped
 
     def plant(self) -> None:
-        from zerolite import checkpoint, files
+        from zerolite import files
 
         for name in ("open", "fsync", "close", "mkdir", "rename", "unlink", "rmdir"):
             setattr(os, name, self.before(getattr(os, name)))
-        checkpoint.save_file = self.around_writing(checkpoint.save_file)
+        files.write_safetensors = self.around_writing(files.write_safetensors)
         Path.write_bytes = self.around_writing(Path.write_bytes)
         files._exchange = self.before(files._exchange)
 

@@ -228,11 +228,11 @@ def test_a_newer_format_is_refused_by_its_number(ranks, tmp_path):
 def save_while_failing(folder: Path, failure: str, who: list[int]):
     """Save where the ranks `who` cannot, over an older checkpoint."""
     import zerolite
-    from zerolite import checkpoint, files
+    from zerolite import files
 
     model, optimizer = make(2)
     train(model, optimizer, range(2))
-    originals = (checkpoint.save_file, files.sync_file, files._exchange)
+    originals = (files.write_safetensors, files.sync_file, files._exchange)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def no_space(*args, **options):
@@ -246,16 +246,16 @@ def save_while_failing(folder: Path, failure: str, who: list[int]):
             if failure == "quota":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
             elif failure == "disk full":
-                checkpoint.save_file = no_space
+                files.write_safetensors = no_space
             elif failure == "strange":
-                checkpoint.save_file = strange
+                files.write_safetensors = strange
             elif failure == "sync":
                 files.sync_file = no_space
             elif failure == "rename":
                 files._exchange = no_space
         return attempt(lambda: zerolite.save(folder, model, optimizer, extra=2))
     finally:
-        checkpoint.save_file, files.sync_file, files._exchange = originals
+        files.write_safetensors, files.sync_file, files._exchange = originals
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import yaml
 
+import zerolite
 from zerolite.medqa.arguments import Options, parse
 
 
@@ -28,6 +29,17 @@ def test_defaults_that_depend_on_start_and_device():
     assert (pretrained.learning_rate, pretrained.num_train_epochs, pretrained.precision) == (2e-5, 3.0, "bf16")
     chosen = parse(["--learning_rate", "0.1", "--num_train_epochs", "1", "--precision", "fp16"])
     assert chosen.resolved("cpu") == chosen
+
+
+def test_offloading_is_switched_on_and_off(tmp_path):
+    assert parse([]).placement() is None
+    argv = ["--offload", "cpu", "--offload_budget", "20GiB", "--offload_workers", "2", "--offload_states", "int8"]
+    assert parse(argv).placement() == zerolite.Offload(budget="20GiB", workers=2, states="int8")
+    (tmp_path / "run.yaml").write_text(parse(argv).to_yaml())
+    config = ["--config", str(tmp_path / "run.yaml")]
+    assert parse(config) == parse(argv) and parse([*config, "--offload", "none"]) == Options()
+    with pytest.raises(ValueError, match="--offload_workers is part of offloading"):
+        parse([*config, "--offload", "none", "--offload_workers", "2"])
 
 
 def test_saved_options_come_back(tmp_path):
@@ -54,6 +66,26 @@ def test_saved_options_come_back(tmp_path):
         (["--output_dir", ""], "--output_dir: expected a text, got ''"),
         (["--config", "absent.yaml"], "--config absent.yaml: cannot be read as YAML"),
         (["stray"], "unknown option 'stray'"),
+        (["--offload", "disk"], "--offload: expected one of none, cpu, got 'disk'"),
+        (["--offload_budget", "20GiB"], "--offload_budget is part of offloading, which is off: add --offload cpu"),
+        (
+            ["--offload", "cpu", "--offload_budget", "all"],
+            '--offload_budget: a number of bytes is an int or such as "20',
+        ),
+        (["--offload", "cpu", "--offload_workers", "0"], "--offload_workers: expected a whole number >= 1, got '0'"),
+        (["--offload", "cpu", "--offload_states", "int4"], "--offload_states: expected one of fp32, bf16, int8, got"),
+        (
+            ["--offload", "cpu", "--offload_path", "/absent"],
+            "--offload_path /absent: expected a folder on a local drive",
+        ),
+        (
+            ["--offload", "cpu", "--offload_parameters"],
+            "--offload_parameters: expected --stage 3, which shards parameters",
+        ),
+        (
+            ["--offload", "cpu", "--stage", "3", "--offload_parameters", "--offload_budget", "1GB"],
+            "--offload_parameters and --offload_budget: expected one of them",
+        ),
     ],
 )
 def test_command_line_errors(argv, message):

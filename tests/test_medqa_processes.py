@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,6 +104,25 @@ def test_a_failing_rank_ends_all_with_its_own_error_first(flags, tmp_path):
     assert process.returncode != 0 and time.monotonic() - started_s < END_S
     assert "rank 1 failed: no room on this rank" in err and "rank 0 failed" not in err
     assert err.index("rank 1 failed") < err.find("rank 0: ends") or "rank 0: ends" not in err
+
+
+def test_a_killed_worker_ends_the_run_by_name(flags, tmp_path):
+    """Both ranks and all four workers end, and the one that was killed is named, once."""
+    offload = ["--offload", "cpu", "--offload_workers", "2", "--stage", "3", "--max_steps", "1000000"]
+    process = start(TORCHRUN, [*flags, *offload, "--output_dir", str(tmp_path)])
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    ranks = psutil.Process(process.pid).children()
+    workers = {worker for rank in ranks for worker in rank.children() if "cpu_worker.py" in " ".join(worker.cmdline())}
+    victim = min(workers, key=lambda worker: worker.pid)
+    victim.kill()
+    _, err = last_words(process)
+    assert process.returncode != 0 and len(workers) == 4
+    assert err.count(f"(pid {victim.pid}) was killed by SIGKILL") >= 1 and "failed: rank" not in err
+    assert re.search(r"^rank \d: optimizer worker \d \(pid", err, re.MULTILINE)
+    _, alive = psutil.wait_procs([*ranks, *workers], timeout=5)
+    assert all(left.status() == psutil.STATUS_ZOMBIE for left in alive)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def arguments(folder: Path, output: Path, **options) -> list[str]:
 
 
 def to_flags(options: dict) -> list[str]:
-    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [p for name, value in options.items() for p in ([f"--{name}"] + [str(value)] * (value is not True))]
 
 
 def trained(argv: list[str]) -> dict[str, torch.Tensor]:
@@ -203,6 +203,58 @@ def test_memory_is_the_formula_plus_padding(ranks, tiny_folder, tmp_path):
             *_, total, padding, _ = (int(cell.replace(",", "")) for cell in row.split("|")[2:8])
             counted += total - padding
         assert counted == 2 * expected, stage
+
+
+def table_rows(output: Path) -> dict[str, dict[str, str]]:
+    """The memory table of a report: row's name -> column -> cell."""
+    lines = (output / "report.md").read_text().splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("| rank |"))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:] if line.startswith("|")]
+    return {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
+
+
+def test_offloading_changes_no_number(ranks, tiny_folder, tmp_path):
+    """All or a part of it, at any stage, and resumed with and without it."""
+    options = dict(save_steps=2, max_steps=4, per_device_train_batch_size=2)
+    straight, _ = ranks(2).run(trained, arguments(tiny_folder, tmp_path / "none", **options))
+    for name, changed in {
+        "all": dict(stage=0, offload_workers=2),
+        "part": dict(stage=2, offload_budget="900KB"),
+        "streamed": dict(stage=3, offload_parameters=True),
+    }.items():
+        argv = arguments(tiny_folder, tmp_path / name, offload="cpu", **changed, **options)
+        offloaded, _ = ranks(2).run(trained, argv)
+        assert_same_bits(offloaded, straight)
+        row = {column: int(cell.replace(",", "")) for column, cell in table_rows(tmp_path / name)["0"].items()}
+        assert row["in host memory"] > 0
+        assert (row["gradients"] > 0) == (name == "part") and (row["parameters"] > 0) == (name != "streamed")
+    for name, changed in {"none": dict(offload="cpu"), "part": dict(offload="none"), "streamed": dict(stage=1)}.items():
+        again = dict(resume=tmp_path / name / "checkpoint-2", **options)
+        resumed, _ = ranks(2).run(trained, arguments(tiny_folder, tmp_path / f"{name} again", **again, **changed))
+        assert_same_bits(resumed, straight)
+
+
+@pytest.mark.parametrize(("states", "width"), [("bf16", 12), ("int8", 10.0625)])
+def test_states_of_fewer_bits(ranks, tiny_folder, tmp_path, states, width):
+    """They learn what fp32 states do, in as many host bytes as the formula says, and a page and scratch a field."""
+    options = dict(precision="bf16", offload="cpu", max_steps=4, per_device_train_batch_size=4)
+    losses = []
+    for kept in ("fp32", states):
+        ranks(2).run(trained, arguments(tiny_folder, tmp_path / kept, offload_states=kept, **options))
+        losses.append(json.loads((tmp_path / kept / "metrics.jsonl").read_text().splitlines()[-1])["validation_loss"])
+    assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], rel=0.01)
+    rows = table_rows(tmp_path / states)
+    text, expected = rows["formula"]["in host memory"].split(" = ")
+    assert text == f"{width:g}Φ/N"
+    counted, expected = (int(value.replace(",", "")) for value in (rows["0"]["in host memory"], expected))
+    assert expected <= counted <= expected + 2**18
+
+
+def test_states_on_a_drive(ranks, tiny_folder, tmp_path):
+    options = dict(max_steps=2, offload="cpu", offload_path=tmp_path, optim="lion")
+    ranks(2).run(trained, arguments(tiny_folder, tmp_path / "out", **options))
+    row = table_rows(tmp_path / "out")["0"]
+    assert int(row["on the drive"].replace(",", "")) > 0 and {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 @needs_shared

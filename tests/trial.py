@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,12 +26,19 @@ class Trial:
     checkpointing: str | None = None  # "reentrant" or "non-reentrant"
     mesh: tuple[int, ...] | None = None
     lr: float = 1e-2
+    optimizer: str = "AdamW"
+    reduce: torch.dtype | None = None  # None: `dtype`
+    frozen: str | None = None  # part of the names that are
+    offload: object = None  # a zerolite.Offload; it and what follows change no number, and plain torch has none of it
+    bucket_numel: int | None = None
+    read: bool = False  # all parameters right after each step: nothing comes back just in time
 
 
 @dataclass(frozen=True)
 class Result:
     parameters: dict[str, Tensor]
     norms: tuple[float, ...]
+    buckets: tuple[int, int] = (0, 0)  # trainable ones: that workers step, in all
 
 
 def make(trial: Trial) -> nn.Module:
@@ -38,6 +46,8 @@ def make(trial: Trial) -> nn.Module:
     if trial.checkpointing:
         options = {"use_reentrant": trial.checkpointing == "reentrant"}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trial.frozen is None or trial.frozen not in name)
     return model
 
 
@@ -67,15 +77,37 @@ def mesh_of(trial: Trial):
     return dist.init_device_mesh("cpu", trial.mesh, mesh_dim_names=names)
 
 
+@contextmanager
+def buckets_of(numel: int | None) -> Iterator[None]:
+    """Buckets of at most so many elements; None: as they are."""
+    from zerolite import zero
+
+    before, zero.BUCKET_NUMEL = zero.BUCKET_NUMEL, numel or zero.BUCKET_NUMEL
+    try:
+        yield
+    finally:
+        zero.BUCKET_NUMEL = before
+
+
+def start(trial: Trial, stage: int):
+    """On a rank: the sharded model and its optimizer."""
+    import zerolite
+
+    precision = zerolite.Precision(trial.dtype, trial.reduce or trial.dtype)
+    with buckets_of(trial.bucket_numel):
+        model = zerolite.shard(
+            make(trial), stage=stage, mesh=mesh_of(trial), offload=trial.offload, precision=precision
+        )
+    rule = getattr(zerolite, trial.optimizer)
+    return model, rule(parameter_groups(trial, model), lr=trial.lr, max_grad_norm=trial.max_grad_norm)
+
+
 def train(trial: Trial, stage: int) -> Result:
     """On a rank: its share of each joint batch, through zerolite."""
     import zerolite
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model = zerolite.shard(
-        make(trial), stage=stage, mesh=mesh_of(trial), precision=zerolite.Precision(trial.dtype, trial.dtype)
-    )
-    optimizer = zerolite.AdamW(parameter_groups(trial, model), lr=trial.lr, max_grad_norm=trial.max_grad_norm)
+    model, optimizer = start(trial, stage)
     scheduler = scheduler_for(trial, optimizer)
     norms = []
     for step in range(trial.steps):
@@ -84,11 +116,19 @@ def train(trial: Trial, stage: int) -> Result:
             with zerolite.no_sync(model, enabled=trial.no_sync and micro + 1 < trial.accumulation):
                 loss_of(model, part(batch, rank, world)).backward()
         optimizer.step()
+        if trial.read:
+            list(model.parameters())
         scheduler.step()
         norms.append(optimizer.grad_norm)
         optimizer.zero_grad()
+    on_host = [bucket.flat.is_on_host for bucket in model._zerolite.reduction_order]
     with zerolite.full_params(model):
-        return Result(whole(model), tuple(norms))
+        return Result(whole(model), tuple(norms), (sum(on_host), len(on_host)))
+
+
+def train_each(trials: list[tuple[Trial, int]]) -> list[Result]:
+    """On a rank: one trial after the other, each at its stage."""
+    return [train(trial, stage) for trial, stage in trials]
 
 
 @cache

@@ -187,7 +187,9 @@ def _wait_when_read(model: nn.Module, zero: Zero) -> None:
     @functools.wraps(own_parameters)
     def named_parameters(*args, **kwargs):
         for name, parameter in own_parameters(*args, **kwargs):
-            zero.settle(parameter._zerolite_place[1].unit)
+            place = getattr(parameter, "_zerolite_place", None)  # none for one that was added later
+            if place is not None:
+                zero.settle(place[1].unit)
             yield name, parameter
 
     def settle(module, *args) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from zerolite import files
@@ -43,6 +42,7 @@ def save(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None, ex
     """
     zero = engine_of(model)
     _check_optimizer(zero, optimizer)
+    zero.settle()
     folder = Path(folder).resolve()
     together = partial(on_all_ranks, zero, f"saving {folder}", CheckpointError)
     token = together(lambda: _prepare(zero, folder))[0]
@@ -67,6 +67,7 @@ def load(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None):
     _check_optimizer(zero, optimizer)
     if zero.full_depth > 0:
         raise ValueError("load changes what full_params has gathered: call it outside of `with zerolite.full_params`")
+    zero.settle()
     folder = Path(folder).resolve()
     together = partial(on_all_ranks, zero, f"loading {folder}", CheckpointError)
     together(lambda: files.restore(folder) if zero.rank == 0 else None)
@@ -137,38 +138,47 @@ def _prepare(zero: Zero, folder: Path) -> str:
 
 
 def _flats_of(zero: Zero, optimizer: ShardedOptimizer | None):
-    """(bucket, kind, this rank's 1D range, the slots that have it) of parameters and of every state; see `_put_back`.
+    """(bucket, kind, read, the slots that have it) of parameters and of every state; see `_put_back`.
 
-    Of what is offloaded it waits for the workers, a bucket at a time.
+    `read()` gives this rank's 1D range; where the host encodes it, it is decoded then, after waiting for the workers.
     """
     for unit in zero.units:
         for bucket in unit.buckets:
             slots = list(zip(bucket.layout.slots, bucket.flat.parameters, strict=True))
-            yield bucket, "parameter", bucket.flat.values(), [slot for slot, _ in slots]
-            if optimizer is not None:
-                stepped = [slot for slot, parameter in slots if parameter in optimizer.state]
-                for kind, values in optimizer.states_of(bucket).items():
-                    yield bucket, kind, values, stepped
+            yield bucket, "parameter", bucket.flat.values, [slot for slot, _ in slots]
+            stepped = [slot for slot, parameter in slots if optimizer is not None and parameter in optimizer.state]
+            for kind in optimizer.rule.state_names if stepped else ():
+                yield bucket, kind, partial(optimizer.read_state, bucket, kind), stepped
 
 
 def _put_back(optimizer: ShardedOptimizer | None, bucket, kind: str, values: torch.Tensor) -> None:
     if kind == "parameter":
         bucket.flat.set_values(values)
     else:
-        optimizer.set_state(bucket, kind, values)
+        optimizer.write_state(bucket, kind, values)
 
 
-def _states_of(zero: Zero, optimizer: ShardedOptimizer | None):
-    """(key, start, stop, 1D values) of everything that this rank is the one to save."""
+def _slices_of(zero: Zero, optimizer: ShardedOptimizer | None):
+    """(key, start, stop, dtype, read) of everything that this rank is the one to save; `read()` gives 1D values."""
     if zero.replicate_group.rank != 0:
         return
-    for bucket, kind, values, slots in _flats_of(zero, optimizer):
+    for bucket, kind, read, slots in _flats_of(zero, optimizer):
+        flat = bucket.flat
         low, high = bucket.layout.piece(zero.shard_group.rank)  # its piece, also where it owns all
-        for slot in slots:
-            first, last = bucket.layout.overlap(slot, low, high)
-            if first < last:
-                mine = values[first - bucket.flat.start : last - bucket.flat.start]
-                yield f"{kind}/{slot.name}", first - slot.offset, last - slot.offset, mine
+        held: list[torch.Tensor] = []  # decoded once for all slots, and dropped with the last
+        here = [(slot, *bucket.layout.overlap(slot, low, high)) for slot in slots]
+        here = [(slot, first, last) for slot, first, last in here if first < last]
+        for slot, first, last in here:
+
+            def read_slot(read=read, held=held, flat=flat, first=first, last=last, is_last=slot is here[-1][0]):
+                if not held:
+                    held.append(read())
+                values = held[0][first - flat.start : last - flat.start]
+                if is_last:
+                    held.clear()
+                return values
+
+            yield f"{kind}/{slot.name}", first - slot.offset, last - slot.offset, flat.stepped_dtype, read_slot
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -181,15 +191,19 @@ def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _write_rank(zero: Zero, optimizer: ShardedOptimizer | None, extra, path: Path) -> str:
-    tensors: dict[str, torch.Tensor] = {}
-    slices: dict[str, list[int]] = {}
-    for key, start, stop, values in _states_of(zero, optimizer):
-        tensors[key] = values.detach().cpu()
+    """Stream this rank's file: what is decoded or copied from the device is held a bucket at a time."""
+    slices, entries, reads = {}, [], []
+    for key, start, stop, dtype, read in _slices_of(zero, optimizer):
         slices[key] = [start, stop]
+        entries.append((key, dtype, (stop - start,)))
+        reads.append(read)
+    tensors: dict[str, torch.Tensor] = {}
     for name, buffer in buffers_of(zero.model).items():
-        tensors[f"buffer/{name}"] = buffer.detach().cpu().contiguous().clone()
+        tensors[f"buffer/{name}"] = buffer
     metadata = {"slices": json.dumps(slices), "extra": json.dumps(_pack(extra, "extra", tensors))}
-    save_file(tensors, path, metadata=metadata)
+    entries += [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
+    reads += [lambda tensor=tensor: tensor for tensor in tensors.values()]
+    files.write_safetensors(path, entries, (read() for read in reads), metadata)
     files.sync_file(path)
     return f"{path.stat().st_size} {files.sha256_of(path)}"
 
@@ -231,7 +245,7 @@ def _pack(value, path: str, tensors: dict[str, torch.Tensor]):
     """`value` as JSON; its tensors go to `tensors` and leave {"tensor": key}. Dicts, lists and tuples are tagged."""
     if isinstance(value, torch.Tensor):
         key = f"extra/{len(tensors)}"
-        tensors[key] = value.detach().cpu().contiguous().clone()
+        tensors[key] = value
         return {"tensor": key}
     if isinstance(value, dict):
         if not all(isinstance(name, str) for name in value):
@@ -345,7 +359,8 @@ class _Slices:
 @torch.no_grad()
 def _fill(zero: Zero, optimizer: ShardedOptimizer | None, slices: _Slices) -> None:
     """Read this rank's ranges and buffers; what other ranks' ranges are gathered into is still the old."""
-    for bucket, kind, values, slots in _flats_of(zero, optimizer):
+    for bucket, kind, read, slots in _flats_of(zero, optimizer):
+        values = read()
         for slot in slots:
             first, last = bucket.layout.overlap(slot, bucket.flat.start, bucket.flat.stop)
             if first < last:

@@ -104,9 +104,19 @@ class FlatBucket:
         return self.stop - self.start == self.layout.numel
 
     @property
+    def is_hidden(self) -> bool:
+        """Whether parameters that stay whole are unreadable for now."""
+        return self.is_resident and not self.is_unsharded
+
+    @property
     def is_on_host(self) -> bool:
         """Whether workers step it."""
         return self.host is not None and self.is_trainable
+
+    @property
+    def stepped_dtype(self) -> torch.dtype:
+        """What `values` are of."""
+        return master_dtype(self.owned.dtype) if self.is_trainable else self.owned.dtype
 
     def values(self) -> torch.Tensor:
         """1D, this rank's range in the dtype that the optimizer works in; to change it, give it to `set_values`."""

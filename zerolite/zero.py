@@ -19,8 +19,9 @@ when its unit's backward has passed, or at the end of backward. Nothing is recor
 With offload `optimizer.step` sends the workers off and returns. Buckets come back strictly in the order of units, which
 is the same on every rank whatever its forward does: before a unit runs, every bucket up to its last one is taken back
 (its exchange is a collective), and this unit's alone are waited for; later ones that the workers have finished start
-their copies, which communicate nothing. Whoever reads parameters otherwise waits in the same order, so one rank may
-read alone, as long as the others go on to their next forward.
+their copies, which communicate nothing. Where parameters are gathered (stage 3) the next unit is taken back too, since
+its gather starts now. Other collectives come after all returns. Whoever reads parameters otherwise waits in the same
+order, so one rank may read alone, as long as the others go on to their next forward.
 
 [Note: late gradients]
 A gradient may come after its bucket was launched (a layer used in two reentrant checkpoints). It stays in the local
@@ -268,10 +269,11 @@ class Zero:
 
         The root (index 0) is followed by the first unit in forward and, by Python's index -1, by the last in backward.
         """
-        self._take_back(unit.index)
+        neighbour = self.units[unit.index + step] if unit.index + step < len(self.units) else unit
+        is_gathered = any(not bucket.flat.is_resident for bucket in neighbour.buckets)
+        self._take_back(max(unit.index, neighbour.index) if is_gathered else unit.index)
         self._unshard(unit)
-        if unit.index + step < len(self.units):
-            self._unshard(self.units[unit.index + step])
+        self._unshard(neighbour)
         unit.wait()
 
     def _unshard(self, unit: Unit) -> None:
@@ -303,12 +305,14 @@ class Zero:
 
     def settle(self, unit: Unit | None = None) -> None:
         """Have the parameters of all units up to `unit`, or of all, back and readable."""
+        if self.host is None:
+            return
         last = len(self.units) - 1 if unit is None else unit.index
-        away = {bucket.unit for bucket in self._away}
         self._take_back(last)
         for other in self.units[: last + 1]:
-            if other in away:
-                other.wait()
+            for bucket in other.buckets:
+                if bucket.flat.is_hidden:
+                    bucket.flat.wait()
 
     # Backward #
 
@@ -316,6 +320,7 @@ class Zero:
         """Have `finish_backward` called when the present, outermost backward ends. Idempotent within one backward."""
         if not self._is_backward_open:
             self._is_backward_open = True
+            self.settle()  # what no forward of this rank needed; its peers' forwards may have
             for bucket in self.reduction_order:
                 bucket.gradients.fold()
             Variable._execution_engine.queue_callback(self.finish_backward)
@@ -451,6 +456,7 @@ class Zero:
             unit.wait()
 
     def release_all(self, writeback: bool) -> None:
+        self.settle()  # a step inside is no edit
         if writeback:
             self.absorb_edits()
         self.full_depth -= 1

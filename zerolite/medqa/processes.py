@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+import zerolite
+
 # Finite, so that no rank waits for ever; long enough for rank 0 to write what the others wait for.
 TIMEOUT = timedelta(minutes=10)
 # What a collective raises when another rank is gone. That rank prints the cause, so this one keeps it short.
@@ -112,7 +114,10 @@ def refuse(error: Exception, rank: int) -> int:
 
 def report_failure(error: Exception, rank: int) -> int:
     """Print why this rank ends, so that the rank with the cause speaks first; the exit status."""
-    if any(mark in str(error) for mark in PEER_FAILURES):
+    of_a_worker = isinstance(error, zerolite.WorkerError)  # heard on every rank, it names the one whose worker it is
+    if of_a_worker and str(error).startswith(f"rank {rank}:"):
+        print(error, file=sys.stderr)
+    elif of_a_worker or any(mark in str(error) for mark in PEER_FAILURES):
         time.sleep(PATIENCE_S)
         print(f"rank {rank}: ends because another rank did ({str(error).splitlines()[0]})", file=sys.stderr)
     else:

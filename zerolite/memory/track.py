@@ -38,7 +38,7 @@ def measure(model: nn.Module, optimizer: ShardedOptimizer | None = None) -> Usag
                 parameters.add(flat.owned, layout, *owned)
             if flat.master is not None:
                 states.add(flat.master, layout, *owned)
-            if optimizer is not None and not flat.is_on_host:
+            if optimizer is not None:
                 for values in optimizer.states_of(bucket).values():
                     states.add(values, layout, *owned)
             if bucket.gradients is not None:

@@ -23,6 +23,15 @@ class Field:
     def __init__(self, offset: int, values: torch.Tensor):
         self.offset, self.values = offset, values
 
+    @property
+    def key(self) -> tuple[int, torch.dtype]:
+        """What another field must share to take over its memory."""
+        return self.values.numel(), self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.numel() * self.values.element_size()
+
     def address(self, index: int) -> int:
         """Offset in bytes of one element."""
         return self.offset + index * self.values.element_size()
@@ -36,6 +45,7 @@ class Arena:
         self.fd = os.memfd_create("zerolite", os.MFD_CLOEXEC)
         self.nbytes = 0
         self._pinned: list[torch.Tensor] = []
+        self._pinned_offsets: set[int] = set()
         self.close = weakref.finalize(self, _close, os.getpid(), self.fd, self._pinned, device)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Field:
@@ -49,7 +59,8 @@ class Arena:
 
     def pin(self, field: Field) -> None:
         """Lock a field for copies to and from the device, once its pages are placed."""
-        if field.values.numel():
+        if field.values.numel() and field.offset not in self._pinned_offsets:
+            self._pinned_offsets.add(field.offset)
             whole = field.values.view(torch.uint8)
             self.device.pin(whole)
             self._pinned.append(whole)

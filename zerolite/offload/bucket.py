@@ -8,6 +8,7 @@ fp16: an fp32 master beside it.
 """
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from zerolite_kernels import command as abi
@@ -50,7 +51,6 @@ class HostBucket:
         self.master: Field | None = None
         self.gradient: Field | None = None  # where a reduced gradient lands
         self.sum: Field | None = None  # fp32, made when a second gradient comes before the step
-        self.states: dict[str, State] = {}  # of the optimizer, once there is one
         if gradient_dtype is not None:
             # Kernels step fp64 on fp64 gradients; the copy down widens those of a narrower reduction.
             self.gradient = host.allocate(self.numel, torch.float64 if dtype == torch.float64 else gradient_dtype)
@@ -100,38 +100,30 @@ class HostBucket:
     def state_format(self) -> str:
         return "fp32" if self.dtype == torch.float64 else self.host.offload.states
 
-    def add_states(self, names: Iterable[str]) -> None:
-        """Zeros for every state; what an earlier optimizer left becomes zeros."""
-        self.wait()
-        for name in names:
-            if name in self.states:
-                self.states[name].zero()
-            else:
-                self.states[name] = State(
-                    self.host, name, self.numel, self.layout.piece_numel, master_dtype(self.dtype), self.state_format
-                )
-
-    def read_state(self, name: str) -> torch.Tensor:
-        """Decoded; the memory itself where that is plain."""
-        self.wait()
-        return self.states[name].read()
-
-    def write_state(self, name: str, values: torch.Tensor) -> None:
-        self.wait()
-        self.states[name].write(values)
+    def make_states(self, names: Iterable[str]) -> dict[str, State]:
+        """Zeros for an optimizer, which owns them; their memory serves the next one when it is gone."""
+        dtype, piece_numel = master_dtype(self.dtype), self.layout.piece_numel
+        return {name: State(self.host, name, self.numel, piece_numel, dtype, self.state_format) for name in names}
 
     # Commands #
 
-    def command(self, op: int, run: Run, gradient: Field | None = None, **numbers: float) -> Command:
+    def command(
+        self,
+        op: int,
+        run: Run,
+        gradient: Field | None = None,
+        states: Mapping[str, State] = MappingProxyType({}),
+        **numbers: float,
+    ) -> Command:
         """One command on a run of the bucket; `gradient` is what it reads, `numbers` the rule's."""
         piece_numel = self.layout.piece_numel
         piece_start = run.start // piece_numel * piece_numel
         index = piece_start - self.start  # of the piece's first element in the owned range
         gradient = gradient or self.gradient
-        states = {}
-        for name, state in self.states.items():
-            states[name] = state.address(index // piece_numel)
-            states[f"{name}_scale"] = state.scale_address(index // piece_numel)
+        addresses = {}
+        for name, state in states.items():
+            addresses[name] = state.address(index // piece_numel)
+            addresses[f"{name}_scale"] = state.scale_address(index // piece_numel)
         return Command(
             op=op,
             numel=piece_numel,
@@ -144,8 +136,8 @@ class HostBucket:
             parameter=self.parameter.address(index),
             master=self.master.address(index) if self.master is not None else 0,
             position=piece_start,
-            file=int(bool(self.states) and self.host.states_fd >= 0 and op in (abi.STEP, abi.PREPARE)),
-            **states,
+            file=int(bool(states) and self.host.states_fd >= 0),
+            **addresses,
             **numbers,
         )
 
@@ -169,14 +161,17 @@ class HostBucket:
         if commands:
             self.number = self.host.submit(commands, f"{label} {self.label}")
 
-    def sums(self, op: int, runs: list[Run], numbers: Iterable[Mapping[str, float]], gradient: Field) -> list[list]:
-        """Have NORM or PREPARE done and wait; for each run the fp64 entries of its partial blocks."""
+    def sums(self, op: int, runs: list[Run], gradient: Field, states=None, numbers=None) -> list[list[float]]:
+        """Have NORM or PREPARE done and wait; for each run the fp64 entries of its partial blocks.
+
+        states, numbers: of a rule, `numbers` for each run; NORM needs none.
+        """
         width = 2 if op == abi.PREPARE else 1
         counts = [width * num_partials(run, self.layout.piece_numel) for run in runs]
         results = self.host.scratch(sum(counts))
         commands, offset = [], 0
-        for run, count, extra in zip(runs, counts, numbers, strict=True):
-            commands.append(self.command(op, run, gradient, result=results.address(offset), **extra))
+        for run, count, extra in zip(runs, counts, numbers or [{}] * len(runs), strict=True):
+            commands.append(self.command(op, run, gradient, states or {}, result=results.address(offset), **extra))
             offset += count
         self.submit(commands, "adding up squares of")
         self.wait()

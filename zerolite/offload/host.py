@@ -3,6 +3,7 @@
 import os
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from zerolite_kernels.command import FILL, PARTIAL_NUMEL, Command
 
 from zerolite.config import Offload
 from zerolite.device import Cpu, Cuda
+from zerolite.errors import ZeroliteError
 from zerolite.offload.arena import Arena, Field, check_available
 from zerolite.offload.cores import cores_of
 from zerolite.offload.pool import Pool
@@ -45,6 +47,9 @@ class Host:
         self.num_local_ranks = num_local_ranks
         self.down_stream, self.up_stream = device.new_stream(), device.new_stream()
         self.arena = Arena(device)
+        # Memory of optimizers that are gone, for the next one.
+        self.free_fields: defaultdict[tuple[int, torch.dtype], list[Field]] = defaultdict(list)
+        self.free_offsets: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         self._scratch: Field | None = None
         self.states_fd, self.states_bytes = -1, 0
         if offload.path is not None:
@@ -63,21 +68,33 @@ class Host:
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Field:
         """Zeros whose pages are placed by the lanes that will work on them, pinned where there is a GPU."""
-        field = self.arena.allocate(numel, dtype)
-        self.zero(field)
+        free = self.free_fields[numel, dtype]
+        if free:
+            self.wait(self.pool.submitted)  # for other memory of its kind, lanes need no order
+        field = free.pop() if free else self.arena.allocate(numel, dtype)
+        fill = Command(op=FILL, numel=field.nbytes, last=field.nbytes, gradient=field.offset)
+        self.wait(self.submit([fill], "placing memory"))
         self.arena.pin(field)
         return field
 
-    def zero(self, field: Field) -> None:
-        nbytes = field.values.numel() * field.values.element_size()
-        fill = Command(op=FILL, numel=nbytes, last=nbytes, gradient=field.offset)
-        self.wait(self.submit([fill], "placing memory"))
+    @property
+    def free_bytes(self) -> int:
+        return sum(field.nbytes for fields in self.free_fields.values() for field in fields)
 
     def allocate_in_file(self, numel: int, itemsize: int) -> int:
-        """Offset of a zeroed, page-aligned range of the file of states, with room for whole partial blocks."""
+        """Offset of a page-aligned range of the file of states, with room for whole partial blocks."""
+        if self.free_offsets[numel, itemsize]:
+            return self.free_offsets[numel, itemsize].pop()
         offset = self.states_bytes
         self.states_bytes += -(-numel // PARTIAL_NUMEL) * PARTIAL_NUMEL * itemsize
-        os.posix_fallocate(self.states_fd, offset, max(self.states_bytes - offset, 1))
+        try:
+            os.posix_fallocate(self.states_fd, offset, max(self.states_bytes - offset, 1))
+        except OSError as error:
+            free = os.fstatvfs(self.states_fd)
+            raise ZeroliteError(
+                f"{self.offload.path} has no room for the states: {(self.states_bytes - offset) / 2**30:.2f} GiB more "
+                f"are needed and {free.f_bavail * free.f_frsize / 2**30:.2f} GiB are free ({error}); use a larger drive"
+            ) from error
         return offset
 
     def scratch(self, numel: int) -> Field:

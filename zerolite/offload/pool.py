@@ -61,7 +61,7 @@ class Pool:
         self.num_lanes = len(cores)
         self.failure: str | None = None
         self._doubt: deque[tuple[int, str]] = deque()  # (number behind its last command, what it works on)
-        self._submitted = 0
+        self.submitted = 0  # commands so far
         control_fd = os.memfd_create("zerolite-control", os.MFD_CLOEXEC)
         os.ftruncate(control_fd, control_bytes(self.num_lanes))
         self._control = mmap.mmap(control_fd, control_bytes(self.num_lanes))
@@ -119,17 +119,17 @@ class Pool:
         self._header[ARENA_BYTES] = arena_bytes
         size, base = ctypes.sizeof(Command), ring_offset(self.num_lanes)
         for command in commands:
-            if self._submitted - RING_NUMEL >= self._num_done():
+            if self.submitted - RING_NUMEL >= self._num_done():
                 self._wake()
-                self.wait(self._submitted - RING_NUMEL + 1)
-            offset = base + self._submitted % RING_NUMEL * size
+                self.wait(self.submitted - RING_NUMEL + 1)
+            offset = base + self.submitted % RING_NUMEL * size
             self._control[offset : offset + size] = bytes(command)
-            self._submitted += 1
-            self._header[SUBMITTED] = self._submitted
+            self.submitted += 1
+            self._header[SUBMITTED] = self.submitted
         self._forget(self._num_done())
-        self._doubt.append((self._submitted, label))
+        self._doubt.append((self.submitted, label))
         self._wake()
-        return self._submitted
+        return self.submitted
 
     def _wake(self) -> None:
         for fd in self._wake_fds:
@@ -200,7 +200,7 @@ class Pool:
 
 
 def _end(trainer: int, header, wake_fds: list[int], processes: list[subprocess.Popen], fds: list[int]) -> None:
-    """Let workers finish what they were given, and end them; nothing in a fork of the trainer, such as a data loader."""
+    """Let workers finish what they were given, and end them; nothing in a fork of the trainer (a data loader)."""
     if os.getpid() != trainer:
         return
     header[IS_STOPPING] = 1

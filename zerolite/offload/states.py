@@ -9,6 +9,7 @@ Decoded values encode to the very same bytes again, so a checkpoint in fp32 lose
 """
 
 import mmap
+import weakref
 
 import torch
 from zerolite_kernels import cpu, state_file
@@ -37,8 +38,14 @@ class State:
             width = self.encoded_dtype.itemsize
             num_pieces = numel // piece_numel if piece_numel else 0
             self.file_offsets = [host.allocate_in_file(piece_numel, width) for _ in range(num_pieces)]
+            self._write_encoded(torch.zeros(numel, dtype=self.encoded_dtype))
         else:
             self.field = host.allocate(numel, self.encoded_dtype)
+        for field in (self.scale, self.field):
+            if field is not None:
+                weakref.finalize(self, host.free_fields[field.key].append, field)
+        for offset in self.file_offsets:
+            weakref.finalize(self, host.free_offsets[piece_numel, width].append, offset)
 
     @property
     def nbytes(self) -> int:
@@ -73,13 +80,6 @@ class State:
             encoded.copy_(values)
         if self.field is None:
             self._write_encoded(encoded)
-
-    def zero(self) -> None:
-        for field in (self.field, self.scale):
-            if field is not None:
-                self.host.zero(field)
-        if self.field is None:
-            self._write_encoded(torch.zeros(self.numel, dtype=self.encoded_dtype))
 
     def _read_encoded(self) -> torch.Tensor:
         if self.field is not None:

@@ -18,6 +18,7 @@ import torch
 from zerolite_kernels.command import STEP
 
 from zerolite import layout
+from zerolite.offload.states import State
 from zerolite.optim.norm import Verdict, agree
 from zerolite.optim.rules import Rule, Run
 
@@ -47,8 +48,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._zero = None
         self._places: dict[torch.nn.Parameter, tuple[object, int]] = {}  # parameter -> (bucket, slot index)
         self._group_of: dict[torch.nn.Parameter, int] = {}
-        # bucket -> state name -> 1D, the owned range; empty for a bucket that workers step
+        # bucket -> state name -> 1D, the owned range
         self._states: dict[object, dict[str, torch.Tensor]] = {}
+        self._host_states: dict[object, dict[str, State]] = {}  # of buckets that workers step
         self._verdict: tuple[int, Verdict] | None = None  # with the gradient version that it was taken of
         self._clip_factor = 1.0  # of clip_grad_norm_, for the next step
         super().__init__(params, defaults)
@@ -58,17 +60,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         group_index = len(self.param_groups) - 1
-        self._check_host_memory(self.param_groups[-1]["params"])
-        for parameter in self.param_groups[-1]["params"]:
+        parameters = self.param_groups[-1]["params"]
+        self._check_host_memory(parameters)
+        for parameter in parameters:
             self._adopt(parameter, group_index)
 
     def _check_host_memory(self, parameters) -> None:
         places = [parameter._zerolite_place for parameter in parameters if hasattr(parameter, "_zerolite_place")]
-        hosts = {bucket: bucket.flat.host for _, bucket, _ in places if bucket.flat.is_on_host}
-        new = [host for bucket, host in hosts.items() if bucket not in self._states and not host.states]
-        needed = sum(host.state_bytes(self.rule.state_names) for host in new)
-        if needed:
-            new[0].host.check_memory(needed, f"{type(self).__name__}'s states")
+        new = {bucket for _, bucket, _ in places if bucket.flat.is_on_host and bucket not in self._host_states}
+        hosts = [bucket.flat.host for bucket in new]
+        if hosts:
+            needed = sum(host.state_bytes(self.rule.state_names) for host in hosts) - hosts[0].host.free_bytes
+            hosts[0].host.check_memory(max(needed, 0), f"{type(self).__name__}'s states")
 
     def _adopt(self, parameter: torch.nn.Parameter, group_index: int) -> None:
         place = getattr(parameter, "_zerolite_place", None)
@@ -96,7 +99,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if bucket not in self._states:
             self._states[bucket] = {}
             if flat.is_on_host:
-                flat.host.add_states(self.rule.state_names)
+                self._host_states[bucket] = flat.host.make_states(self.rule.state_names)
             else:
                 stepped = flat.values()
                 self._states[bucket] = {name: torch.zeros_like(stepped) for name in self.rule.state_names}
@@ -156,18 +159,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return bucket.layout.slots[index].name
 
     def states_of(self, bucket) -> dict[str, torch.Tensor]:
-        """The states of a bucket of the model: name -> 1D, the owned range; empty where it has none.
-
-        The memory itself, but where the host encodes it: give changed values to `set_state`. Waits for the workers.
-        """
-        if bucket in self._states and bucket.flat.is_on_host:
-            return {name: bucket.flat.host.read_state(name) for name in self.rule.state_names}
+        """The states of a bucket that lie here: name -> 1D, the owned range; none where workers step it."""
         return self._states.get(bucket, {})
 
-    def set_state(self, bucket, name: str, values: torch.Tensor) -> None:
-        """Take values that `states_of` gave and somebody changed."""
-        if bucket.flat.is_on_host:
-            bucket.flat.host.write_state(name, values)
+    def read_state(self, bucket, name: str) -> torch.Tensor:
+        """One state of a bucket, 1D, the owned range: the memory itself, but where the host encodes it.
+
+        Give changed values to `write_state`. Waits for the workers.
+        """
+        if bucket not in self._host_states:
+            return self._states[bucket][name]
+        bucket.flat.host.wait()
+        return self._host_states[bucket][name].read()
+
+    def write_state(self, bucket, name: str, values: torch.Tensor) -> None:
+        """Take values that `read_state` gave and somebody changed."""
+        if bucket in self._host_states:
+            bucket.flat.host.wait()
+            self._host_states[bucket][name].write(values)
 
     def describe(self) -> dict:
         """Class, param groups by parameter name, and steps taken, as JSON values."""
@@ -202,6 +211,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def clip_grad_norm_(self, max_norm: float) -> float:
         """Have the next step clip the global norm to `max_norm`; returns the norm before clipping."""
+        self._zero.settle()
         norm = self._unscaled_norm(self._agree())
         self._clip_factor = _clip_factor(norm, max_norm)
         self._grad_norm = norm
@@ -297,9 +307,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _step_on_host(self, bucket, keys: list[Key | None], multiplier: float) -> None:
         """Hand one bucket's runs to the workers."""
-        host, held = bucket.flat.host, bucket.gradients.on_host()
+        host, held, states = bucket.flat.host, bucket.gradients.on_host(), self._host_states[bucket]
         commands = [
-            host.command(STEP, run, held, **self._numbers(bucket, run.key, multiplier), **self._extra(bucket, run.key))
+            host.command(
+                STEP, run, held, states, **self._numbers(bucket, run.key, multiplier), **self._extra(bucket, run.key)
+            )
             for run in bucket.layout.runs(bucket.flat.start, bucket.flat.stop, keys)
         ]
         host.submit(commands, "stepping")
@@ -352,7 +364,8 @@ class _Held:
         if bucket is None or not bucket.flat.is_on_host:
             return {}
         if bucket not in self.decoded:
-            self.decoded[bucket] = dict(self.optimizer.states_of(bucket))
+            names = self.optimizer.rule.state_names
+            self.decoded[bucket] = {name: self.optimizer.read_state(bucket, name) for name in names}
             if bucket.flat.host.master is not None:
                 self.decoded[bucket]["master"] = bucket.flat.values()
         return {name: self.optimizer._slice(parameter, values) for name, values in self.decoded[bucket].items()}
@@ -363,7 +376,7 @@ class _Held:
                 if name == "master":
                     bucket.flat.set_values(values)
                 else:
-                    self.optimizer.set_state(bucket, name, values)
+                    self.optimizer.write_state(bucket, name, values)
 
 
 def _clip_factor(norm: float, max_norm: float) -> float:

@@ -91,4 +91,4 @@ def _squares_on_host(zero, bucket, keys, squares_of) -> torch.Tensor | float:
         return gradients.squares
     held = gradients.on_host()
     runs = list(bucket.layout.runs(*bucket.layout.piece(zero.shard_group.rank), keys))
-    return sum(map(add_up, bucket.flat.host.sums(NORM, runs, [{}] * len(runs), held)), 0.0)
+    return sum(map(add_up, bucket.flat.host.sums(NORM, runs, held)), 0.0)

@@ -69,7 +69,8 @@ class Lamb(ShardedOptimizer):
                 runs = list(bucket.layout.runs(flat.start, flat.stop, keys))
                 numbers = [self._numbers(bucket, run.key, multiplier) for run in runs]
                 held = bucket.gradients.on_host()
-                for run, entries in zip(runs, flat.host.sums(PREPARE, runs, numbers, held), strict=True):
+                states = self._host_states[bucket]
+                for run, entries in zip(runs, flat.host.sums(PREPARE, runs, held, states, numbers), strict=True):
                     rows[run.start // piece_numel, run.key.index] += torch.tensor(
                         [add_up(entries[0::2]), add_up(entries[1::2])], dtype=torch.float64
                     ).to(rows.device)

@@ -44,6 +44,8 @@ inline Words max(Words a, Words b) { return Words(_mm512_max_epu32(__m512i(a), _
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // a > b ? a : b, as on all paths
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline uint32_t largest(Words x) { return _mm512_reduce_max_epu32(__m512i(x)); }
+inline Doubles lower(Floats x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+inline Doubles upper(Floats x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
 
 #elif defined(LANES_AVX2)
 
@@ -73,6 +75,8 @@ inline uint32_t largest(Words x) {
   most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4E));
   return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(most, _mm_shuffle_epi32(most, 0xB1))));
 }
+inline Doubles lower(Floats x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+inline Doubles upper(Floats x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
 
 #else
 
@@ -110,6 +114,8 @@ inline uint32_t largest(Words x) {
   for (int i = 1; i < W; i++) most = x[i] > most ? x[i] : most;
   return most;
 }
+inline Doubles lower(Floats x) { return Doubles{x[0], x[1]}; }
+inline Doubles upper(Floats x) { return Doubles{x[2], x[3]}; }
 
 #endif
 

@@ -1,10 +1,15 @@
 // The kinds of states: each loads and stores W elements at i of a block as fp32 (or fp64), and finishes the block.
 // Included once per instruction set.
 
+struct Scratch {
+  alignas(64) float exp_avg[BLOCK_NUMEL];
+  alignas(64) float exp_avg_sq[BLOCK_NUMEL];
+};
+
 template <class V, class T, bool HAS_SQUARE>
 struct Plain {
   T *exp_avg, *exp_avg_sq;
-  explicit Plain(const Block& block) : exp_avg(block.at<T>(EXP_AVG)), exp_avg_sq(block.at<T>(EXP_AVG_SQ)) {}
+  Plain(const Block& block, Scratch&) : exp_avg(block.at<T>(EXP_AVG)), exp_avg_sq(block.at<T>(EXP_AVG_SQ)) {}
   INLINE void load(uint64_t i, V& m, V& v) const {
     m = read<V>(exp_avg + i);
     if (HAS_SQUARE) v = read<V>(exp_avg_sq + i);
@@ -20,7 +25,7 @@ template <bool HAS_SQUARE>
 struct Bf16 {
   bf16 *exp_avg, *exp_avg_sq;
   Words counter;
-  explicit Bf16(const Block& block)
+  Bf16(const Block& block, Scratch&)
       : exp_avg(block.at<bf16>(EXP_AVG)), exp_avg_sq(block.at<bf16>(EXP_AVG_SQ)), counter(block.draw + count_up()) {}
   INLINE void load(uint64_t i, Floats& m, Floats& v) const {
     m = widen(exp_avg + i);
@@ -62,10 +67,10 @@ struct ExpAvgCode {
   uint32_t shift;  // bits of 1536 steps
   explicit ExpAvgCode(uint32_t largest) {
     uint32_t exponent = largest >> 23;
-    exponent = exponent < 240 ? exponent : 240;          // what is beyond 2^113 is cut to it, so that 1536 steps are finite
-    if (exponent > 6) step = from_bits((exponent - 6) << 23);  // a momentum below 2^-120 is 0
+    exponent = exponent < 240 ? exponent : 240;  // 1536 steps must be finite: what lies beyond 2^114 is cut
+    if (exponent > 6 && largest < INFINITE) step = from_bits((exponent - 6) << 23);  // below 2^-120 is 0
     limit = 127 * step;
-    shift = to_bits(1536 * step);
+    shift = to_bits(1536 * (step > 0 ? step : 1));
     if (largest >= INFINITE) step = from_bits(NOT_A_NUMBER);
   }
   void store(int8_t* codes, Floats x, Words noise) const {
@@ -96,12 +101,12 @@ struct Int8 {
   float *exp_avg_scale, *exp_avg_sq_scale;
   Words counter;
   Words largest_exp_avg = {}, largest_exp_avg_sq = {};
-  alignas(64) float exp_avgs[BLOCK_NUMEL];  // what is to be encoded once the block's largest is known
-  alignas(64) float exp_avg_sqs[BLOCK_NUMEL];
+  float *exp_avgs, *exp_avg_sqs;  // what is to be encoded once the block's largest is known
 
-  explicit Int8(const Block& block)
+  Int8(const Block& block, Scratch& scratch)
       : exp_avg(block.at<int8_t>(EXP_AVG)), exp_avg_sq(block.at<uint8_t>(EXP_AVG_SQ)), exp_avg_scale(block.exp_avg_scale),
-        exp_avg_sq_scale(block.exp_avg_sq_scale), counter(block.draw + count_up()) {}
+        exp_avg_sq_scale(block.exp_avg_sq_scale), counter(block.draw + count_up()),
+        exp_avgs(scratch.exp_avg), exp_avg_sqs(scratch.exp_avg_sq) {}
 
   INLINE void load(uint64_t i, Floats& m, Floats& v) const {
     m = decode_exp_avg(exp_avg + i, *exp_avg_scale);

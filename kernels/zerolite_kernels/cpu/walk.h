@@ -9,11 +9,8 @@ struct Lanes {
   void add_squares(uint64_t i, Doubles x) { sum[i % LANES / HALF] += x * x; }
 
   void add_squares(uint64_t i, Floats x) {
-    typedef float HalfFloats __attribute__((vector_size(4 * HALF)));
-    HalfFloats halves[2];
-    memcpy(halves, &x, sizeof x);
-    add_squares(i, __builtin_convertvector(halves[0], Doubles));
-    add_squares(i + HALF, __builtin_convertvector(halves[1], Doubles));
+    add_squares(i, lower(x));
+    add_squares(i + HALF, upper(x));
   }
 
   // A fixed tree, so a sum has one value on every path; leaves the lanes empty.
@@ -35,7 +32,8 @@ static void step(const Block& block, const Constants<typename Parameter::Scalar>
   const G* gradient = block.at<G>(GRADIENT);
   const auto c = constants;  // a copy that no store can reach stays in registers
   Parameter parameter(block);
-  States states(block);
+  Scratch scratch;
+  States states(block, scratch);
   for (uint64_t i = 0; i < BLOCK_NUMEL; i += sizeof(V) / sizeof(typename Parameter::Scalar)) {
     V g = widen(gradient + i) * c.multiplier, p = parameter.load(i), m = {}, v = {};
     states.load(i, m, v);
@@ -55,7 +53,8 @@ static void add_norms(const Block& block, const Constants<typename Parameter::Sc
   typedef typename Parameter::Scalar T;
   constexpr uint64_t LANES_OF_V = sizeof(V) / sizeof(T);
   Parameter parameter(block);
-  States states(block);
+  Scratch scratch;
+  States states(block, scratch);
   T directions[BLOCK_NUMEL];
   for (uint64_t i = 0; i < BLOCK_NUMEL; i += LANES_OF_V) {
     V p = parameter.load(i), m = {}, v = {};
@@ -70,10 +69,12 @@ static void add_norms(const Block& block, const Constants<typename Parameter::Sc
 }
 
 template <class G>
-static void add_squares(const Block& block, Lanes& sum) {
+static void add_squares(const Block& block, Lanes& sums) {
   const G* gradient = block.at<G>(GRADIENT);
+  Lanes local = sums;  // stays in registers
   for (uint64_t i = 0; i < BLOCK_NUMEL; i += sizeof(widen(gradient)) / sizeof(widen(gradient)[0]))
-    sum.add_squares(i, widen(gradient + i));
+    local.add_squares(i, widen(gradient + i));
+  sums = local;
 }
 
 template <class T, class G>

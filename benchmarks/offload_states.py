@@ -1,0 +1,97 @@
+"""Do smaller optimizer states learn as much? The main job, offloaded, with moments in fp32, bf16 and int8.
+
+Runs `train_medqa.py` without offload and with each state format, one after the other, and compares the validation loss.
+
+    python benchmarks/offload_states.py                        # the defaults of train_medqa.py on two ranks
+    python benchmarks/offload_states.py -- --max_steps 200     # what follows -- goes to every run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import harness
+from harness import DEVICE, MIB
+
+ROOT = Path(__file__).parent.parent
+RUNS = {
+    "no offload": [],
+    **{states: ["--offload", "cpu", "--offload_states", states] for states in ("fp32", "bf16", "int8")},
+}
+
+
+def run(name: str, ranks: int, extra: list[str]) -> dict:
+    """One run of the main job: its validation losses by step, its median speed, and rank 0's host bytes."""
+    with tempfile.TemporaryDirectory(prefix="zerolite-states-") as folder:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *launcher, "train_medqa.py", "--output_dir", folder, *RUNS[name], *extra]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise harness.RankError(f"{name}: exit code {done.returncode}\n{done.stderr[-3000:]}")
+        records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        row = next(line for line in (Path(folder) / "report.md").read_text().splitlines() if line.startswith("| 0 |"))
+    losses = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+    result = {
+        "name": name,
+        "validation_losses": losses,
+        "final": losses[max(losses)],
+        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in records if "loss" in r),
+        "host_bytes": int(row.strip("|").split("|")[-1].replace(",", "")) if RUNS[name] else 0,
+    }
+    print(f"{name:12} validation loss {result['final']:.4f} after {max(losses)} steps", flush=True)
+    return result
+
+
+def markdown(report: dict) -> str:
+    rows, steps = report["rows"], sorted(report["rows"][0]["validation_losses"])
+    reference = next(row["final"] for row in rows if row["name"] == "fp32")
+    table = harness.markdown_table(
+        ["moments", *(f"step {step}" for step in steps), "last / fp32 - 1", "host MiB a rank", "tokens/s, median"],
+        [
+            [
+                row["name"],
+                *(f"{row['validation_losses'][step]:.4f}" for step in steps),
+                f"{row['final'] / reference - 1:+.2%}",
+                f"{row['host_bytes'] / MIB:.1f}",
+                f"{row['tokens_per_second']:.0f}",
+            ]
+            for row in rows
+        ],
+    )
+    return f"""# The main job's validation loss by the format of offloaded moments: {report["ranks"]} ranks, {DEVICE.type}
+
+{harness.facts_markdown(report["facts"])}
+
+`train_medqa.py` with its defaults but for the options above; loss in nats a label token. Speeds are those of one run
+after the other, on a machine that others use too: no benchmark.
+
+{table}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("extra", nargs="*", help="options of train_medqa.py, after --")
+    options = parser.parse_args()
+    facts = harness.machine_facts(("torch", "transformers"))
+    rows = [run(name, options.ranks, options.extra) for name in RUNS]
+    report = {"facts": facts, "ranks": options.ranks, "extra": options.extra, "rows": rows}
+    options.output.mkdir(parents=True, exist_ok=True)
+    target = options.output / f"offload_states_{DEVICE.type}"
+    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    target.with_suffix(".md").write_text(markdown(report))
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
