@@ -106,7 +106,7 @@ def parse_bytes(size: int | str) -> int:
     """Bytes in 1024, "512MiB", "20 GB"."""
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", size.lower() if isinstance(size, str) else "")
     if match is None or match[2] not in _UNITS:
         raise ValueError(f'a number of bytes is an int or such as "20GiB" or "512MiB", got {size!r}')
     return int(float(match[1]) * _UNITS[match[2]])

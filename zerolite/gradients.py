@@ -121,7 +121,8 @@ class GradientBucket:
         self._filled = [False] * len(self.layout.slots)
         self.local = None
         first, last = self.layout.piece(self.shard_group.rank)
-        piece = local[first:last] if self.keeps_whole else torch.empty_like(local[first:last])
+        in_place = self.keeps_whole or self.shard_group.size == 1
+        piece = local[first:last] if in_place else torch.empty_like(local[first:last])
         divisor = self.shard_group.size * self.replicate_group.size
         with self.device.on(self.stream, after_current=True):
             self._in_flight = (local, piece, self.shard_group.reduce_scatter(local, piece, divisor, self.label))
@@ -135,9 +136,9 @@ class GradientBucket:
         with self.device.on(self.stream):
             pending.wait()
             self.replicate_group.all_reduce(piece)
-            if self.stop - self.start > piece.numel():
+            owns_all = self.stop - self.start == self.layout.numel
+            if owns_all:
                 self.shard_group.all_gather(local, piece, self.label).wait()
-            owns_all = self.stop - self.start > piece.numel()
             result = local[self.start : self.stop] if self.keeps_whole or owns_all else piece
             if self.reduced is not None:
                 result.add_(self.reduced)
@@ -147,7 +148,7 @@ class GradientBucket:
         self.device.wait(event)  # See [Note: one bucket behind]
         if self.host is not None:
             self._descending = local if owns_all else piece
-            if not owns_all:
+            if self._descending is not local:
                 self.pool.give(local)
             return
         self.reduced = result

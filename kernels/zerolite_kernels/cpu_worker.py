@@ -95,8 +95,10 @@ class Worker:
             return self.arenas[-1]
 
     def fail(self, lane: int) -> None:
-        """Leave the traceback where the trainer finds it, and end."""
-        text = f"lane {lane}: {traceback.format_exc()}".encode()[-ERROR_BYTES + 1 :]
+        """Leave the reason where the trainer finds it, the traceback on stderr, and end."""
+        traceback.print_exc()
+        reason = traceback.format_exception_only(*sys.exc_info()[:2])[-1].strip()
+        text = f"lane {lane}: {reason}".encode()[: ERROR_BYTES - 1]
         self.control_map[ERROR_OFFSET : ERROR_OFFSET + len(text)] = text
         os._exit(1)
 
@@ -114,7 +116,8 @@ def _load(library: str | None):
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         code = function(base, ctypes.byref(command), first, last)
         if code != 0:
-            raise ValueError(f"the kernels know no command {[(n, getattr(command, n)) for n, _ in command._fields_]}")
+            fields = ("op", "rule", "states", "gradient_dtype", "parameter_kind", "numel", "first", "last")
+            raise ValueError(f"the kernels know no command { ({n: getattr(command, n) for n in fields}) }")
 
     return execute_native
 

@@ -252,7 +252,11 @@ def decode_exp_avg_sq(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor
 
 def encode_exp_avg(x: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(numel,) fp32 from the start of a block -> int8 codes and scales; without noise: to nearest."""
-    numel, x, noise = x.numel(), blocks(x), blocks(torch.full_like(x, NEAREST, dtype=torch.int32) if noise is None else noise)
+    numel, x, noise = (
+        x.numel(),
+        blocks(x),
+        blocks(torch.full_like(x, NEAREST, dtype=torch.int32) if noise is None else noise),
+    )
     largest = (x.view(torch.int32) & 0x7FFFFFFF).amax(1)
     exponent = (largest >> 23).clamp(max=240)
     step = torch.where(exponent > 6, exponent - 6 << 23, 0).view(torch.float32)
@@ -266,13 +270,19 @@ def encode_exp_avg(x: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[
 
 def encode_exp_avg_sq(x: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(numel,) fp32, none negative, from the start of a block -> uint8 codes and scales; without noise: to nearest."""
-    numel, x, noise = x.numel(), blocks(x), blocks(torch.full_like(x, NEAREST, dtype=torch.int32) if noise is None else noise)
+    numel, x, noise = (
+        x.numel(),
+        blocks(x),
+        blocks(torch.full_like(x, NEAREST, dtype=torch.int32) if noise is None else noise),
+    )
     largest = (x.view(torch.int32) & 0x7FFFFFFF).amax(1)
     base = (largest >> 23).clamp(min=16) - 15 << 23
     base = torch.where(largest == 0, 0, base)
     zero = torch.where(largest < INFINITE, base >> 19, 1 << 13)[:, None]
     codes = ((x.view(torch.int32) + (noise >> 13 & 0x7FFFF) >> 19) - zero).clamp(0, 255)
-    return codes.to(torch.uint8).flatten()[:numel], torch.where(largest < INFINITE, base, NOT_A_NUMBER).view(torch.float32)
+    return codes.to(torch.uint8).flatten()[:numel], torch.where(largest < INFINITE, base, NOT_A_NUMBER).view(
+        torch.float32
+    )
 
 
 def blocks(x: torch.Tensor) -> torch.Tensor:

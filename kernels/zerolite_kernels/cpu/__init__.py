@@ -1,6 +1,6 @@
-"""The host kernels' library, built at install time: where it lies and what it offers. Imports neither torch nor zerolite.
+"""The host kernels' library, built at install time: where it lies and what it offers.
 
-A process that steps needs only `load()`. The library is optional: without a compiler at install time there is none.
+Imports neither torch nor zerolite. The library is optional: without a compiler at install time there is none.
 """
 
 import ctypes
@@ -10,8 +10,8 @@ from pathlib import Path
 from zerolite_kernels.command import Command
 
 _SIGNATURES = {
-    # Elements [first, last) of a command. 0: done; else nothing was written, and 1: no such operation, 2: the states lie
-    # in a file, 3: a range that cuts a block of int8 states.
+    # Elements [first, last) of a command. 0: done; else nothing was written, and 1: no such operation, 2: the states
+    # lie in a file, 3: a range that cuts a block of int8 states.
     "zl_execute": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(Command), ctypes.c_uint64, ctypes.c_uint64]),
     # The path in use, b"avx512", b"avx2" or b"plain"; choose another one (nonzero where this CPU lacks it).
     "zl_path": (ctypes.c_char_p, []),
