@@ -104,6 +104,11 @@ class FlatBucket:
         return self.stop - self.start == self.layout.numel
 
     @property
+    def communicates(self) -> bool:
+        """Whether full parameters come from other ranks, or from the host, after a step."""
+        return not (self.is_resident and self.owns_all)
+
+    @property
     def is_hidden(self) -> bool:
         """Whether parameters that stay whole are unreadable for now."""
         return self.is_resident and not self.is_unsharded

@@ -19,9 +19,9 @@ when its unit's backward has passed, or at the end of backward. Nothing is recor
 With offload `optimizer.step` sends the workers off and returns. Buckets come back strictly in the order of units, which
 is the same on every rank whatever its forward does: before a unit runs, every bucket up to its last one is taken back
 (its exchange is a collective), and this unit's alone are waited for; later ones that the workers have finished start
-their copies, which communicate nothing. Where parameters are gathered (stage 3) the next unit is taken back too, since
-its gather starts now. Other collectives come after all returns. Whoever reads parameters otherwise waits in the same
-order, so one rank may read alone, as long as the others go on to their next forward.
+their copies, which communicate nothing. Where ranks exchange what they stepped, the next unit is taken back too, so
+that its gather runs behind this one's forward. Other collectives come after all returns. Whoever reads parameters
+otherwise waits in the same order, so one rank may read alone, as long as the others go on to their next forward.
 
 [Note: late gradients]
 A gradient may come after its bucket was launched (a layer used in two reentrant checkpoints). It stays in the local
@@ -270,8 +270,8 @@ class Zero:
         The root (index 0) is followed by the first unit in forward and, by Python's index -1, by the last in backward.
         """
         neighbour = self.units[unit.index + step] if unit.index + step < len(self.units) else unit
-        is_gathered = any(not bucket.flat.is_resident for bucket in neighbour.buckets)
-        self._take_back(max(unit.index, neighbour.index) if is_gathered else unit.index)
+        communicates = any(bucket.flat.communicates for bucket in neighbour.buckets)
+        self._take_back(max(unit.index, neighbour.index) if communicates else unit.index)
         self._unshard(unit)
         self._unshard(neighbour)
         unit.wait()
