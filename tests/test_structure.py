@@ -14,18 +14,18 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from lines above its own, and from nothing beside or below it but what `BESIDE` names.
 LEVELS = [
-    ["errors", "config", "device", "layout", "files", "native"],
+    ["errors", "config", "device", "layout", "files", "native", "extras"],
     ["alarm", "units", "squares", "offload.arena", "offload.cores", "offload.pool"],
     ["collectives", "offload.host"],
     ["offload.states"],
     ["offload.bucket"],
-    ["flat", "gradients", "mesh", "meta"],
-    ["optim.norm", "optim.scaling"],
+    ["flat", "gradients", "mesh", "meta", "offload.pipeline"],
+    ["optim.norm", "optim.scaling", "optim.held"],
     ["optim.rules"],
     ["optim.base"],
     ["optim.optimizers"],
     ["zero"],
-    ["hooks", "agreement"],
+    ["hooks", "agreement", "placement"],
     ["api"],
     ["checkpoint", "memory.track"],
     ["pretrained"],

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 import torch.distributed as dist
-from models import build, divide_gradients, joint_batch, loss_of, part, whole
+from models import FACTORIES, build, divide_gradients, joint_batch, llama, loss_of, part, whole
 from torch import Tensor, nn
+
+# Each half of a block has several of the parts that workers divide it in; a smaller model leaves all but one idle.
+FACTORIES["llama-wide"] = lambda: llama(hidden=64)
+
+HALF = "1"  # an Offload's budget: what `budget_for_half` says on the rank
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,40 @@ def buckets_of(numel: int | None) -> Iterator[None]:
         zero.BUCKET_NUMEL = before
 
 
+def budget_for_half(trial: Trial, stage: int) -> int:
+    """On a rank: the device bytes that hold the model and half of what could leave it."""
+    import zerolite
+    from zerolite.placement import device_bytes
+    from zerolite.units import plan_units
+
+    def dtype_of(parameter):
+        return trial.dtype
+
+    model = make(trial)
+    plans = plan_units(model, None, dtype_of)
+    zero = zerolite.shard(make(trial), stage=stage)._zerolite
+    zero.precision = precision_of(trial)
+    least, most = (
+        sum(device_bytes(zero, plan, dtype_of, offload) for plan in plans) for offload in (zerolite.Offload(), None)
+    )
+    return (least + most) // 2
+
+
+def precision_of(trial: Trial):
+    import zerolite
+
+    return zerolite.Precision(trial.dtype, trial.reduce or trial.dtype)
+
+
 def start(trial: Trial, stage: int):
     """On a rank: the sharded model and its optimizer."""
     import zerolite
 
-    precision = zerolite.Precision(trial.dtype, trial.reduce or trial.dtype)
+    options = {"mesh": mesh_of(trial), "offload": trial.offload, "precision": precision_of(trial)}
     with buckets_of(trial.bucket_numel):
-        model = zerolite.shard(
-            make(trial), stage=stage, mesh=mesh_of(trial), offload=trial.offload, precision=precision
-        )
+        if trial.offload is not None and trial.offload.budget == HALF:
+            options["offload"] = replace(trial.offload, budget=budget_for_half(trial, stage))
+        model = zerolite.shard(make(trial), stage=stage, **options)
     rule = getattr(zerolite, trial.optimizer)
     return model, rule(parameter_groups(trial, model), lr=trial.lr, max_grad_norm=trial.max_grad_norm)
 

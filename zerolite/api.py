@@ -2,19 +2,17 @@
 
 import contextlib
 import functools
-import zlib
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from zerolite import alarm, hooks, meta
-from zerolite.config import Offload, Precision, parse_bytes
+from zerolite import hooks, meta
+from zerolite.config import Offload, Precision
 from zerolite.errors import ZeroliteError
 from zerolite.mesh import groups_of
-from zerolite.offload.host import Host
-from zerolite.units import UnitPlan, UnitRule, plan_units
+from zerolite.placement import place
+from zerolite.units import UnitRule, plan_units
 from zerolite.zero import Zero
 
 
@@ -87,11 +85,7 @@ def build(zero: Zero, rule: UnitRule | None, offload: Offload | None, materializ
         return precision.param if precision is not None and parameter.is_floating_point() else parameter.dtype
 
     plans = plan_units(model, rule, dtype_of)
-    on_host = _choose_host_units(zero, plans, dtype_of, offload) if offload is not None else set()
-    if on_host or (offload is not None and offload.parameters):
-        zero.host = _start_host(zero, offload)
-        needed = sum(zero.host_bytes(plan, dtype_of) for index, plan in enumerate(plans) if index in on_host)
-        zero.host.check_memory(needed, "offloading gradients and parameters")
+    on_host = place(zero, plans, dtype_of, offload) if offload is not None else set()
     done: set[int] = set()
     for index, plan in enumerate(plans):
         if id(plan.module) not in done:
@@ -108,38 +102,6 @@ def build(zero: Zero, rule: UnitRule | None, offload: Offload | None, materializ
         hooks.scale_loss(zero)
     model._zerolite = zero
     _adapt_methods(model, zero)
-
-
-def _choose_host_units(zero: Zero, plans: list[UnitPlan], dtype_of, offload: Offload) -> set[int]:
-    """Units whose states go to the host: all or, with a budget, those that do not fit, first units fitting first."""
-    if offload.budget is None:
-        return {index for index, plan in enumerate(plans) if plan.is_trainable or offload.parameters}
-    budget = parse_bytes(offload.budget)
-    used = sum(zero.device_bytes(plan, dtype_of, offload) for plan in plans)
-    if used > budget:
-        raise ValueError(
-            f"the parameters alone take {used:,} bytes on each rank at stage {zero.stage}, the budget is "
-            f"{budget:,} bytes: raise it, use a higher stage, or Offload(parameters=True) at stage 3"
-        )
-    on_host: set[int] = set()
-    for index, plan in enumerate(plans):
-        more = zero.device_bytes(plan, dtype_of, None) - zero.device_bytes(plan, dtype_of, offload)
-        if used + more <= budget:
-            used += more
-        elif plan.is_trainable:
-            on_host.add(index)
-    return on_host
-
-
-def _start_host(zero: Zero, offload: Offload) -> Host:
-    """This rank's arena and workers, with its share of the cores of this machine. Collective."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    machines = (
-        zero.gather_facts(torch.tensor([float(zlib.crc32(boot.encode()))], dtype=torch.float64)).view(-1).tolist()
-    )
-    here = [rank for rank, machine in enumerate(machines) if machine == machines[zero.rank]]
-    alarm.listen()
-    return Host(offload, zero.device, here.index(zero.rank), len(here), f"rank {zero.rank}", alarm.ring)
 
 
 def _adapt_methods(model: nn.Module, zero: Zero) -> None:

@@ -24,6 +24,7 @@ from zerolite import files
 from zerolite.agreement import on_all_ranks
 from zerolite.api import engine_of
 from zerolite.errors import CheckpointError
+from zerolite.extras import pack, unpack
 from zerolite.optim.base import ShardedOptimizer
 from zerolite.zero import Zero
 
@@ -200,7 +201,7 @@ def _write_rank(zero: Zero, optimizer: ShardedOptimizer | None, extra, path: Pat
     tensors: dict[str, torch.Tensor] = {}
     for name, buffer in buffers_of(zero.model).items():
         tensors[f"buffer/{name}"] = buffer
-    metadata = {"slices": json.dumps(slices), "extra": json.dumps(_pack(extra, "extra", tensors))}
+    metadata = {"slices": json.dumps(slices), "extra": json.dumps(pack(extra, "extra", tensors))}
     entries += [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
     reads += [lambda tensor=tensor: tensor for tensor in tensors.values()]
     files.write_safetensors(path, entries, (read() for read in reads), metadata)
@@ -239,36 +240,6 @@ def _shapes_of(zero: Zero) -> dict[str, dict[str, list[int]]]:
         "parameters": {slot.name: list(slot.shape) for slot in slots},
         "buffers": {name: list(buffer.shape) for name, buffer in buffers_of(zero.model).items()},
     }
-
-
-def _pack(value, path: str, tensors: dict[str, torch.Tensor]):
-    """`value` as JSON; its tensors go to `tensors` and leave {"tensor": key}. Dicts, lists and tuples are tagged."""
-    if isinstance(value, torch.Tensor):
-        key = f"extra/{len(tensors)}"
-        tensors[key] = value
-        return {"tensor": key}
-    if isinstance(value, dict):
-        if not all(isinstance(name, str) for name in value):
-            raise TypeError(f"{path}: keys of dicts in extra are strings, got {list(value)[:4]}")
-        return {"dict": {name: _pack(item, f"{path}[{name!r}]", tensors) for name, item in value.items()}}
-    if isinstance(value, list | tuple):
-        items = [_pack(item, f"{path}[{index}]", tensors) for index, item in enumerate(value)]
-        return {"list" if isinstance(value, list) else "tuple": items}
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    raise TypeError(f"{path}: extra holds JSON values and tensors, got {type(value).__name__}")
-
-
-def _unpack(value, tensors):
-    if not isinstance(value, dict):
-        return value
-    ((tag, content),) = value.items()
-    if tag == "tensor":
-        return tensors.get_tensor(content)
-    if tag == "dict":
-        return {name: _unpack(item, tensors) for name, item in content.items()}
-    items = [_unpack(item, tensors) for item in content]
-    return items if tag == "list" else tuple(items)
 
 
 # Reading #
@@ -353,7 +324,7 @@ class _Slices:
 
     def extra(self, rank: int):
         handle = self.of_rank(rank)
-        return _unpack(json.loads(handle.metadata()["extra"]), handle)
+        return unpack(json.loads(handle.metadata()["extra"]), handle)
 
 
 @torch.no_grad()

@@ -15,14 +15,6 @@ reductions are launched strictly in `reduction_order` (the reverse of registrati
 for its predecessors, one that never fills (a parameter without a gradient on this rank) is launched, with zeros,
 when its unit's backward has passed, or at the end of backward. Nothing is recorded from an earlier step.
 
-[Note: just-in-time return]
-With offload `optimizer.step` sends the workers off and returns. Buckets come back strictly in the order of units, which
-is the same on every rank whatever its forward does: before a unit runs, every bucket up to its last one is taken back
-(its exchange is a collective), and this unit's alone are waited for; later ones that the workers have finished start
-their copies, which communicate nothing. Where ranks exchange what they stepped, the next unit is taken back too, so
-that its gather runs behind this one's forward. Other collectives come after all returns. Whoever reads parameters
-otherwise waits in the same order, so one rank may read alone, as long as the others go on to their next forward.
-
 [Note: late gradients]
 A gradient may come after its bucket was launched (a layer used in two reentrant checkpoints). It stays in the local
 sum, as inside `no_sync`, and is reduced by the next backward or, after all ranks agreed on it, by the step.
@@ -33,21 +25,20 @@ What DeepSpeed has and this has not: an engine object with its own training loop
 a recorded trace for prefetching, persistence thresholds for small parameters, expert parallelism.
 """
 
-from collections import deque
-
 import torch
 from torch import nn
 from torch.autograd import Variable
 
 from zerolite import device as devices
 from zerolite.collectives import Group
-from zerolite.config import Offload, Precision, master_dtype, reduce_dtype
+from zerolite.config import Precision, reduce_dtype
 from zerolite.errors import ZeroliteError
 from zerolite.flat import FlatBucket
 from zerolite.gradients import BufferPool, GradientBucket
 from zerolite.layout import BucketLayout, pack
 from zerolite.offload.bucket import HostBucket
 from zerolite.offload.host import Host
+from zerolite.offload.pipeline import WayBack
 from zerolite.optim.scaling import LossScale
 from zerolite.units import BUCKET_NUMEL, ParameterGroup, UnitPlan
 
@@ -105,7 +96,8 @@ class Zero:
         device: torch.device,
         precision: Precision | None,
     ):
-        self.host: Host | None = None  # set by `api` where something is offloaded
+        self.host: Host | None = None  # set by `placement` where something is offloaded
+        self.way_back = WayBack()
         self.model = model
         self.stage = stage
         self.shard_group, self.replicate_group = shard_group, replicate_group
@@ -125,8 +117,6 @@ class Zero:
         self._next_launch = 0
         self._last_launched: Bucket | None = None
         self._last_landed: Bucket | None = None
-        self._away: deque[Bucket] = deque()  # what workers are stepping; see [Note: just-in-time return]
-        self._readers_done = None  # event behind the last use of old parameters on the device
 
     @property
     def world_size(self) -> int:
@@ -153,35 +143,6 @@ class Zero:
 
     def owned_numel(self, layout: BucketLayout) -> int:
         return layout.numel if self.stage == 0 else layout.piece_numel
-
-    def device_bytes(self, plan: UnitPlan, dtype_of, offload: Offload | None, num_states: int = 2) -> int:
-        """What a unit's model states take on the device; gathered units and gradients on their way left out."""
-        total = 0
-        is_away = offload is not None and plan.is_trainable
-        for group in plan.groups:
-            dtype = dtype_of(group.parameters[0])
-            for layout in self.layouts_of(group):
-                owned = self.owned_numel(layout)
-                if not (offload is not None and offload.parameters):
-                    total += (layout.numel if self.stage <= 2 else owned) * dtype.itemsize
-                if plan.is_trainable and not is_away:
-                    master = master_dtype(dtype)
-                    gradients = layout.numel if self.stage <= 1 else owned
-                    total += gradients * reduce_dtype(self.precision, dtype).itemsize
-                    total += owned * master.itemsize * (num_states + (master != dtype))
-        return total
-
-    def host_bytes(self, plan: UnitPlan, dtype_of) -> int:
-        """Host memory of a unit that workers step, the optimizer's states left out."""
-        total = 0
-        for group in plan.groups if plan.is_trainable or self.host.offload.parameters else ():
-            dtype = dtype_of(group.parameters[0])
-            width = dtype.itemsize
-            if plan.is_trainable:
-                width += max(reduce_dtype(self.precision, dtype).itemsize, 8 if dtype == torch.float64 else 0)
-                width += {torch.bfloat16: 2, torch.float16: 4}.get(dtype, 0)
-            total += width * sum(self.owned_numel(layout) for layout in self.layouts_of(group))
-        return total
 
     def add_unit(self, plan: UnitPlan, has_values: bool, dtype_of, is_on_host: bool = False) -> Unit:
         """Make a unit's parameters flat and keep this rank's range; without values they start as zeros. Collective.
@@ -271,7 +232,7 @@ class Zero:
         """
         neighbour = self.units[unit.index + step] if unit.index + step < len(self.units) else unit
         communicates = any(bucket.flat.communicates for bucket in neighbour.buckets)
-        self._take_back(max(unit.index, neighbour.index) if communicates else unit.index)
+        self.way_back.take(max(unit.index, neighbour.index) if communicates else unit.index)
         self._unshard(unit)
         self._unshard(neighbour)
         unit.wait()
@@ -284,33 +245,16 @@ class Zero:
         if self.full_depth == 0:
             unit.reshard()
 
-    # The way back. See [Note: just-in-time return] #
-
     def send_away(self, buckets: list[Bucket]) -> None:
-        """Workers are stepping these buckets, in the order of units: hide the old values until they are back."""
-        self._readers_done = self.device.record()
-        for bucket in buckets:
-            bucket.flat.hide()
-        self._away.extend(buckets)
-
-    def _take_back(self, last: int) -> None:
-        """Start the return of every bucket up to unit `last`, and the copies of those behind it that are stepped."""
-        while self._away and self._away[0].unit.index <= last:
-            self._away[0].flat.take_back(self._readers_done)
-            self._away.popleft()
-        for bucket in self._away:
-            if not bucket.flat.host.is_done():
-                return
-            bucket.flat.ascend(self._readers_done)
+        """Workers are stepping these buckets, in the order of units."""
+        self.way_back.send(buckets, self.device.record())
 
     def settle(self, unit: Unit | None = None) -> None:
         """Have the parameters of all units up to `unit`, or of all, back and readable."""
-        if self.host is None:
-            return
-        last = len(self.units) - 1 if unit is None else unit.index
-        self._take_back(last)
-        for other in self.units[: last + 1]:
-            for bucket in other.buckets:
+        if self.host is not None:
+            units = self.units if unit is None else self.units[: unit.index + 1]
+            self.way_back.take(units[-1].index)
+            for bucket in (bucket for other in units for bucket in other.buckets):
                 if bucket.flat.is_hidden:
                     bucket.flat.wait()
 

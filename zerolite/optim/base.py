@@ -19,6 +19,7 @@ from zerolite_kernels.command import STEP
 
 from zerolite import layout
 from zerolite.offload.states import State
+from zerolite.optim.held import Held
 from zerolite.optim.norm import Verdict, agree
 from zerolite.optim.rules import Rule, Run
 
@@ -46,7 +47,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.step_was_skipped = False
         self._zero = None
-        self._places: dict[torch.nn.Parameter, tuple[object, int]] = {}  # parameter -> (bucket, slot index)
+        self.places: dict[torch.nn.Parameter, tuple[object, int]] = {}  # parameter -> (bucket, slot index)
         self._group_of: dict[torch.nn.Parameter, int] = {}
         # bucket -> state name -> 1D, the owned range
         self._states: dict[object, dict[str, torch.Tensor]] = {}
@@ -93,7 +94,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 f"{bucket.layout.slots[index].name} was frozen when the model was sharded and requires a gradient now: "
                 "set requires_grad before zerolite.shard"
             )
-        self._places[parameter] = (bucket, index)
+        self.places[parameter] = (bucket, index)
         self._group_of[parameter] = group_index
         flat = bucket.flat
         if bucket not in self._states:
@@ -104,12 +105,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 stepped = flat.values()
                 self._states[bucket] = {name: torch.zeros_like(stepped) for name in self.rule.state_names}
         held = {**self._states[bucket], **({} if flat.master is None else {"master": flat.master})}
-        mine = {name: self._slice(parameter, values) for name, values in held.items()}
+        mine = {name: self.slice_of(parameter, values) for name, values in held.items()}
         self.state[parameter] = {"step": torch.tensor(0.0), **mine}
 
-    def _slice(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
+    def slice_of(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
         """A parameter's part of an owned range: in its shape where all of it is here, else 1D."""
-        bucket, index = self._places[parameter]
+        bucket, index = self.places[parameter]
         slot, flat = bucket.layout.slots[index], bucket.flat
         first, last = bucket.layout.overlap(slot, flat.start, flat.stop)
         mine = values[first - flat.start : last - flat.start]
@@ -119,7 +120,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """As torch's; states that workers hold are decoded, for reading. Waits for the workers. Not collective."""
         packed = super().state_dict()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        held = _Held(self)
+        held = Held(self)
         packed["state"] = {
             index: {**state, **held.of(parameters[index])} if index < len(parameters) else state
             for index, state in packed["state"].items()
@@ -137,7 +138,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError("loaded state_dict has param groups of other sizes than this optimizer's")
         self._zero.settle()
-        held = _Held(self)
+        held = Held(self)
         for group, saved_group in zip(self.param_groups, groups, strict=True):
             for parameter, identity in zip(group["params"], saved_group["params"], strict=True):
                 for name, value in {**self.state.get(parameter, {}), **held.of(parameter)}.items():
@@ -149,8 +150,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                             "use zerolite.save and zerolite.load"
                         )
                     value.copy_(loaded)
-                if parameter in self._places:
-                    self._places[parameter][0].flat.refresh_from_master()
+                if parameter in self.places:
+                    self.places[parameter][0].flat.refresh_from_master()
             group.update({key: value for key, value in saved_group.items() if key != "params"})
         held.write_back()
 
@@ -204,7 +205,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the optimizer's parameters."""
         slots: dict[object, list[int]] = {}
-        for bucket, index in self._places.values():
+        for bucket, index in self.places.values():
             slots.setdefault(bucket, []).append(index)
         self._zero.clear_gradients(set_to_none, slots)
         self._clip_factor = 1.0
@@ -219,9 +220,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _agree(self) -> Verdict:
         if self._verdict is None or self._verdict[0] != self._zero.gradient_version:
-            keys = [
-                [True if p in self._places else None for p in b.flat.parameters] for b in self._zero.reduction_order
-            ]
+            keys = [[True if p in self.places else None for p in b.flat.parameters] for b in self._zero.reduction_order]
             verdict = agree(self._zero, keys)  # it may reduce, which is a new version
             self._verdict = (self._zero.gradient_version, verdict)
         return self._verdict[1]
@@ -292,7 +291,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Count the used slots' steps; a slot's key, None where it is not stepped."""
         keys: list[Key | None] = []
         for index, (parameter, is_used) in enumerate(zip(bucket.flat.parameters, was_used, strict=True)):
-            if parameter not in self._places or not is_used or not parameter.requires_grad:
+            if parameter not in self.places or not is_used or not parameter.requires_grad:
                 keys.append(None)
                 continue
             state = self.state[parameter]
@@ -350,33 +349,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             multiplier,
             chunk.start % bucket.layout.piece_numel,
         )
-
-
-class _Held:
-    """Master and states that the host holds, by parameter: decoded once a bucket, written back on demand."""
-
-    def __init__(self, optimizer: ShardedOptimizer):
-        self.optimizer = optimizer
-        self.decoded: dict[object, dict[str, torch.Tensor]] = {}
-
-    def of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        bucket, _ = self.optimizer._places.get(parameter, (None, 0))
-        if bucket is None or not bucket.flat.is_on_host:
-            return {}
-        if bucket not in self.decoded:
-            names = self.optimizer.rule.state_names
-            self.decoded[bucket] = {name: self.optimizer.read_state(bucket, name) for name in names}
-            if bucket.flat.host.master is not None:
-                self.decoded[bucket]["master"] = bucket.flat.values()
-        return {name: self.optimizer._slice(parameter, values) for name, values in self.decoded[bucket].items()}
-
-    def write_back(self) -> None:
-        for bucket, states in self.decoded.items():
-            for name, values in states.items():
-                if name == "master":
-                    bucket.flat.set_values(values)
-                else:
-                    self.optimizer.write_state(bucket, name, values)
 
 
 def _clip_factor(norm: float, max_norm: float) -> float:
