@@ -27,6 +27,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,7 +60,7 @@ class Cpu:
 class Cuda:
     """Device memory is what torch's allocator has handed out."""
 
-    type, backend, memory = "cuda", "nccl", "allocated"
+    type, backend, memory = "cuda", "cpu:gloo,cuda:nccl", "allocated"  # gloo: FSDP2 clips offloaded gradients with it
     synchronize = staticmethod(torch.cuda.synchronize)
     used_bytes = staticmethod(torch.cuda.memory_allocated)
     peak_bytes = staticmethod(torch.cuda.max_memory_allocated)
@@ -84,7 +85,10 @@ class RankError(RuntimeError):
 
 
 def launch(worker: Callable, arguments: dict, ranks: int, env: dict | None = None, timeout: float = 3600) -> list:
-    """Run worker(**arguments) on `ranks` fresh processes; return each rank's result (JSON values), in rank order."""
+    """Run worker(**arguments) on `ranks` fresh processes; return each rank's result (JSON values), in rank order.
+
+    `env` may raise OMP_NUM_THREADS, which is 1 and what torch and every library get.
+    """
     with tempfile.TemporaryDirectory(prefix="zerolite-bench-") as name:
         folder = Path(name)
         (folder / "arguments.json").write_text(json.dumps(arguments))
@@ -126,7 +130,7 @@ def _wait(processes: list[subprocess.Popen], folder: Path, deadline: float) -> N
 
 def _run_worker(target: str, folder: Path) -> None:
     """The body of one launched process. Ends with os._exit: gloo's threads can abort a plain interpreter exit."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if DEVICE is Cuda:
         torch.cuda.set_device(rank)
@@ -152,6 +156,12 @@ def seconds(step: Callable[[], None]) -> float:
     DEVICE.synchronize()
     dist.barrier()
     return time.perf_counter() - start
+
+
+def pss_bytes() -> int:
+    """What this process and its children hold of main memory, a shared page's bytes divided among its holders."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(_kilobytes(f"/proc/{process.pid}/smaps_rollup", "Pss:") for process in processes)
 
 
 def tensor_bytes() -> int:
@@ -211,6 +221,23 @@ class SentBytes(TorchDispatchMode):
             group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
             self.by_op[name] += int(share(group.size()) * sum(tensor.nbytes for tensor in tensors))
         return func(*args, **(kwargs or {}))
+
+
+class BusBytes(TorchDispatchMode):
+    """Count the bytes of copies between host and device, while the context is open."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = self.up = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy):
+            source, target = (args[1], args[0]) if func.overloadpacket is torch.ops.aten.copy_ else (args[0], result)
+            if source.device.type != target.device.type:
+                self.down += target.nbytes * (target.device.type == "cpu")
+                self.up += target.nbytes * (target.device.type != "cpu")
+        return result
 
 
 # --- what is written ------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def markdown(report: dict) -> str:
             for row in rows
         ],
     )
-    return f"""# The main job's validation loss by the format of offloaded moments: {report["ranks"]} ranks, {DEVICE.type}
+    return f"""# Validation loss of the main job by format of the moments: {report["ranks"]} ranks, {DEVICE.type}
 
 {harness.facts_markdown(report["facts"])}
 

@@ -1,6 +1,6 @@
 """An optimizer worker whose every command is late: `zerolite_kernels.cpu_worker` behind a sleep.
 
-Started in its place by `delays.slow_workers`, as `python -S slow_worker.py '{...}'`. DELAYS holds as JSON: the folder of
+Started in its place by `delays.slow_workers`, as `python -S slow_worker.py '{...}'`. DELAYS holds as JSON the folder of
 the kernels, a seed, the seconds that a command sleeps at most, and whether it sleeps just that long.
 """
 
@@ -11,8 +11,7 @@ import sys
 import time
 
 settings = json.loads(os.environ["DELAYS"])
-if settings["kernels"] not in sys.path:
-    sys.path.insert(0, settings["kernels"])
+sys.path.insert(0, settings["kernels"])
 
 from zerolite_kernels import command, cpu_worker  # noqa: E402
 
@@ -24,7 +23,7 @@ def load_slow(library):
     execute = load(library)
 
     def late(memory, work, first, last):
-        if work.op != command.FILL:  # placing memory is not what races are about, and there is much of it
+        if work.op != command.FILL:  # races are not about placing memory, and there is much of it
             time.sleep(settings["seconds"] * (1.0 if settings["is_fixed"] else lots.random()))
         execute(memory, work, first, last)
 

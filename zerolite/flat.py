@@ -68,7 +68,7 @@ class FlatBucket:
         self.start, self.stop = (0, layout.numel) if owns_all else layout.piece(group.rank)
         self.pending: Pending | None = None  # a gather in flight
         self._arrived: tuple | None = None  # the event behind a copy up that nobody has taken back yet
-        self.label = f"gathering {layout.slots[0].name} ... {layout.slots[-1].name}"
+        self.label = f"gathering {layout.name}"
         self.is_unsharded = True
         needs_master = is_trainable and master_dtype(dtype) != dtype
         # A master keeps the bits that the values have and the parameter's dtype has not.

@@ -76,7 +76,7 @@ class GradientBucket:
         self.keeps_whole = keeps_whole and host is None
         self.host = host
         self.pool = pool
-        self.label = f"reducing the gradients of {layout.slots[0].name} ... {layout.slots[-1].name}"
+        self.label = f"reducing the gradients of {layout.name}"
         self.local = None
         self.reduced = None
         self.was_used = [False] * len(layout.slots)  # has autograd given this slot a gradient since the last `clear`

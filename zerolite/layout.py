@@ -52,6 +52,12 @@ class BucketLayout:
     def padding_numel(self) -> int:
         return self.numel - sum(slot.numel for slot in self.slots)
 
+    @property
+    def name(self) -> str:
+        """Its parameters, for errors."""
+        names = dict.fromkeys((self.slots[0].name, self.slots[-1].name))
+        return " ... ".join(names)
+
     def piece(self, rank: int) -> tuple[int, int]:
         """[start, stop) of a rank's piece."""
         return rank * self.piece_numel, (rank + 1) * self.piece_numel

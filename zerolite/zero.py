@@ -242,7 +242,8 @@ class Zero:
             self.gather_digest = (31 * self.gather_digest + unit.index + 1) % (1 << 48)
 
     def _free(self, unit: Unit) -> None:
-        if self.full_depth == 0:
+        has_failed = self.host is not None and self.host.pool.failure is not None  # that error is on its way already
+        if self.full_depth == 0 and not has_failed:
             unit.reshard()
 
     def send_away(self, buckets: list[Bucket]) -> None:

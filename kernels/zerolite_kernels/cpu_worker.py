@@ -3,7 +3,7 @@
 A worker has one thread (a lane) a core. Every lane reads every command, does its own fixed share of the region, and
 counts the command as done; so a region's elements are always touched from the same core, and nothing is divided at run
 time. Lanes sleep on an eventfd, and end when the trainer does. Imports neither torch nor zerolite where the
-kernels were built; else `reference` serves, which needs torch.
+kernels were built; else `fallback` serves, which needs torch.
 
 Started as: python -S cpu_worker.py '{"lanes": [...], ...}' with the descriptors of `Setup` inherited.
 """
@@ -63,7 +63,7 @@ class Setup:
     wake_fds: list[int]  # one a lane
     progress_fd: int
     states_fd: int  # file of the states, -1: none
-    library: str | None  # the built kernels; None: the reference in torch
+    library: str | None  # the built kernels; None: torch
 
 
 class Worker:
@@ -104,9 +104,9 @@ class Worker:
 
 
 def _load(library: str | None):
-    """execute(memory, command, first, last) of the built kernels, or of the reference in torch."""
+    """execute(memory, command, first, last) of the built kernels, or of what serves in torch."""
     if library is None:
-        from zerolite_kernels.reference import execute
+        from zerolite_kernels.fallback import execute
 
         return execute
     function = ctypes.CDLL(library).zl_execute
@@ -174,7 +174,10 @@ def _do(worker: Worker, states, command: Command, lane: int, row) -> None:
 
 def main() -> None:
     setup = Setup(**json.loads(sys.argv[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # Ctrl-C and torchrun's SIGTERM reach the whole group; the trainer decides
     if os.getppid() != setup.trainer_pid:
         os._exit(0)
     worker = Worker(setup)

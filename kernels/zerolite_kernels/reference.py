@@ -18,7 +18,7 @@ from zerolite_kernels import command as commands
 from zerolite_kernels.command import BLOCK_NUMEL, PARTIAL_NUMEL, Command
 
 CHUNK_NUMEL = 16 * PARTIAL_NUMEL
-LANES = 32  # of a partial sum: element i of a region is added to lane i mod LANES
+COLUMNS = 32  # of a partial sum: element i of a region is added to column i mod COLUMNS
 INFINITE, NOT_A_NUMBER = 0x7F800000, 0x7FC00000  # bits of fp32
 NEAREST = -(1 << 31) | 1 << 12  # noise that stands for one half, in either half
 
@@ -98,7 +98,7 @@ def partial_sums(values: torch.Tensor, begin: int) -> torch.Tensor:
     """(partial blocks,) fp64: sums of squares of fp64 values, the first of which is element `begin` of its region."""
     end = begin + values.numel()
     values = torch.nn.functional.pad(values, (begin % PARTIAL_NUMEL, -end % PARTIAL_NUMEL))
-    rows = values.view(-1, PARTIAL_NUMEL // LANES, LANES)
+    rows = values.view(-1, PARTIAL_NUMEL // COLUMNS, COLUMNS)
     sums = torch.zeros_like(rows[:, 0])
     for row in rows.unbind(1):
         sums += row * row

@@ -17,8 +17,16 @@ import zerolite
 
 # Finite, so that no rank waits for ever; long enough for rank 0 to write what the others wait for.
 TIMEOUT = timedelta(minutes=10)
-# What a collective raises when another rank is gone. That rank prints the cause, so this one keeps it short.
-PEER_FAILURES = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# What a collective raises when another rank is gone, or had the process group aborted because it ends. That rank prints
+# the cause, so this one keeps it short.
+PEER_FAILURES = (
+    "gloo",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "process group has not been initialized",
+)
 # How long a rank that has nothing new to say waits, for the one that has; torchrun ends it long before.
 PATIENCE_S = 10.0
 

@@ -45,7 +45,7 @@ class HostBucket:
         """gradient_dtype: None for a frozen bucket, which has a parameter and nothing else."""
         self.host, self.layout, self.dtype = host, layout, dtype
         self.start, self.stop = start, stop
-        self.label = f"{layout.slots[0].name} ... {layout.slots[-1].name}"
+        self.label = layout.name
         self.number = 0  # when the pool has done this many commands, all that was asked for is done
         self.parameter = host.allocate(self.numel, dtype)
         self.master: Field | None = None

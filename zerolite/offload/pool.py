@@ -92,7 +92,7 @@ class Pool:
                 "library": str(library) if library is not None else None,
             }
             inherited = [control_fd, arena_fd, self._progress_fd, *wake_fds, *([states_fd] if states_fd >= 0 else [])]
-            # `-S`: no site-packages, which an isolated start does not need; the reference needs torch from there.
+            # `-S`: no site-packages, which the kernels do not need; without them torch comes from there.
             command = [sys.executable, *(["-S"] if library is not None else []), str(Path(cpu_worker.__file__))]
             process = subprocess.Popen([*command, json.dumps(setup)], pass_fds=inherited, stdin=subprocess.DEVNULL)
             self.processes.append(process)

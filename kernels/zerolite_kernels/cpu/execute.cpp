@@ -64,11 +64,17 @@ const Path paths[] = {
 #if defined(HAS_X86)
     {"avx512",
      [] {
+       __builtin_cpu_init();
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      },
      avx512::execute, avx512::decode_states, avx512::encode_states},
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, avx2::execute, avx2::decode_states, avx2::encode_states},
+    {"avx2",
+     [] {
+       __builtin_cpu_init();
+       return bool(__builtin_cpu_supports("avx2"));
+     },
+     avx2::execute, avx2::decode_states, avx2::encode_states},
 #endif
     {"plain", [] { return true; }, plain::execute, plain::decode_states, plain::encode_states},
 };

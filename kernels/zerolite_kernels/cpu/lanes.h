@@ -1,5 +1,5 @@
-// Vectors of W lanes, and the few operations on them that the instruction sets spell differently. Included once per
-// instruction set; the rest is arithmetic on vectors as GCC and clang offer it in the language.
+// Vectors of W lanes, and the few operations on them that every instruction set spells in its own way. All others are
+// arithmetic on vectors, as GCC and clang have it in the language.
 
 #if defined(LANES_AVX512)
 constexpr int W = 16;
@@ -26,12 +26,14 @@ inline void write(T* to, V x) {
   memcpy(to, &x, sizeof x);
 }
 
-// --- narrow integers: W elements from memory, widened; the low bits of W lanes to memory; lanes from 0 up, at most 255 --
+// read_*: W narrow integers, widened. write_16, write_8: the low bits of each lane; write_8_capped: lanes from 0 up, at
+// most 255. max, min: a > b ? a : b and its mirror, in NaNs too.
 
 #if defined(LANES_AVX512)
 
-inline Words read_u16(const void* from) { return Words(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from))); }
-inline Words read_s16(const void* from) { return Words(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)from))); }
+inline __m256i read_half(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
+inline Words read_u16(const void* from) { return Words(_mm512_cvtepu16_epi32(read_half(from))); }
+inline Words read_s16(const void* from) { return Words(_mm512_cvtepi16_epi32(read_half(from))); }
 inline Words read_u8(const void* from) { return Words(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from))); }
 inline Words read_s8(const void* from) { return Words(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from))); }
 inline void write_16(void* to, Words x) { _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(__m512i(x))); }
@@ -41,7 +43,7 @@ inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(__m512i(x)); }
 inline Floats root(Floats x) { return _mm512_sqrt_ps(x); }
 inline Ints max(Ints a, Ints b) { return Ints(_mm512_max_epi32(__m512i(a), __m512i(b))); }
 inline Words max(Words a, Words b) { return Words(_mm512_max_epu32(__m512i(a), __m512i(b))); }
-inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // a > b ? a : b, as on all paths
+inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline uint32_t largest(Words x) { return _mm512_reduce_max_epu32(__m512i(x)); }
 inline Doubles lower(Floats x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }

@@ -1,4 +1,4 @@
-// Number formats and noise, W elements at a time. Included once per instruction set.
+// Number formats and noise, W elements at a time.
 
 constexpr uint32_t SIGN = 0x80000000, INFINITE = 0x7F800000, NOT_A_NUMBER = 0x7FC00000;
 
@@ -14,7 +14,7 @@ inline float from_bits(uint32_t bits) {
   return x;
 }
 
-// --- how a gradient lies in memory ---------------------------------------------------------------------------------------
+// --- how a gradient lies in memory ----------------------------------------------------------------------------------
 
 struct bf16 {
   uint16_t bits;
@@ -35,7 +35,7 @@ inline Floats widen(const fp16* from) {
   return Floats(magnitude | (Ints(magnitude) >= 0x47800000 ? Words{} + INFINITE : Words{}) | (x & 0x8000) << 16);
 }
 
-// --- fp32 to 16 bits -----------------------------------------------------------------------------------------------------
+// --- fp32 to 16 bits ------------------------------------------------------------------------------------------------
 
 inline Words quiet(Floats x) { return x == x ? Words(x) : Words{} + NOT_A_NUMBER; }
 
@@ -55,12 +55,12 @@ inline Words nearest_fp16(Floats x) {
   Words subnormal = Words(Floats(magnitude) + 0.5f) - 0x3F000000;
   Words normal = (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13;
   Words rounded = Ints(magnitude) < 0x38800000 ? subnormal : normal;
-  rounded = Ints(magnitude) >= 0x477FF000 ? Words{} + 0x7C00 : rounded;
+  rounded = Ints(magnitude) >= 0x47800000 ? Words{} + 0x7C00 : rounded;
   rounded = Ints(magnitude) > int32_t(INFINITE) ? Words{} + 0x7E00 : rounded;
   return (bits >> 16 & 0x8000) | rounded;
 }
 
-// --- noise ---------------------------------------------------------------------------------------------------------------
+// --- noise ----------------------------------------------------------------------------------------------------------
 
 // lowbias32 of Chris Wellons' hash prospector over a counter: what an element draws depends on its place and the step
 // alone. The low 16 bits serve the momentum, the high 16 the variance.

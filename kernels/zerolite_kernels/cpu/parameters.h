@@ -1,5 +1,4 @@
-// The kinds of parameter: each loads and stores W elements at i of a block as fp32 (or fp64). Included once per
-// instruction set.
+// The kinds of parameter: each loads and stores W elements at i of a block, in fp32 (or fp64).
 
 enum Stream { GRADIENT, PARAMETER, MASTER, EXP_AVG, EXP_AVG_SQ, NUM_STREAMS };
 

@@ -1,9 +1,10 @@
-// The rules, on vectors V of T: gradient g, parameter p, momentum m, variance v. Included once per instruction set.
+// The rules, on vectors V of T: gradient g, parameter p, momentum m, variance v.
 
 // Scalars of a rule, computed in fp64 and then rounded, as torch does.
 template <class T>
 struct Constants {
-  T multiplier, beta1, beta2, complement1, complement2, eps, weight_decay, keep, lr, step_size, correction1, root_factor;
+  T multiplier, beta1, beta2, complement1, complement2, eps;
+  T weight_decay, keep, lr, step_size, correction1, root_factor;
   explicit Constants(const Command& c)
       : multiplier(T(c.multiplier)), beta1(T(c.beta1)), beta2(T(c.beta2)), complement1(T(1 - c.beta1)),
         complement2(T(1 - c.beta2)), eps(T(c.eps)), weight_decay(T(c.weight_decay)), keep(T(1 - c.lr * c.weight_decay)),

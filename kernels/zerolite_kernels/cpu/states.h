@@ -1,6 +1,6 @@
-// The kinds of states: each loads and stores W elements at i of a block as fp32 (or fp64), and finishes the block.
-// Included once per instruction set.
+// The kinds of states: each loads and stores W elements at i of a block, in fp32 (or fp64), and finishes the block.
 
+// Room for a block's states in fp32, where they cannot be stored as soon as they are known.
 struct Scratch {
   alignas(64) float exp_avg[BLOCK_NUMEL];
   alignas(64) float exp_avg_sq[BLOCK_NUMEL];
@@ -41,7 +41,7 @@ struct Bf16 {
 
 // [Note: int8 states]
 // A block shares one step, a power of two (as in the OCP Microscaling formats), kept as fp32.
-// Momentum: code * step, codes -127 to 127, the largest at least 64.
+// Momentum: code * step, codes -127 to 127, the largest of a block at least 64.
 // Variance: step * (1 + code % 16 / 16) * 2^(code / 16), a minifloat of four bits each of exponent and mantissa, the
 // largest in its upper octave. Code 0 stands for `step` and not for 0, since a variance of 0 would make a step endless;
 // 16 octaves of the variance are 8 of its root, and its relative precision is the same in all of them.
@@ -51,8 +51,8 @@ struct Bf16 {
 
 // [Note: rounding by addition]
 // 1536 + code + noise, for a code of magnitude up to 127 and a noise in [0, 1), lies in [1024, 2048): the upper 10 bits
-// of its mantissa are the rounded code + 512, the lowest 8 of those are the code. Likewise noise that is added below the
-// kept bits of a minifloat carries into them. The momentum takes the low 13 bits of a draw, the variance the other 19.
+// of its mantissa are the rounded code + 512, the lowest 8 of those are the code. In the same way noise that is added
+// below the bits that a minifloat keeps carries into them. The momentum takes 13 bits of a draw, the variance 19.
 
 inline Floats decode_exp_avg(const int8_t* codes, float step) { return to_floats(Ints(read_s8(codes))) * step; }
 
@@ -104,8 +104,8 @@ struct Int8 {
   float *exp_avgs, *exp_avg_sqs;  // what is to be encoded once the block's largest is known
 
   Int8(const Block& block, Scratch& scratch)
-      : exp_avg(block.at<int8_t>(EXP_AVG)), exp_avg_sq(block.at<uint8_t>(EXP_AVG_SQ)), exp_avg_scale(block.exp_avg_scale),
-        exp_avg_sq_scale(block.exp_avg_sq_scale), counter(block.draw + count_up()),
+      : exp_avg(block.at<int8_t>(EXP_AVG)), exp_avg_sq(block.at<uint8_t>(EXP_AVG_SQ)),
+        exp_avg_scale(block.exp_avg_scale), exp_avg_sq_scale(block.exp_avg_sq_scale), counter(block.draw + count_up()),
         exp_avgs(scratch.exp_avg), exp_avg_sqs(scratch.exp_avg_sq) {}
 
   INLINE void load(uint64_t i, Floats& m, Floats& v) const {
@@ -134,7 +134,7 @@ struct Int8 {
   }
 };
 
-// --- int8 states to and from fp32, for checkpoints; `numel` elements from the start of a block ---------------------------
+// --- int8 states to and from fp32, for checkpoints; `numel` elements from the start of a block ----------------------
 
 constexpr uint32_t NEAREST = 1u << 31 | 1u << 12;  // noise that stands for one half, in either half
 
@@ -163,7 +163,8 @@ static void encode_states(bool is_square, const float* from, char* codes, float*
     ExpAvgSqCode exp_avg_sq_code(largest(most));
     for (uint64_t i = 0; i < BLOCK_NUMEL; i += W) {
       Floats x = read<Floats>(in + i);
-      is_square ? exp_avg_sq_code.store((uint8_t*)out + i, Floats(magnitude(x)), half) : exp_avg_code.store((int8_t*)out + i, x, half);
+      is_square ? exp_avg_sq_code.store((uint8_t*)out + i, Floats(magnitude(x)), half)
+                : exp_avg_code.store((int8_t*)out + i, x, half);
     }
     steps[begin / BLOCK_NUMEL] = is_square ? exp_avg_sq_code.step : exp_avg_code.step;
     memcpy(codes + begin, out, count);

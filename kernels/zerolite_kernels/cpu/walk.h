@@ -1,30 +1,30 @@
-// From a command to loops over blocks. Included once per instruction set.
+// From a command to loops over blocks.
 
-constexpr uint64_t LANES = 32;  // of a partial sum: element i of a region is added to lane i mod LANES
+constexpr uint64_t COLUMNS = 32;  // of a partial sum: element i of a region is added to column i mod COLUMNS
 
-struct Lanes {
+struct SquareSum {
   static constexpr uint64_t HALF = W / 2;
-  Doubles sum[LANES / HALF] = {};
+  Doubles columns[COLUMNS / HALF] = {};
 
-  void add_squares(uint64_t i, Doubles x) { sum[i % LANES / HALF] += x * x; }
-
-  void add_squares(uint64_t i, Floats x) {
-    add_squares(i, lower(x));
-    add_squares(i + HALF, upper(x));
+  // i: the first element's place in its block.
+  void add(uint64_t i, Doubles x) { columns[i % COLUMNS / HALF] += x * x; }
+  void add(uint64_t i, Floats x) {
+    add(i, lower(x));
+    add(i + HALF, upper(x));
   }
 
-  // A fixed tree, so a sum has one value on every path; leaves the lanes empty.
+  // By halves, so that a sum has one value on every path; leaves nothing behind.
   double take() {
-    double lane[LANES];
-    memcpy(lane, sum, sizeof lane);
-    for (uint64_t half = LANES / 2; half; half /= 2)
-      for (uint64_t i = 0; i < half; i++) lane[i] += lane[i + half];
-    memset(sum, 0, sizeof sum);
-    return lane[0];
+    double sums[COLUMNS];
+    memcpy(sums, columns, sizeof sums);
+    for (uint64_t half = COLUMNS / 2; half; half /= 2)
+      for (uint64_t i = 0; i < half; i++) sums[i] += sums[i + half];
+    memset(columns, 0, sizeof columns);
+    return sums[0];
   }
 };
 
-// --- what is done to a block ---------------------------------------------------------------------------------------------
+// --- what is done to a block ----------------------------------------------------------------------------------------
 
 template <class Rule, class G, class Parameter, class States>
 static void step(const Block& block, const Constants<typename Parameter::Scalar>& constants) {
@@ -48,33 +48,33 @@ static void step(const Block& block, const Constants<typename Parameter::Scalar>
 // kept: what the scaled step will see.
 template <class Parameter, class States>
 static void add_norms(const Block& block, const Constants<typename Parameter::Scalar>& c, uint64_t begin, uint64_t end,
-                      Lanes* sums) {
+                      SquareSum* sums) {
   typedef typename Parameter::Vector V;
   typedef typename Parameter::Scalar T;
-  constexpr uint64_t LANES_OF_V = sizeof(V) / sizeof(T);
+  constexpr uint64_t LANES = sizeof(V) / sizeof(T);
   Parameter parameter(block);
   Scratch scratch;
   States states(block, scratch);
   T directions[BLOCK_NUMEL];
-  for (uint64_t i = 0; i < BLOCK_NUMEL; i += LANES_OF_V) {
+  for (uint64_t i = 0; i < BLOCK_NUMEL; i += LANES) {
     V p = parameter.load(i), m = {}, v = {};
     states.load(i, m, v);
-    sums[0].add_squares(i, p);
+    sums[0].add(i, p);
     write(directions + i, lamb_direction(p, m, v, c));
   }
   // Beyond a ragged block's elements the direction is 0 / eps, and eps may be 0.
   for (uint64_t i = 0; i < begin; i++) directions[i] = 0;
   for (uint64_t i = end; i < BLOCK_NUMEL; i++) directions[i] = 0;
-  for (uint64_t i = 0; i < BLOCK_NUMEL; i += LANES_OF_V) sums[1].add_squares(i, read<V>(directions + i));
+  for (uint64_t i = 0; i < BLOCK_NUMEL; i += LANES) sums[1].add(i, read<V>(directions + i));
 }
 
 template <class G>
-static void add_squares(const Block& block, Lanes& sums) {
+static void add_squares(const Block& block, SquareSum& sum) {
   const G* gradient = block.at<G>(GRADIENT);
-  Lanes local = sums;  // stays in registers
+  SquareSum local = sum;  // stays in registers
   for (uint64_t i = 0; i < BLOCK_NUMEL; i += sizeof(widen(gradient)) / sizeof(widen(gradient)[0]))
-    local.add_squares(i, widen(gradient + i));
-  sums = local;
+    local.add(i, widen(gradient + i));
+  sum = local;
 }
 
 template <class T, class G>
@@ -86,7 +86,7 @@ static void accumulate(const Block& block, bool stores) {
     write(to + i, stores ? widen(from + i) : read<V>(to + i) + widen(from + i));
 }
 
-// --- which types a command means -------------------------------------------------------------------------------------------
+// --- which types a command means ------------------------------------------------------------------------------------
 
 template <class T>
 struct Type {
@@ -132,11 +132,21 @@ static auto with_states(const Command& c, F f) {
   }
 }
 
+// What a step does to a block, and PREPARE after it.
 template <class T>
 struct Kernels {
   void (*step)(const Block&, const Constants<T>&);
-  void (*add_norms)(const Block&, const Constants<T>&, uint64_t, uint64_t, Lanes*);
+  void (*add_norms)(const Block&, const Constants<T>&, uint64_t, uint64_t, SquareSum*);
 };
+
+template <class Rule, class G, class Parameter, class States>
+static Kernels<typename Parameter::Scalar> kernels() {
+  if constexpr (Rule::STORES_PARAMETER) {
+    return {step<Rule, G, Parameter, States>, nullptr};
+  } else {
+    return {step<Rule, G, Parameter, States>, add_norms<Parameter, States>};
+  }
+}
 
 static Kernels<float> kernels_of(const Command& c) {
   return with_rule(c, [&](auto rule) {
@@ -147,7 +157,7 @@ static Kernels<float> kernels_of(const Command& c) {
         typedef typename decltype(states)::type States;
         return with_gradient(c, [&](auto gradient) {
           typedef typename decltype(gradient)::type G;
-          return Kernels<float>{step<Rule, G, Parameter, States>, add_norms<Parameter, States>};
+          return kernels<Rule, G, Parameter, States>();
         });
       });
     });
@@ -157,62 +167,72 @@ static Kernels<float> kernels_of(const Command& c) {
 static Kernels<double> kernels_of_fp64(const Command& c) {
   return with_rule(c, [](auto rule) {
     typedef typename decltype(rule)::type Rule;
-    typedef InPlace<Doubles, double> Parameter;
-    typedef Plain<Doubles, double, Rule::HAS_SQUARE> States;
-    return Kernels<double>{step<Rule, double, Parameter, States>, add_norms<Parameter, States>};
+    return kernels<Rule, double, InPlace<Doubles, double>, Plain<Doubles, double, Rule::HAS_SQUARE>>();
   });
 }
 
-// --- walks over a range --------------------------------------------------------------------------------------------------
+// --- walks over a range ---------------------------------------------------------------------------------------------
 
 // Addresses wrap: a caller may name an element 0 that lies outside its memory, as long as the elements do not.
 inline char* at(char* base, uint64_t offset) {
   return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(offset));
 }
 
-// Call f(block, begin, end) for each block that [first, last) touches; elements [begin, end) of the block are in the
-// range. A ragged block is copied out among zeros, and back.
+// Call f(block, begin, end) on a copy of the block, zeros but for elements [begin, end), and copy these back.
+template <class F>
+static void ragged(const Block& block, const uint64_t* bytes, uint64_t begin, uint64_t end, F f) {
+  char copies[NUM_STREAMS][BLOCK_NUMEL * sizeof(double)] = {};
+  Block copy = block;
+  for (int i = 0; i < NUM_STREAMS; i++) {
+    copy.streams[i] = copies[i];
+    if (bytes[i]) memcpy(copies[i] + begin * bytes[i], block.streams[i] + begin * bytes[i], (end - begin) * bytes[i]);
+  }
+  f(copy, begin, end);
+  for (int i = PARAMETER; i < NUM_STREAMS; i++)
+    if (bytes[i]) memcpy(block.streams[i] + begin * bytes[i], copies[i] + begin * bytes[i], (end - begin) * bytes[i]);
+}
+
+// Call f(block, begin, end) for each block that [first, last) touches; its elements [begin, end) are in the range.
 template <class F>
 static void each_block(char* base, const Command& c, uint64_t first, uint64_t last, F f) {
   bool steps = c.op == STEP || c.op == PREPARE, is_fp64 = c.parameter_kind == IN_PLACE_FP64;
   static constexpr uint64_t GRADIENT_BYTES[] = {4, 2, 2, 8}, PARAMETER_BYTES[] = {4, 8, 2, 2, 2},
                             MASTER_BYTES[] = {0, 0, 2, 4, 4}, STATE_BYTES[] = {4, 2, 1};
-  uint64_t state_bytes = is_fp64 ? 8 : STATE_BYTES[c.states];
   const uint64_t offsets[NUM_STREAMS] = {c.gradient, c.parameter, c.master, c.exp_avg, c.exp_avg_sq};
-  const uint64_t bytes[NUM_STREAMS] = {  // an element; 0: the operation leaves it alone
-      c.op == STEP && c.rule == LAMB ? 0 : GRADIENT_BYTES[c.gradient_dtype],
-      steps ? PARAMETER_BYTES[c.parameter_kind] : c.op == NORM ? 0 : is_fp64 ? 8 : 4,
-      steps ? MASTER_BYTES[c.parameter_kind] : 0,
-      steps ? state_bytes : 0,
-      steps && c.rule != LION ? state_bytes : 0,
-  };
-  uint32_t key = key_of(c.seed);
-  for (uint64_t start = first / BLOCK_NUMEL * BLOCK_NUMEL; start < last; start += BLOCK_NUMEL) {
-    uint64_t begin = first > start ? first - start : 0, end = last - start < BLOCK_NUMEL ? last - start : BLOCK_NUMEL;
-    Block block;
-    block.start = start;
-    for (int i = 0; i < NUM_STREAMS; i++) block.streams[i] = at(base, offsets[i] + start * bytes[i]);
-    block.exp_avg_scale = (float*)at(base, c.exp_avg_scale + start / BLOCK_NUMEL * sizeof(float));
-    block.exp_avg_sq_scale = (float*)at(base, c.exp_avg_sq_scale + start / BLOCK_NUMEL * sizeof(float));
-    block.draw = key + uint32_t(c.position + start);
+  // Bytes of an element; 0: the operation leaves it alone.
+  uint64_t bytes[NUM_STREAMS] = {GRADIENT_BYTES[c.gradient_dtype]};
+  if (c.op == ACCUMULATE) bytes[PARAMETER] = is_fp64 ? 8 : 4;
+  if (steps) {
+    bytes[PARAMETER] = PARAMETER_BYTES[c.parameter_kind];
+    bytes[MASTER] = MASTER_BYTES[c.parameter_kind];
+    bytes[EXP_AVG] = is_fp64 ? 8 : STATE_BYTES[c.states];
+    bytes[EXP_AVG_SQ] = c.rule == LION ? 0 : bytes[EXP_AVG];
+  }
+  if (c.op == STEP && c.rule == LAMB) bytes[GRADIENT] = 0;
+  Block block;
+  block.start = first / BLOCK_NUMEL * BLOCK_NUMEL;
+  for (int i = 0; i < NUM_STREAMS; i++) block.streams[i] = at(base, offsets[i] + block.start * bytes[i]);
+  block.exp_avg_scale = (float*)at(base, c.exp_avg_scale) + block.start / BLOCK_NUMEL;
+  block.exp_avg_sq_scale = (float*)at(base, c.exp_avg_sq_scale) + block.start / BLOCK_NUMEL;
+  block.draw = key_of(c.seed) + uint32_t(c.position + block.start);
+  while (block.start < last) {
+    uint64_t begin = first > block.start ? first - block.start : 0;
+    uint64_t end = last - block.start < BLOCK_NUMEL ? last - block.start : BLOCK_NUMEL;
     if (end - begin == BLOCK_NUMEL) {
       f(block, begin, end);
-      continue;
+    } else {
+      ragged(block, bytes, begin, end, f);
     }
-    char copies[NUM_STREAMS][BLOCK_NUMEL * sizeof(double)] = {};
-    Block copy = block;
-    for (int i = 0; i < NUM_STREAMS; i++) {
-      copy.streams[i] = copies[i];
-      if (bytes[i]) memcpy(copies[i] + begin * bytes[i], block.streams[i] + begin * bytes[i], (end - begin) * bytes[i]);
-    }
-    f(copy, begin, end);
-    for (int i = PARAMETER; i < NUM_STREAMS; i++)
-      if (bytes[i]) memcpy(block.streams[i] + begin * bytes[i], copies[i] + begin * bytes[i], (end - begin) * bytes[i]);
+    block.start += BLOCK_NUMEL;
+    for (int i = 0; i < NUM_STREAMS; i++) block.streams[i] += BLOCK_NUMEL * bytes[i];
+    block.exp_avg_scale++;
+    block.exp_avg_sq_scale++;
+    block.draw += BLOCK_NUMEL;
   }
 }
 
 // Write `sums` where a partial block, or the range, ends with element `end`.
-static void write_sums(char* base, const Command& c, uint64_t end, uint64_t last, Lanes* sums, uint64_t width) {
+static void write_sums(char* base, const Command& c, uint64_t end, uint64_t last, SquareSum* sums, uint64_t width) {
   if (end % PARTIAL_NUMEL && end != last) return;
   double* entry = (double*)at(base, c.result) + width * ((end - 1) / PARTIAL_NUMEL - c.first / PARTIAL_NUMEL);
   for (uint64_t i = 0; i < width; i++) entry[i] = sums[i].take();
@@ -221,7 +241,7 @@ static void write_sums(char* base, const Command& c, uint64_t end, uint64_t last
 template <class T>
 static void walk(char* base, const Command& c, uint64_t first, uint64_t last, Kernels<T> kernels) {
   Constants<T> constants(c);
-  Lanes sums[2];
+  SquareSum sums[2];
   each_block(base, c, first, last, [&](const Block& block, uint64_t begin, uint64_t end) {
     kernels.step(block, constants);
     if (c.op == STEP) return;
@@ -232,7 +252,7 @@ static void walk(char* base, const Command& c, uint64_t first, uint64_t last, Ke
 
 template <class T, class G>
 static void walk_gradient(char* base, const Command& c, uint64_t first, uint64_t last) {
-  Lanes sum;
+  SquareSum sum;
   each_block(base, c, first, last, [&](const Block& block, uint64_t, uint64_t end) {
     if (c.op == ACCUMULATE) return accumulate<T, G>(block, c.flags & STORE);
     add_squares<G>(block, sum);
@@ -247,6 +267,7 @@ static void execute(char* base, const Command& c, uint64_t first, uint64_t last)
     return is_fp64 ? walk(base, c, first, last, kernels_of_fp64(c)) : walk(base, c, first, last, kernels_of(c));
   if (is_fp64) return walk_gradient<double, double>(base, c, first, last);
   with_gradient(c, [&](auto gradient) {
-    walk_gradient<float, typename decltype(gradient)::type>(base, c, first, last);
+    typedef typename decltype(gradient)::type G;
+    walk_gradient<float, G>(base, c, first, last);
   });
 }

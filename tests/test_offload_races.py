@@ -1,0 +1,138 @@
+"""Whatever is late, copies, collectives, workers or the device's own work, the bits are those of a run without offload.
+
+Each seed draws a way to train, what is called between the steps, and every delay (delays.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from delays import late_device, slow_workers
+from models import Stack, assert_same_bits, joint_batch, loss_of, part, whole
+from trial import HALF, Trial, start
+from zerolite_kernels import cpu
+
+from zerolite import Offload
+
+pytestmark = pytest.mark.skipif(cpu.path() is None, reason="the host kernels were not built")
+
+DELAY_S = 0.003
+STEPS = 3
+
+
+def read_alone(model, optimizer) -> None:
+    """On rank 0, where parameters are whole, while the others go on to their next forward."""
+    if model._zerolite.stage < 3 and dist.get_rank() == 0:
+        model.state_dict()
+
+
+def write_back(model, optimizer) -> None:
+    import zerolite
+
+    with zerolite.full_params(model, writeback=True):
+        pass
+
+
+def evaluate(model, optimizer) -> None:
+    """A forward of all ranks that no backward follows."""
+    name = "stack" if isinstance(model, Stack) else "llama"
+    with torch.no_grad():
+        loss_of(model, part(joint_batch(name, 99, torch.float32), dist.get_rank(), dist.get_world_size()))
+
+
+# What changes nothing.
+BETWEEN = {
+    "nothing": lambda model, optimizer: None,
+    "first": lambda model, optimizer: next(model.parameters()),
+    "parameters": lambda model, optimizer: list(model.parameters()),
+    "read alone": read_alone,
+    "write back": write_back,
+    "evaluate": evaluate,
+    "reload": lambda model, optimizer: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "zeros": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+}
+
+
+def train(trial: Trial, stage: int, between: list[str]):
+    import zerolite
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model, optimizer = start(trial, stage)
+    norms = []
+    for step in range(trial.steps):
+        for micro in range(trial.accumulation):
+            batch = joint_batch(trial.model, step * trial.accumulation + micro, trial.dtype)
+            with zerolite.no_sync(model, enabled=trial.no_sync and micro + 1 < trial.accumulation):
+                loss_of(model, part(batch, rank, world)).backward()
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+        if step % 2:
+            optimizer.zero_grad()
+        BETWEEN[between[step]](model, optimizer)
+        optimizer.zero_grad()
+    with zerolite.full_params(model):
+        return whole(model), norms
+
+
+def train_late(seed: int, trial: Trial, stage: int, between: list[str], seconds: float = DELAY_S):
+    own = 1001 * seed + dist.get_rank()
+    with slow_workers(seconds, own), late_device(own, seconds, reads_at_once=bool(own % 2)) as device:
+        return train(trial, stage, between), device.failures
+
+
+def draw(seed: int) -> tuple[Trial, int, int, list[str]]:
+    """(trial, stage, world, what is called after each step)."""
+    lots = random.Random(seed)
+    stage, world = seed % 4, 1 if seed % 5 == 4 else 2
+    ways: list[dict] = [{}, {"workers": 2, "threads": 1}, {"threads": 2}, {"budget": HALF}]
+    streamed = [{"parameters": True}, {"parameters": True, "workers": 2}]
+    if stage == 3:
+        ways = [*ways, *streamed] if world > 1 else streamed  # alone, stage 3 is stage 2 but for these
+    trial = Trial(
+        lots.choice(["stack", "stack", "llama"]),
+        torch.float32,
+        steps=STEPS,
+        accumulation=lots.choice([1, 2, 3]),
+        no_sync=lots.choice([True, False, False]),
+        max_grad_norm=lots.choice([None, 0.5]),
+        optimizer=lots.choice(["AdamW", "AdamW", "Lion", "Lamb"]),
+        bucket_numel=lots.choice([None, 1, 200]),
+        offload=Offload(**lots.choice(ways)),
+    )
+    return trial, stage, world, [lots.choice(list(BETWEEN)) for _ in range(STEPS)]
+
+
+def race(ranks, seed: int) -> str | None:
+    """What went wrong, if anything did."""
+    trial, stage, world, between = draw(seed)
+    expected = ranks(world).run(train, replace(trial, offload=None), stage, between)
+    try:
+        results = ranks(world).run(train_late, seed, trial, stage, between)
+        for ((parameters, norms), failures), (expected_parameters, expected_norms) in zip(
+            results, expected, strict=True
+        ):
+            assert not failures, failures
+            assert_same_bits(parameters, expected_parameters)
+            assert norms == expected_norms
+    except Exception as error:
+        return f"seed {seed}: {trial}, stage {stage}, world {world}, {between}: {error}"
+    return None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_delays_change_no_bit(ranks, seed):
+    failure = race(ranks, seed)
+    assert failure is None, failure
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_delays_change_no_bit_in_a_campaign(ranks):
+    failures = [failure for failure in (race(ranks, seed) for seed in range(100, 300)) if failure is not None]
+    print(f"200 runs with delays by lot: {len(failures)} failures")
+    assert not failures, "\n".join(failures)
