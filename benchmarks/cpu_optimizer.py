@@ -20,6 +20,7 @@ import ctypes
 import itertools
 import json
 import math
+import mmap
 import os
 import statistics
 import subprocess
@@ -72,6 +73,12 @@ class Pinned:
         list(self.pool.map(function, cuts, cuts[1:]))
 
 
+def on_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in mapped pages, from the start of one, as the arena has its fields."""
+    memory = mmap.mmap(-1, max(tensor.nbytes, 1))
+    return torch.frombuffer(memory, dtype=tensor.dtype, count=max(tensor.numel(), 1))[: tensor.numel()].copy_(tensor)
+
+
 class Native:
     """A step of zerolite's kernels, and the ceiling of the same streams."""
 
@@ -92,6 +99,7 @@ class Native:
             "exp_avg_sq_scale": torch.zeros(numel // abi.BLOCK_NUMEL + 1),
             "result": torch.zeros(2 * (numel // abi.PARTIAL_NUMEL + 1), dtype=torch.float64),
         }
+        self.tensors = {name: on_pages(tensor) for name, tensor in self.tensors.items()}
         self.command = Command(
             rule=rule, states=states, gradient_dtype=abi.BF16, parameter_kind=kind, numel=numel, last=numel,
             multiplier=1.0, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=DECAY, trust_ratio=1.0,
@@ -232,10 +240,10 @@ GROUPS = {
     },
     "lamb": {
         "plain torch": (PlainLamb, False),
-        "zerolite, fp32 master": (abi.LAMB, FP32, MASTER),
-        "zerolite, split master": (abi.LAMB, FP32, SPLIT),
-        "zerolite, bf16 states": (abi.LAMB, BF16, SPLIT),
-        "zerolite, int8 states": (abi.LAMB, INT8, SPLIT),
+        "zerolite, fp32 master": (abi.LAMB, FP32, MASTER, False),
+        "zerolite, split master": (abi.LAMB, FP32, SPLIT, False),
+        "zerolite, bf16 states": (abi.LAMB, BF16, SPLIT, False),
+        "zerolite, int8 states": (abi.LAMB, INT8, SPLIT, False),
     },
 }
 

@@ -159,16 +159,20 @@ def _do(worker: Worker, states, command: Command, lane: int, row) -> None:
     first, last = share(command.numel, lane, worker.setup.num_lanes)
     if command.op != FILL:
         first, last = max(first, command.first), min(last, command.last)
-    memory = worker.arena()
-    if command.file:
-        states.run(worker.execute, memory, command, first, last)
-        return
-    while first < last:
-        stop = min(first - first % PARTIAL_NUMEL + CHUNK_NUMEL, last)
-        worker.execute(memory, command, first, stop)
+
+    def execute(memory: mmap.mmap, command: Command, first: int, last: int) -> None:
+        worker.execute(memory, command, first, last)
         row[HEARTBEAT] += 1
         if os.getppid() != worker.setup.trainer_pid:
             os._exit(0)
+
+    memory = worker.arena()
+    if command.file:
+        states.run(execute, memory, command, first, last)
+        return
+    while first < last:
+        stop = min(first - first % PARTIAL_NUMEL + CHUNK_NUMEL, last)
+        execute(memory, command, first, stop)
         first = stop
 
 

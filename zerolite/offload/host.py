@@ -84,6 +84,7 @@ class Host:
     def allocate_in_file(self, numel: int, itemsize: int) -> int:
         """Offset of a page-aligned range of the file of states, with room for whole partial blocks."""
         if self.free_offsets[numel, itemsize]:
+            self.wait(self.pool.submitted)  # the last owner's steps may still be written
             return self.free_offsets[numel, itemsize].pop()
         offset = self.states_bytes
         self.states_bytes += -(-numel // PARTIAL_NUMEL) * PARTIAL_NUMEL * itemsize
