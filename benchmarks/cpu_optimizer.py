@@ -75,7 +75,7 @@ class Pinned:
 
 def on_pages(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in mapped pages, from the start of one, as the arena has its fields."""
-    memory = mmap.mmap(-1, max(tensor.nbytes, 1))
+    memory = mmap.mmap(-1, max(tensor.nbytes, 8))
     return torch.frombuffer(memory, dtype=tensor.dtype, count=max(tensor.numel(), 1))[: tensor.numel()].copy_(tensor)
 
 

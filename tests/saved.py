@@ -72,6 +72,7 @@ def full(model: nn.Module) -> dict[str, Tensor]:
 def state(model: nn.Module, optimizer) -> dict[str, Tensor]:
     """All that this rank holds, as tensors to compare bit by bit."""
     zero = model._zerolite
+    zero.settle()
     found: dict[str, Tensor] = {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
     for unit in zero.units:
         for index, bucket in enumerate(unit.buckets):

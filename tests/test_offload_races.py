@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,45 +26,54 @@ DELAY_S = 0.003
 STEPS = 3
 
 
-def read_alone(model, optimizer) -> None:
+def read_alone(model, optimizer, folder) -> None:
     """On rank 0, where parameters are whole, while the others go on to their next forward."""
     if model._zerolite.stage < 3 and dist.get_rank() == 0:
         model.state_dict()
 
 
-def write_back(model, optimizer) -> None:
+def write_back(model, optimizer, folder) -> None:
     import zerolite
 
     with zerolite.full_params(model, writeback=True):
         pass
 
 
-def evaluate(model, optimizer) -> None:
+def evaluate(model, optimizer, folder) -> None:
     """A forward of all ranks that no backward follows."""
     name = "stack" if isinstance(model, Stack) else "llama"
     with torch.no_grad():
         loss_of(model, part(joint_batch(name, 99, torch.float32), dist.get_rank(), dist.get_world_size()))
 
 
-# What changes nothing.
+def rewind(model, optimizer, folder) -> None:
+    """Back to the start, while what comes after it is on its way."""
+    import zerolite
+
+    zerolite.load(folder, model, optimizer)
+
+
+# What changes nothing that offload or delays could have a part in.
 BETWEEN = {
-    "nothing": lambda model, optimizer: None,
-    "first": lambda model, optimizer: next(model.parameters()),
-    "parameters": lambda model, optimizer: list(model.parameters()),
+    "nothing": lambda model, optimizer, folder: None,
+    "first": lambda model, optimizer, folder: next(model.parameters()),
+    "parameters": lambda model, optimizer, folder: list(model.parameters()),
     "read alone": read_alone,
     "write back": write_back,
     "evaluate": evaluate,
-    "reload": lambda model, optimizer: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
-    "zeros": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+    "reload": lambda model, optimizer, folder: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "rewind": rewind,
+    "zeros": lambda model, optimizer, folder: optimizer.zero_grad(set_to_none=False),
 }
 
 
-def train(trial: Trial, stage: int, between: list[str]):
+def train(trial: Trial, stage: int, between: list[str], folder: Path):
     import zerolite
 
     rank, world = dist.get_rank(), dist.get_world_size()
     model, optimizer = start(trial, stage)
     norms = []
+    zerolite.save(folder, model, optimizer)
     for step in range(trial.steps):
         for micro in range(trial.accumulation):
             batch = joint_batch(trial.model, step * trial.accumulation + micro, trial.dtype)
@@ -73,16 +83,16 @@ def train(trial: Trial, stage: int, between: list[str]):
         norms.append(optimizer.grad_norm)
         if step % 2:
             optimizer.zero_grad()
-        BETWEEN[between[step]](model, optimizer)
+        BETWEEN[between[step]](model, optimizer, folder)
         optimizer.zero_grad()
     with zerolite.full_params(model):
         return whole(model), norms
 
 
-def train_late(seed: int, trial: Trial, stage: int, between: list[str], seconds: float = DELAY_S):
+def train_late(seed: int, trial: Trial, stage: int, between: list[str], folder: Path):
     own = 1001 * seed + dist.get_rank()
-    with slow_workers(seconds, own), late_device(own, seconds, reads_at_once=bool(own % 2)) as device:
-        return train(trial, stage, between), device.failures
+    with slow_workers(DELAY_S, own), late_device(own, DELAY_S, reads_at_once=bool(own % 2)) as device:
+        return train(trial, stage, between, folder), device.failures
 
 
 def draw(seed: int) -> tuple[Trial, int, int, list[str]]:
@@ -107,12 +117,12 @@ def draw(seed: int) -> tuple[Trial, int, int, list[str]]:
     return trial, stage, world, [lots.choice(list(BETWEEN)) for _ in range(STEPS)]
 
 
-def race(ranks, seed: int) -> str | None:
+def race(ranks, seed: int, folder: Path) -> str | None:
     """What went wrong, if anything did."""
     trial, stage, world, between = draw(seed)
-    expected = ranks(world).run(train, replace(trial, offload=None), stage, between)
+    expected = ranks(world).run(train, replace(trial, offload=None), stage, between, folder / str(seed))
     try:
-        results = ranks(world).run(train_late, seed, trial, stage, between)
+        results = ranks(world).run(train_late, seed, trial, stage, between, folder / str(seed))
         for ((parameters, norms), failures), (expected_parameters, expected_norms) in zip(
             results, expected, strict=True
         ):
@@ -125,14 +135,14 @@ def race(ranks, seed: int) -> str | None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_delays_change_no_bit(ranks, seed):
-    failure = race(ranks, seed)
+def test_delays_change_no_bit(ranks, tmp_path, seed):
+    failure = race(ranks, seed, tmp_path)
     assert failure is None, failure
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_delays_change_no_bit_in_a_campaign(ranks):
-    failures = [failure for failure in (race(ranks, seed) for seed in range(100, 300)) if failure is not None]
+def test_delays_change_no_bit_in_a_campaign(ranks, tmp_path):
+    failures = [failure for failure in (race(ranks, seed, tmp_path) for seed in range(100, 300)) if failure is not None]
     print(f"200 runs with delays by lot: {len(failures)} failures")
     assert not failures, "\n".join(failures)

@@ -176,7 +176,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def write_state(self, bucket, name: str, values: torch.Tensor) -> None:
         """Take values that `read_state` gave and somebody changed."""
         if bucket in self._host_states:
-            bucket.flat.host.wait()
+            flat = bucket.flat
+            for start, stop in bucket.layout.gaps():  # what padding was left with would spoil a block's scale
+                low, high = max(start, flat.start), min(stop, flat.stop)
+                values[low - flat.start : max(low, high) - flat.start].zero_()
+            flat.host.wait()
             self._host_states[bucket][name].write(values)
 
     def describe(self) -> dict:
