@@ -68,6 +68,7 @@ class FlatBucket:
         self.start, self.stop = (0, layout.numel) if owns_all else layout.piece(group.rank)
         self.pending: Pending | None = None  # a gather in flight
         self._arrived: tuple | None = None  # the event behind a copy up that nobody has taken back yet
+        self._last_ascent: tuple | None = None  # the event behind the last copy up
         self.label = f"gathering {layout.name}"
         self.is_unsharded = True
         needs_master = is_trainable and master_dtype(dtype) != dtype
@@ -132,6 +133,7 @@ class FlatBucket:
     def set_values(self, values: torch.Tensor) -> None:
         """Take this rank's range, and round it into the parameters' dtype."""
         if self.is_on_host:
+            self.finish_ascent()
             self.host.set_values(values)
             if not self.streams:
                 self.owned.copy_(self.host.parameter.values)
@@ -180,6 +182,7 @@ class FlatBucket:
     def _gather_here(self, mine: torch.Tensor) -> None:
         """Gather on the current stream; whoever waits is ordered after what the stream held before, too."""
         arrived = self.device.record()
+        self._last_ascent = (arrived,)
         gather = self.group.all_gather(self.full, mine, self.label)
         self.pending = Pending((*gather.steps, lambda: self.device.wait(arrived)), gather.keepalive, self.label)
 
@@ -201,6 +204,13 @@ class FlatBucket:
             if not self.streams:  # else the next gather begins on the host
                 self.device.copy(self.owned, self.host.parameter.values)
             self._arrived = (self.device.record(),)
+            self._last_ascent = self._arrived
+
+    def finish_ascent(self) -> None:
+        """Have the host wait for the last copy up, before what it reads is written."""
+        if self._last_ascent is not None:
+            self.device.synchronize(*self._last_ascent)
+            self._last_ascent = None
 
     def take_back(self, readers_done) -> None:
         """Have the stepped values on their way to every rank that needs them. Collective where full parameters stay."""

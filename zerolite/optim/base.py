@@ -311,6 +311,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _step_on_host(self, bucket, keys: list[Key | None], multiplier: float) -> None:
         """Hand one bucket's runs to the workers."""
         host, held, states = bucket.flat.host, bucket.gradients.on_host(), self._host_states[bucket]
+        bucket.flat.finish_ascent()
         commands = [
             host.command(
                 STEP, run, held, states, **self._numbers(bucket, run.key, multiplier), **self._extra(bucket, run.key)
