@@ -248,6 +248,17 @@ def test_lamb_is_its_formula(kind, gradient, bound, path):
     assert_close(region.full().double(), p, bound, 10 * LR)
 
 
+def test_lamb_needs_no_eps_beyond_its_elements(path):
+    """With eps 0 the direction of what lies around a run would be 0 / 0; the run's own norms are numbers."""
+    region = Region(K.LAMB, K.STATES_FP32, K.IN_PLACE_FP32, K.FP32, 1000, 37, 991)
+    region.tensors["gradient"].copy_(gradient_of(1000, 1))
+    region.step = 1
+    region.do(region.command(K.PREPARE, eps=0.0))
+    direction = gradient_of(1000, 1).sign() + DECAY * initial(1000)  # Adam's first step without eps
+    exact = torch.stack([initial(1000)[37:991].square().sum(), direction[37:991].square().sum()])
+    assert_close(region.tensors["result"], exact, 1e-5, 0)
+
+
 @pytest.mark.parametrize("gradient", [K.FP32, K.BF16, K.FP16, K.FP64])
 def test_norm_is_fsum(gradient, path):
     """Sums of squares a partial block, of a run that begins and ends inside blocks, to fp64's last digits."""

@@ -6,10 +6,18 @@ struct Constants {
   T multiplier, beta1, beta2, complement1, complement2, eps;
   T weight_decay, keep, lr, step_size, correction1, root_factor;
   explicit Constants(const Command& c)
-      : multiplier(T(c.multiplier)), beta1(T(c.beta1)), beta2(T(c.beta2)), complement1(T(1 - c.beta1)),
-        complement2(T(1 - c.beta2)), eps(T(c.eps)), weight_decay(T(c.weight_decay)), keep(T(1 - c.lr * c.weight_decay)),
-        lr(T(c.rule == LAMB ? c.lr * c.trust_ratio : c.lr)), step_size(T(c.lr / c.bias_correction1)),
-        correction1(T(1 / c.bias_correction1)), root_factor(T(1 / c.bias_correction2_sqrt)) {}
+      : multiplier(T(c.multiplier)),
+        beta1(T(c.beta1)),
+        beta2(T(c.beta2)),
+        complement1(T(1 - c.beta1)),
+        complement2(T(1 - c.beta2)),
+        eps(T(c.eps)),
+        weight_decay(T(c.weight_decay)),
+        keep(T(1 - c.lr * c.weight_decay)),
+        lr(T(c.rule == LAMB ? c.lr * c.trust_ratio : c.lr)),
+        step_size(T(c.lr / c.bias_correction1)),
+        correction1(T(1 / c.bias_correction1)),
+        root_factor(T(1 / c.bias_correction2_sqrt)) {}
 };
 
 template <class V, class T>

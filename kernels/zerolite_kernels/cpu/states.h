@@ -9,7 +9,8 @@ struct Scratch {
 template <class V, class T, bool HAS_SQUARE>
 struct Plain {
   T *exp_avg, *exp_avg_sq;
-  Plain(const Block& block, Scratch&) : exp_avg(block.at<T>(EXP_AVG)), exp_avg_sq(block.at<T>(EXP_AVG_SQ)) {}
+  Plain(const Region& region, uint64_t start, Scratch&)
+      : exp_avg(region.at<T>(EXP_AVG, start)), exp_avg_sq(region.at<T>(EXP_AVG_SQ, start)) {}
   INLINE void load(uint64_t i, V& m, V& v) const {
     m = read<V>(exp_avg + i);
     if (HAS_SQUARE) v = read<V>(exp_avg_sq + i);
@@ -25,8 +26,10 @@ template <bool HAS_SQUARE>
 struct Bf16 {
   bf16 *exp_avg, *exp_avg_sq;
   Words counter;
-  Bf16(const Block& block, Scratch&)
-      : exp_avg(block.at<bf16>(EXP_AVG)), exp_avg_sq(block.at<bf16>(EXP_AVG_SQ)), counter(block.draw + count_up()) {}
+  Bf16(const Region& region, uint64_t start, Scratch&)
+      : exp_avg(region.at<bf16>(EXP_AVG, start)),
+        exp_avg_sq(region.at<bf16>(EXP_AVG_SQ, start)),
+        counter(region.draw_of(start)) {}
   INLINE void load(uint64_t i, Floats& m, Floats& v) const {
     m = widen(exp_avg + i);
     if (HAS_SQUARE) v = widen(exp_avg_sq + i);
@@ -103,10 +106,14 @@ struct Int8 {
   Words largest_exp_avg = {}, largest_exp_avg_sq = {};
   float *exp_avgs, *exp_avg_sqs;  // what is to be encoded once the block's largest is known
 
-  Int8(const Block& block, Scratch& scratch)
-      : exp_avg(block.at<int8_t>(EXP_AVG)), exp_avg_sq(block.at<uint8_t>(EXP_AVG_SQ)),
-        exp_avg_scale(block.exp_avg_scale), exp_avg_sq_scale(block.exp_avg_sq_scale), counter(block.draw + count_up()),
-        exp_avgs(scratch.exp_avg), exp_avg_sqs(scratch.exp_avg_sq) {}
+  Int8(const Region& region, uint64_t start, Scratch& scratch)
+      : exp_avg(region.at<int8_t>(EXP_AVG, start)),
+        exp_avg_sq(region.at<uint8_t>(EXP_AVG_SQ, start)),
+        exp_avg_scale(region.exp_avg_scale + start / BLOCK_NUMEL),
+        exp_avg_sq_scale(region.exp_avg_sq_scale + start / BLOCK_NUMEL),
+        counter(region.draw_of(start)),
+        exp_avgs(scratch.exp_avg),
+        exp_avg_sqs(scratch.exp_avg_sq) {}
 
   INLINE void load(uint64_t i, Floats& m, Floats& v) const {
     m = decode_exp_avg(exp_avg + i, *exp_avg_scale);
@@ -136,7 +143,8 @@ struct Int8 {
 
 // --- int8 states to and from fp32, for checkpoints; `numel` elements from the start of a block ----------------------
 
-constexpr uint32_t NEAREST = 1u << 31 | 1u << 12;  // noise that stands for one half, in either half
+// Noise that is one half in the variance's 19 bits and in the momentum's 13.
+constexpr uint32_t NEAREST = 1u << 31 | 1u << 12;
 
 static void decode_states(bool is_square, const char* codes, const float* steps, float* to, uint64_t numel) {
   for (uint64_t begin = 0; begin < numel; begin += BLOCK_NUMEL) {

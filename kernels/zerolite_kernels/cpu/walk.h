@@ -27,13 +27,13 @@ struct SquareSum {
 // --- what is done to a block ----------------------------------------------------------------------------------------
 
 template <class Rule, class G, class Parameter, class States>
-static void step(const Block& block, const Constants<typename Parameter::Scalar>& constants) {
+static void step(const Region& region, uint64_t start, const Constants<typename Parameter::Scalar>& constants) {
   typedef typename Parameter::Vector V;
-  const G* gradient = block.at<G>(GRADIENT);
+  const G* gradient = region.at<G>(GRADIENT, start);
   const auto c = constants;  // a copy that no store can reach stays in registers
-  Parameter parameter(block);
+  Parameter parameter(region, start);
   Scratch scratch;
-  States states(block, scratch);
+  States states(region, start, scratch);
   for (uint64_t i = 0; i < BLOCK_NUMEL; i += sizeof(V) / sizeof(typename Parameter::Scalar)) {
     V g = widen(gradient + i) * c.multiplier, p = parameter.load(i), m = {}, v = {};
     states.load(i, m, v);
@@ -47,14 +47,14 @@ static void step(const Block& block, const Constants<typename Parameter::Scalar>
 // LAMB's sums of squares of elements [begin, end) of a block, parameter and direction, from the moments as they are
 // kept: what the scaled step will see.
 template <class Parameter, class States>
-static void add_norms(const Block& block, const Constants<typename Parameter::Scalar>& c, uint64_t begin, uint64_t end,
-                      SquareSum* sums) {
+static void add_norms(const Region& region, uint64_t start, const Constants<typename Parameter::Scalar>& c,
+                      uint64_t begin, uint64_t end, SquareSum* sums) {
   typedef typename Parameter::Vector V;
   typedef typename Parameter::Scalar T;
   constexpr uint64_t LANES = sizeof(V) / sizeof(T);
-  Parameter parameter(block);
+  Parameter parameter(region, start);
   Scratch scratch;
-  States states(block, scratch);
+  States states(region, start, scratch);
   T directions[BLOCK_NUMEL];
   for (uint64_t i = 0; i < BLOCK_NUMEL; i += LANES) {
     V p = parameter.load(i), m = {}, v = {};
@@ -69,8 +69,8 @@ static void add_norms(const Block& block, const Constants<typename Parameter::Sc
 }
 
 template <class G>
-static void add_squares(const Block& block, SquareSum& sum) {
-  const G* gradient = block.at<G>(GRADIENT);
+static void add_squares(const Region& region, uint64_t start, SquareSum& sum) {
+  const G* gradient = region.at<G>(GRADIENT, start);
   SquareSum local = sum;  // stays in registers
   for (uint64_t i = 0; i < BLOCK_NUMEL; i += sizeof(widen(gradient)) / sizeof(widen(gradient)[0]))
     local.add(i, widen(gradient + i));
@@ -78,9 +78,9 @@ static void add_squares(const Block& block, SquareSum& sum) {
 }
 
 template <class T, class G>
-static void accumulate(const Block& block, bool stores) {
-  const G* from = block.at<G>(GRADIENT);
-  T* to = block.at<T>(PARAMETER);
+static void accumulate(const Region& region, uint64_t start, bool stores) {
+  const G* from = region.at<G>(GRADIENT, start);
+  T* to = region.at<T>(PARAMETER, start);
   typedef decltype(widen(from)) V;
   for (uint64_t i = 0; i < BLOCK_NUMEL; i += sizeof(V) / sizeof(T))
     write(to + i, stores ? widen(from + i) : read<V>(to + i) + widen(from + i));
@@ -135,8 +135,8 @@ static auto with_states(const Command& c, F f) {
 // What a step does to a block, and PREPARE after it.
 template <class T>
 struct Kernels {
-  void (*step)(const Block&, const Constants<T>&);
-  void (*add_norms)(const Block&, const Constants<T>&, uint64_t, uint64_t, SquareSum*);
+  void (*step)(const Region&, uint64_t start, const Constants<T>&);
+  void (*add_norms)(const Region&, uint64_t start, const Constants<T>&, uint64_t begin, uint64_t end, SquareSum*);
 };
 
 template <class Rule, class G, class Parameter, class States>
@@ -178,27 +178,30 @@ inline char* at(char* base, uint64_t offset) {
   return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(offset));
 }
 
-// Call f(block, begin, end) on a copy of the block, zeros but for elements [begin, end), and copy these back.
+// Call f as below on a region in which one block is a copy, zeros but for elements [begin, end), and copy these back.
 template <class F>
-static void ragged(const Block& block, const uint64_t* bytes, uint64_t begin, uint64_t end, F f) {
+static void ragged(const Region& region, const uint64_t* bytes, uint64_t start, uint64_t begin, uint64_t end, F f) {
   char copies[NUM_STREAMS][BLOCK_NUMEL * sizeof(double)] = {};
-  Block copy = block;
+  Region copy = region;
   for (int i = 0; i < NUM_STREAMS; i++) {
-    copy.streams[i] = copies[i];
-    if (bytes[i]) memcpy(copies[i] + begin * bytes[i], block.streams[i] + begin * bytes[i], (end - begin) * bytes[i]);
+    char* elements = region.streams[i] + (start + begin) * bytes[i];
+    copy.streams[i] = copies[i] - start * bytes[i];
+    if (bytes[i]) memcpy(copies[i] + begin * bytes[i], elements, (end - begin) * bytes[i]);
   }
-  f(copy, begin, end);
-  for (int i = PARAMETER; i < NUM_STREAMS; i++)
-    if (bytes[i]) memcpy(block.streams[i] + begin * bytes[i], copies[i] + begin * bytes[i], (end - begin) * bytes[i]);
+  f(copy, start, begin, end);
+  for (int i = PARAMETER; i < NUM_STREAMS; i++) {
+    char* elements = region.streams[i] + (start + begin) * bytes[i];
+    if (bytes[i]) memcpy(elements, copies[i] + begin * bytes[i], (end - begin) * bytes[i]);
+  }
 }
 
-// Call f(block, begin, end) for each block that [first, last) touches; its elements [begin, end) are in the range.
+// Call f(region, start, begin, end) for each block that [first, last) touches: it starts at element `start` of the
+// region, and its elements [begin, end) are in the range.
 template <class F>
 static void each_block(char* base, const Command& c, uint64_t first, uint64_t last, F f) {
   bool steps = c.op == STEP || c.op == PREPARE, is_fp64 = c.parameter_kind == IN_PLACE_FP64;
   static constexpr uint64_t GRADIENT_BYTES[] = {4, 2, 2, 8}, PARAMETER_BYTES[] = {4, 8, 2, 2, 2},
                             MASTER_BYTES[] = {0, 0, 2, 4, 4}, STATE_BYTES[] = {4, 2, 1};
-  const uint64_t offsets[NUM_STREAMS] = {c.gradient, c.parameter, c.master, c.exp_avg, c.exp_avg_sq};
   // Bytes of an element; 0: the operation leaves it alone.
   uint64_t bytes[NUM_STREAMS] = {GRADIENT_BYTES[c.gradient_dtype]};
   if (c.op == ACCUMULATE) bytes[PARAMETER] = is_fp64 ? 8 : 4;
@@ -209,25 +212,19 @@ static void each_block(char* base, const Command& c, uint64_t first, uint64_t la
     bytes[EXP_AVG_SQ] = c.rule == LION ? 0 : bytes[EXP_AVG];
   }
   if (c.op == STEP && c.rule == LAMB) bytes[GRADIENT] = 0;
-  Block block;
-  block.start = first / BLOCK_NUMEL * BLOCK_NUMEL;
-  for (int i = 0; i < NUM_STREAMS; i++) block.streams[i] = at(base, offsets[i] + block.start * bytes[i]);
-  block.exp_avg_scale = (float*)at(base, c.exp_avg_scale) + block.start / BLOCK_NUMEL;
-  block.exp_avg_sq_scale = (float*)at(base, c.exp_avg_sq_scale) + block.start / BLOCK_NUMEL;
-  block.draw = key_of(c.seed) + uint32_t(c.position + block.start);
-  while (block.start < last) {
-    uint64_t begin = first > block.start ? first - block.start : 0;
-    uint64_t end = last - block.start < BLOCK_NUMEL ? last - block.start : BLOCK_NUMEL;
+  const Region region = {
+      {at(base, c.gradient), at(base, c.parameter), at(base, c.master), at(base, c.exp_avg), at(base, c.exp_avg_sq)},
+      (float*)at(base, c.exp_avg_scale),
+      (float*)at(base, c.exp_avg_sq_scale),
+      key_of(c.seed) + uint32_t(c.position)};
+  for (uint64_t start = first / BLOCK_NUMEL * BLOCK_NUMEL; start < last; start += BLOCK_NUMEL) {
+    uint64_t begin = first > start ? first - start : 0;
+    uint64_t end = last - start < BLOCK_NUMEL ? last - start : BLOCK_NUMEL;
     if (end - begin == BLOCK_NUMEL) {
-      f(block, begin, end);
+      f(region, start, begin, end);
     } else {
-      ragged(block, bytes, begin, end, f);
+      ragged(region, bytes, start, begin, end, f);
     }
-    block.start += BLOCK_NUMEL;
-    for (int i = 0; i < NUM_STREAMS; i++) block.streams[i] += BLOCK_NUMEL * bytes[i];
-    block.exp_avg_scale++;
-    block.exp_avg_sq_scale++;
-    block.draw += BLOCK_NUMEL;
   }
 }
 
@@ -242,21 +239,21 @@ template <class T>
 static void walk(char* base, const Command& c, uint64_t first, uint64_t last, Kernels<T> kernels) {
   Constants<T> constants(c);
   SquareSum sums[2];
-  each_block(base, c, first, last, [&](const Block& block, uint64_t begin, uint64_t end) {
-    kernels.step(block, constants);
+  each_block(base, c, first, last, [&](const Region& region, uint64_t start, uint64_t begin, uint64_t end) {
+    kernels.step(region, start, constants);
     if (c.op == STEP) return;
-    kernels.add_norms(block, constants, begin, end, sums);
-    write_sums(base, c, block.start + end, last, sums, 2);
+    kernels.add_norms(region, start, constants, begin, end, sums);
+    write_sums(base, c, start + end, last, sums, 2);
   });
 }
 
 template <class T, class G>
 static void walk_gradient(char* base, const Command& c, uint64_t first, uint64_t last) {
   SquareSum sum;
-  each_block(base, c, first, last, [&](const Block& block, uint64_t, uint64_t end) {
-    if (c.op == ACCUMULATE) return accumulate<T, G>(block, c.flags & STORE);
-    add_squares<G>(block, sum);
-    write_sums(base, c, block.start + end, last, &sum, 1);
+  each_block(base, c, first, last, [&](const Region& region, uint64_t start, uint64_t, uint64_t end) {
+    if (c.op == ACCUMULATE) return accumulate<T, G>(region, start, c.flags & STORE);
+    add_squares<G>(region, start, sum);
+    write_sums(base, c, start + end, last, &sum, 1);
   });
 }
 
