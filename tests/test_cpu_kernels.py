@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from zerolite_kernels import command as K
-from zerolite_kernels import cpu, reference
+from zerolite_kernels import cpu
+from zerolite_kernels.cpu import reference
 
 NATIVE = cpu.load()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="the native kernels were not built: no C++ compiler at install")
