@@ -1,5 +1,6 @@
 """zerolite: ZeRO memory engineering for people who train large models on few GPUs."""
 
+from zerolite import adapters
 from zerolite.api import full_params, no_sync, shard
 from zerolite.checkpoint import load, save
 from zerolite.config import Offload, Precision
@@ -20,6 +21,7 @@ __all__ = [
     "Usage",
     "WorkerError",
     "ZeroliteError",
+    "adapters",
     "export",
     "full_params",
     "load",

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from zerolite import hooks, meta
+from zerolite.adapters.initial import settle_initial_values
 from zerolite.config import Offload, Precision
 from zerolite.errors import ZeroliteError
 from zerolite.mesh import groups_of
@@ -48,6 +49,7 @@ def shard(
     zero = Zero(model, stage, shard_group, replicate_group, device, precision)
     build(zero, units, offload, meta.materialize, has_values=True)
     settle_buffers(zero)
+    settle_initial_values(model)
     return model
 
 
@@ -115,7 +117,7 @@ def _adapt_methods(model: nn.Module, zero: Zero) -> None:
     model.zero_grad = zero_grad
     if zero.host is not None:
         _wait_when_read(model, zero)
-    if not any(bucket.flat.is_resident for unit in zero.units for bucket in unit.buckets):
+    if not all(bucket.flat.is_resident for unit in zero.units for bucket in unit.buckets):
         if hasattr(model, "generate"):
             generate_alone = model.generate
 

@@ -34,12 +34,14 @@ VERSION = 1
 NO_DIGEST = b"0" * 64  # stands in the manifest for its own hash while that is taken
 
 
-def save(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None, extra=None) -> None:
+def save(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None, extra=None, frozen: bool = True) -> None:
     """Write parameters, persistent buffers, optimizer states and `extra` to `folder`, replacing a checkpoint there.
 
     extra: this rank's own values: nested dicts, lists and tuples of JSON values and tensors (scheduler, RNG, position
-    in the data). Gradients are not saved. Collective; the folder is one that all ranks see.
-    CheckpointError on every rank where one cannot write; then nothing is left and what stood there still stands.
+    in the data). frozen=False leaves frozen parameters out, which are most of a model with an adapter: `load` then
+    keeps those that the model has, so build it on the same base again. Gradients are not saved. Collective; the folder
+    is one that all ranks see. CheckpointError on every rank where one cannot write; then nothing is left and what stood
+    there still stands.
     """
     zero = engine_of(model)
     _check_optimizer(zero, optimizer)
@@ -49,8 +51,9 @@ def save(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None, ex
     token = together(lambda: _prepare(zero, folder))[0]
     written = files.beside(folder, token)
     try:
-        facts = together(lambda: _write_rank(zero, optimizer, extra, written / f"rank-{zero.rank:05d}.safetensors"))
-        together(lambda: _commit(zero, optimizer, facts, written, folder))
+        path = written / f"rank-{zero.rank:05d}.safetensors"
+        facts = together(lambda: _write_rank(zero, optimizer, extra, frozen, path))
+        together(lambda: _commit(zero, optimizer, facts, frozen, written, folder))
     except CheckpointError:
         if zero.rank == 0:
             shutil.rmtree(written, ignore_errors=True)
@@ -76,7 +79,7 @@ def load(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None):
     manifest = read_manifest(folder)
     zero.before_step()
     with _Slices(folder, manifest) as slices:
-        together(lambda: _fill(zero, optimizer, slices))
+        together(lambda: _fill(zero, optimizer, slices, manifest.get("frozen", True)))
         extra = slices.extra(zero.rank)
     for unit in zero.units:
         for bucket in unit.buckets:
@@ -138,13 +141,15 @@ def _prepare(zero: Zero, folder: Path) -> str:
     return token
 
 
-def _flats_of(zero: Zero, optimizer: ShardedOptimizer | None):
+def _flats_of(zero: Zero, optimizer: ShardedOptimizer | None, frozen: bool):
     """(bucket, kind, read, the slots that have it) of parameters and of every state; see `_put_back`.
 
     `read()` gives this rank's 1D range; where the host encodes it, it is decoded then, after waiting for the workers.
     """
     for unit in zero.units:
         for bucket in unit.buckets:
+            if bucket.gradients is None and not frozen:
+                continue
             slots = list(zip(bucket.layout.slots, bucket.flat.parameters, strict=True))
             yield bucket, "parameter", bucket.flat.values, [slot for slot, _ in slots]
             stepped = [slot for slot, parameter in slots if optimizer is not None and parameter in optimizer.state]
@@ -159,11 +164,11 @@ def _put_back(optimizer: ShardedOptimizer | None, bucket, kind: str, values: tor
         optimizer.write_state(bucket, kind, values)
 
 
-def _slices_of(zero: Zero, optimizer: ShardedOptimizer | None):
+def _slices_of(zero: Zero, optimizer: ShardedOptimizer | None, frozen: bool):
     """(key, start, stop, dtype, read) of everything that this rank is the one to save; `read()` gives 1D values."""
     if zero.replicate_group.rank != 0:
         return
-    for bucket, kind, read, slots in _flats_of(zero, optimizer):
+    for bucket, kind, read, slots in _flats_of(zero, optimizer, frozen):
         flat = bucket.flat
         low, high = bucket.layout.piece(zero.shard_group.rank)  # its piece, also where it owns all
         held: list[torch.Tensor] = []  # decoded once for all slots, and dropped with the last
@@ -191,10 +196,10 @@ def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _write_rank(zero: Zero, optimizer: ShardedOptimizer | None, extra, path: Path) -> str:
+def _write_rank(zero: Zero, optimizer: ShardedOptimizer | None, extra, frozen: bool, path: Path) -> str:
     """Stream this rank's file: what is decoded or copied from the device is held a bucket at a time."""
     slices, entries, reads = {}, [], []
-    for key, start, stop, dtype, read in _slices_of(zero, optimizer):
+    for key, start, stop, dtype, read in _slices_of(zero, optimizer, frozen):
         slices[key] = [start, stop]
         entries.append((key, dtype, (stop - start,)))
         reads.append(read)
@@ -209,7 +214,9 @@ def _write_rank(zero: Zero, optimizer: ShardedOptimizer | None, extra, path: Pat
     return f"{path.stat().st_size} {files.sha256_of(path)}"
 
 
-def _commit(zero: Zero, optimizer: ShardedOptimizer | None, facts: list[str], written: Path, folder: Path) -> None:
+def _commit(
+    zero: Zero, optimizer: ShardedOptimizer | None, facts: list[str], frozen: bool, written: Path, folder: Path
+) -> None:
     if zero.rank != 0:
         return
     entries = {}
@@ -221,6 +228,7 @@ def _commit(zero: Zero, optimizer: ShardedOptimizer | None, facts: list[str], wr
         "version": VERSION,
         "stage": zero.stage,
         "world_size": len(facts),
+        "frozen": frozen,
         "files": entries,
         **_shapes_of(zero),
         "optimizer": optimizer.describe() if optimizer is not None else None,
@@ -328,9 +336,9 @@ class _Slices:
 
 
 @torch.no_grad()
-def _fill(zero: Zero, optimizer: ShardedOptimizer | None, slices: _Slices) -> None:
+def _fill(zero: Zero, optimizer: ShardedOptimizer | None, slices: _Slices, frozen: bool) -> None:
     """Read this rank's ranges and buffers; what other ranks' ranges are gathered into is still the old."""
-    for bucket, kind, read, slots in _flats_of(zero, optimizer):
+    for bucket, kind, read, slots in _flats_of(zero, optimizer, frozen):
         values = read()
         for slot in slots:
             first, last = bucket.layout.overlap(slot, bucket.flat.start, bucket.flat.stop)

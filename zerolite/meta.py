@@ -77,7 +77,7 @@ def leave_meta(model: nn.Module, plans: list[UnitPlan], device: torch.device) ->
     """Take the parameters of one unit's module off the meta device without memory or values of their own."""
     for plan in plans:
         for group in plan.groups:
-            for parameter in group.parameters:
+            for parameter in group.parameters if group.is_on_meta else ():
                 nothing = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
                 torch.utils.swap_tensors(parameter, nn.Parameter(nothing, requires_grad=parameter.requires_grad))
 

@@ -55,7 +55,7 @@ def device_bytes(zero: Zero, plan: UnitPlan, dtype_of, offload: Offload | None, 
         for layout in zero.layouts_of(group):
             owned = zero.owned_numel(layout)
             if not (offload is not None and offload.parameters):
-                total += (layout.numel if zero.stage <= 2 else owned) * dtype.itemsize
+                total += (layout.numel if zero.stage <= 2 or group.stays_whole else owned) * dtype.itemsize
             if plan.is_trainable and not is_away:
                 master = master_dtype(dtype)
                 gradients = layout.numel if zero.stage <= 1 else owned

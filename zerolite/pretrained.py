@@ -4,6 +4,7 @@ import json
 import shutil
 import uuid
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.core_model_loading import revert_weight_conversion
 
 from zerolite import files, meta
+from zerolite.adapters.initial import settle_initial_values
 from zerolite.agreement import on_all_ranks
 from zerolite.api import build, check_arguments, engine_of, settle_buffers
 from zerolite.checkpoint import buffers_of
@@ -37,17 +39,21 @@ def load_pretrained(
     offload: Offload | str | None = None,
     precision: Precision | None = None,
     units: UnitRule | None = None,
+    adapt: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
     """Build a sharded model, in eval mode, from a local Hugging Face folder with safetensors. Collective.
 
-    Arguments as of `shard`. No rank builds the whole model: each reads its own ranges, and where full parameters stay
-    (stages 0 to 2) ranks gather the rest from each other. ValueError where the folder has no weights, or others than
-    the configuration asks for.
+    Arguments as of `shard`. adapt: called with the model before it is sharded, its parameters on the meta device, to
+    freeze some or to add adapters: `adapt=zerolite.adapters.add_lora`. No rank builds the whole model: each reads its
+    own ranges, and where full parameters stay (stages 0 to 2) ranks gather the rest from each other. ValueError where
+    the folder has no weights, or others than the configuration asks for.
     """
     offload = check_arguments(stage, offload, precision)
     folder = Path(path)
     with _Weights(folder) as weights:
         model = _empty_model(folder)
+        if adapt is not None:
+            adapt(model)
         device = meta.target_device(model, mesh)
         zero = Zero(model, stage, *groups_of(mesh, device), device, precision)
         build(zero, units, offload, meta.leave_meta, has_values=False)
@@ -56,6 +62,7 @@ def load_pretrained(
             if name in weights.entries:
                 weights.read(name, 0, buffer.numel(), buffer.data.view(-1))
     settle_buffers(zero)
+    settle_initial_values(model)
     return model.eval()
 
 
@@ -131,7 +138,7 @@ def _fill(zero: Zero, weights: _Weights) -> None:
     """Read this rank's ranges, and gather the others' where full parameters stay. Collective."""
     keys = _keys_of(zero, weights)
     for unit in zero.units:
-        for bucket in unit.buckets:
+        for bucket in filter(lambda bucket: bucket.was_on_meta, unit.buckets):
             flat = bucket.flat
             low, high = bucket.layout.piece(zero.shard_group.rank)
             values = flat.values()
@@ -158,7 +165,7 @@ def _keys_of(zero: Zero, weights: _Weights) -> dict[str, str]:
         aliases.setdefault(names[id(parameter)], []).append(alias)
     keys: dict[str, str] = {}
     for unit in zero.units:
-        for bucket in unit.buckets:
+        for bucket in filter(lambda bucket: bucket.was_on_meta, unit.buckets):
             for slot in bucket.layout.slots:
                 names = aliases[slot.name]
                 candidates = [*names, *(f"{prefix}.{name}" for name in names)]
@@ -203,9 +210,16 @@ def export(model: nn.Module, folder) -> None:
     Rank 0 writes; at stage 3 one unit is gathered at a time, and a file (2 GiB) is held in host memory at most.
     `AutoModelForCausalLM.from_pretrained` opens the folder; tied weights stand once, under the name that transformers
     ties from. A model that is not of transformers gives its safetensors alone. Other files in the folder (a tokenizer)
-    stay. ZeroliteError on every rank where rank 0 cannot write; what stood there then still stands.
+    stay. ZeroliteError on every rank where rank 0 cannot write; what stood there then still stands. Adapters are left
+    out: ValueError while one is on and not merged, since the folder would not be the model that runs.
     """
     zero = engine_of(model)
+    adapters = getattr(model, "_zerolite_adapters", None)
+    if adapters is not None and adapters.current is not None:
+        raise ValueError(
+            f"adapter {adapters.current.name!r} is on, and an export holds the base alone: call adapters.merge first, "
+            "or adapters.save for the adapter, or export inside `with zerolite.adapters.disabled(model)`"
+        )
     zero.settle()
     folder = Path(folder).resolve()
     together = partial(on_all_ranks, zero, f"exporting to {folder}", ZeroliteError)
@@ -232,6 +246,7 @@ def _whole(model: nn.Module, unit) -> dict[str, torch.Tensor]:
     return {
         ties.get(slot.name, slot.name): bucket.flat.full[slot.offset : slot.stop].view(slot.shape).to("cpu", copy=True)
         for bucket in unit.buckets
+        if not bucket.stays_whole
         for slot in bucket.layout.slots
     }
 

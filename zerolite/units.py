@@ -7,17 +7,22 @@ from torch import nn
 
 # Buckets of this many elements: 64 MiB in bf16. A transformer block of LLaMA-7B has six, a small one is one.
 BUCKET_NUMEL = 32 * 1024 * 1024
+# Frozen ones have no gradients that could leave early: all of a block's are gathered at once.
+FROZEN_BUCKET_NUMEL = 1 << 40
 
 UnitRule = type[nn.Module] | Iterable[type[nn.Module]] | Callable[[nn.Module], bool]
 
 
 @dataclass
 class ParameterGroup:
-    """Parameters of one unit that share trainability and dtype and follow each other in the order of registration."""
+    """Parameters of one unit that share what is below, in the order of registration."""
 
     names: list[str]
     parameters: list[nn.Parameter]
     position: int  # of its first parameter, in the model's order
+    is_trainable: bool
+    stays_whole: bool  # at stage 3 too: adapters are too small to be worth a gather
+    is_on_meta: bool  # without values when it was planned
 
 
 @dataclass
@@ -69,7 +74,8 @@ def unit_modules(model: nn.Module, rule: UnitRule | None) -> list[nn.Module]:
 def plan_units(model: nn.Module, rule: UnitRule | None, dtype_of: Callable[[nn.Parameter], object]) -> list[UnitPlan]:
     """Assign every parameter to the innermost unit that holds all its owners; one that several units share to the root.
 
-    `dtype_of` gives the dtype that a parameter will have; units are cut so that a bucket has one.
+    `dtype_of` gives the dtype that a parameter will have; units are cut so that a bucket has one. The two plans that a
+    module with trainable and frozen parameters has follow each other.
     """
     chosen = {id(module): module for module in [model, *unit_modules(model, rule)]}
     names = {id(module): name for name, module in model.named_modules()}
@@ -86,8 +92,10 @@ def plan_units(model: nn.Module, rule: UnitRule | None, dtype_of: Callable[[nn.P
 
     visit(model, id(model))
 
+    adapters = getattr(model, "_zerolite_adapters", None)  # adapters.state.Adapters
+    of_adapters = {id(p) for a in adapters.by_name.values() for p in a.parameters.values()} if adapters else set()
     plans: dict[tuple[int, bool], UnitPlan] = {}
-    open_groups: dict[tuple[int, bool, object], ParameterGroup] = {}
+    open_groups: dict[tuple, ParameterGroup] = {}
     last_unit = None
     for position, (name, parameter) in enumerate(model.named_parameters()):
         unit, is_trainable = home[id(parameter)], parameter.requires_grad
@@ -97,9 +105,10 @@ def plan_units(model: nn.Module, rule: UnitRule | None, dtype_of: Callable[[nn.P
             open_groups.clear()
             last_unit = unit
         plan = plans.setdefault((unit, is_trainable), UnitPlan(names[unit] or "(root)", chosen[unit], is_trainable, []))
-        key = (unit, is_trainable, dtype_of(parameter))
+        shared = (is_trainable, id(parameter) in of_adapters, parameter.is_meta)
+        key = (unit, dtype_of(parameter), *shared)
         if key not in open_groups:
-            open_groups[key] = ParameterGroup([], [], position)
+            open_groups[key] = ParameterGroup([], [], position, *shared)
             plan.groups.append(open_groups[key])
         open_groups[key].names.append(name)
         open_groups[key].parameters.append(parameter)

@@ -7,7 +7,7 @@ whether whole gradients stay, whether full parameters stay. Nothing below asks f
     0       all       yes                    yes
     1       a piece   yes                    yes
     2       a piece   no                     yes
-    3       a piece   no                     no
+    3       a piece   no                     no (adapters: yes)
 
 [Note: the order of collectives]
 Every rank must issue the same collectives in the same order, whatever order autograd delivers gradients in. So
@@ -40,7 +40,7 @@ from zerolite.offload.bucket import HostBucket
 from zerolite.offload.host import Host
 from zerolite.offload.pipeline import WayBack
 from zerolite.optim.scaling import LossScale
-from zerolite.units import BUCKET_NUMEL, ParameterGroup, UnitPlan
+from zerolite.units import BUCKET_NUMEL, FROZEN_BUCKET_NUMEL, ParameterGroup, UnitPlan
 
 
 class Bucket:
@@ -49,8 +49,11 @@ class Bucket:
     flat: FlatBucket
     gradients: GradientBucket | None
 
-    def __init__(self, unit: "Unit", flat: FlatBucket, gradients: GradientBucket | None, position: int):
+    def __init__(
+        self, unit: "Unit", flat: FlatBucket, gradients: GradientBucket | None, position: int, group: ParameterGroup
+    ):
         self.unit = unit
+        self.stays_whole, self.was_on_meta = group.stays_whole, group.is_on_meta
         self.flat = flat
         self.gradients = gradients
         self.layout = flat.layout
@@ -139,21 +142,23 @@ class Zero:
     def layouts_of(self, group: ParameterGroup) -> list[BucketLayout]:
         """The buckets of one group of a unit's plan."""
         parameters = zip(group.names, group.parameters, strict=True)
-        return pack([(name, tuple(p.shape)) for name, p in parameters], self.shard_group.size, BUCKET_NUMEL)
+        bucket_numel = BUCKET_NUMEL if group.is_trainable else FROZEN_BUCKET_NUMEL
+        return pack([(name, tuple(p.shape)) for name, p in parameters], self.shard_group.size, bucket_numel)
 
     def owned_numel(self, layout: BucketLayout) -> int:
         return layout.numel if self.stage == 0 else layout.piece_numel
 
     def add_unit(self, plan: UnitPlan, has_values: bool, dtype_of, is_on_host: bool = False) -> Unit:
-        """Make a unit's parameters flat and keep this rank's range; without values they start as zeros. Collective.
+        """Make a unit's parameters flat and keep this rank's range. Collective.
 
+        has_values: what was on the meta device has got values since; else it starts as zeros, for the caller to fill.
         is_on_host: workers step it; where parameters are offloaded too, they lie there.
         """
-        streams = self.host is not None and self.host.offload.parameters
         owns_all, keeps_whole = self.stage == 0, self.stage <= 1 or self.shard_group.size == 1
-        is_resident = (self.stage <= 2 or self.shard_group.size == 1) and not streams
         unit = Unit(plan.name, plan.module, plan.module is self.model)
         for group in plan.groups:
+            streams = self.host is not None and self.host.offload.parameters and not group.stays_whole
+            is_whole = self.stage <= 2 or self.shard_group.size == 1 or group.stays_whole
             dtype = dtype_of(group.parameters[0])
             by_name = dict(zip(group.names, group.parameters, strict=True))
             position = group.position
@@ -167,13 +172,13 @@ class Zero:
                 flat = FlatBucket(
                     layout,
                     parameters,
-                    has_values,
+                    has_values or not group.is_on_meta,
                     dtype=dtype,
                     device=self.device,
                     group=self.shard_group,
                     replicas=self.replicate_group,
                     owns_all=owns_all,
-                    is_resident=is_resident,
+                    is_resident=is_whole and not streams,
                     is_trainable=plan.is_trainable,
                     host=host,
                     streams=streams,
@@ -193,7 +198,7 @@ class Zero:
                         pool=self.pool,
                         host=host,
                     )
-                unit.buckets.append(Bucket(unit, flat, gradients, position))
+                unit.buckets.append(Bucket(unit, flat, gradients, position, group))
                 position += len(parameters)
         unit.index = len(self.units)
         self.units.append(unit)
@@ -221,21 +226,30 @@ class Zero:
             return
         if needs_backward:
             unit.pending_uses += 1
-            if unit.is_root or unit is self.units[-1]:
+            if unit.is_root or unit.module is self.units[-1].module:
                 return  # backward begins with what forward ended with
         self._free(unit)
 
     def _gather(self, unit: Unit, step: int) -> None:
-        """Make the unit whole, with its neighbour's gather under way: the next in forward, the previous in backward.
-
-        The root (index 0) is followed by the first unit in forward and, by Python's index -1, by the last in backward.
-        """
-        neighbour = self.units[unit.index + step] if unit.index + step < len(self.units) else unit
-        communicates = any(bucket.flat.communicates for bucket in neighbour.buckets)
-        self.way_back.take(max(unit.index, neighbour.index) if communicates else unit.index)
+        """Make the unit whole, with its neighbours' gathers under way: the next ones, in backward the previous ones."""
+        neighbours = self._neighbours(unit, step)
+        communicates = any(bucket.flat.communicates for other in neighbours for bucket in other.buckets)
+        self.way_back.take(max([unit.index, *(other.index for other in neighbours)]) if communicates else unit.index)
         self._unshard(unit)
-        self._unshard(neighbour)
+        for other in neighbours:
+            self._unshard(other)
         unit.wait()
+
+    def _neighbours(self, unit: Unit, step: int) -> list[Unit]:
+        """The units (frozen and trainable) of the next module; none behind the last one.
+
+        The root comes first in forward and, by Python's negative indices, is followed by the last in backward.
+        """
+        for index in range(unit.index + step, len(self.units) if step > 0 else unit.index - len(self.units), step):
+            module = self.units[index].module
+            if module is not unit.module:
+                return [other for other in self.units if other.module is module]
+        return []
 
     def _unshard(self, unit: Unit) -> None:
         if unit.unshard():

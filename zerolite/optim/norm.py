@@ -92,3 +92,21 @@ def _squares_on_host(zero, bucket, keys, squares_of) -> torch.Tensor | float:
     held = gradients.on_host()
     runs = list(bucket.layout.runs(*bucket.layout.piece(zero.shard_group.rank), keys))
     return sum(map(add_up, bucket.flat.host.sums(NORM, runs, held)), 0.0)
+
+
+def slot_norms(zero) -> dict[str, float]:
+    """Norms of the trainable parameters' reduced gradients, by name; 0 where there is none. Collective."""
+    names, squares = [], []
+    for bucket in zero.reduction_order:
+        gradients = bucket.gradients
+        held = None
+        if gradients.has_reduced:
+            held = gradients.on_host().values if bucket.flat.is_on_host else gradients.reduced
+        low, high = bucket.layout.piece(zero.shard_group.rank)
+        for slot in bucket.layout.slots:
+            first, last = bucket.layout.overlap(slot, low, high)
+            mine = None if held is None else held[first - gradients.start : last - gradients.start].double()
+            names.append(slot.name)
+            squares.append(0.0 if mine is None else float(mine.square().sum()))
+    totals = zero.gather_facts(torch.tensor(squares, dtype=torch.float64))[0].sum(dim=0)
+    return dict(zip(names, totals.sqrt().tolist(), strict=True))

@@ -1,0 +1,22 @@
+"""Adapters of a frozen model: LoRA and the prompt family, their files, and which one is on."""
+
+from zerolite.adapters.files import load, save
+from zerolite.adapters.guards import check_gradients
+from zerolite.adapters.lora import add_lora
+from zerolite.adapters.merge import merge
+from zerolite.adapters.presets import PRESETS, parameter_groups
+from zerolite.adapters.prompts import add_prompt
+from zerolite.adapters.state import disabled, use
+
+__all__ = [
+    "PRESETS",
+    "add_lora",
+    "add_prompt",
+    "check_gradients",
+    "disabled",
+    "load",
+    "merge",
+    "parameter_groups",
+    "save",
+    "use",
+]

@@ -1,0 +1,173 @@
+"""Adapters as folders that PEFT opens: written whole or not at all, read back and compared, and loaded.
+
+A folder holds adapter_config.json and adapter_model.safetensors. What stands in them is lora_files' and prompt_files'
+business.
+"""
+
+import json
+import shutil
+import uuid
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from zerolite import files
+from zerolite.adapters import lora_files, prompt_files
+from zerolite.adapters.lora import LoraConfig
+from zerolite.adapters.state import Adapter, adapter_of
+from zerolite.adapters.walk import in_turn
+from zerolite.agreement import on_all_ranks
+from zerolite.errors import ZeroliteError
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+FORMATS = {"LORA": lora_files, **dict.fromkeys(prompt_files.KINDS, prompt_files)}
+
+Content = tuple[dict, dict[str, Tensor]]  # a configuration, and tensors by their names in the file
+
+
+def save(model: nn.Module, folder, name: str | None = None) -> None:
+    """Write an adapter, the active one or that of the name, as a folder that PEFT opens too. Collective if sharded.
+
+    Values have the parameters' dtype. Before the folder appears, the file is opened again and compared with memory;
+    what stood there is replaced, other files in it stay. ZeroliteError, on every rank, where it cannot be written,
+    where a value is not finite, or where the file is not what it should be; what stood there then still stands.
+    A model that is not sharded raises what went wrong as it is.
+    """
+    zero = getattr(model, "_zerolite", None)
+    adapter = adapter_of(model, name)
+    folder = Path(folder).resolve()
+    if zero is not None:
+        zero.settle()
+    # On every rank: an encoder's forward is one of the model's, which hooks may answer with collectives.
+    kind = lora_files if isinstance(adapter.config, LoraConfig) else prompt_files
+    content = kind.to_peft(model, adapter)
+    if zero is None:
+        _write(adapter, folder, *content)
+        return
+    work = partial(_write, adapter, folder, *content) if zero.rank == 0 else lambda: None
+    on_all_ranks(zero, f"saving adapter {adapter.name!r} to {folder}", ZeroliteError, work)
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder, name: str = "default") -> nn.Module:
+    """Open a folder of PEFT's, or of `save`, and return the model.
+
+    On a model that is not sharded the adapter is added under that name, as the active one, and the base is frozen.
+    On a sharded one the values go into its adapter of that name, which must be of the same kind and shapes: collective,
+    each rank reads the folder. Values take the dtype of the layers that they are on.
+    ValueError, which on a sharded model is a ZeroliteError of every rank, for a folder that is incomplete or damaged,
+    tensors that are missing, left over or of another shape, and a configuration that asks for what is not supported.
+    """
+    folder = Path(folder)
+    zero = getattr(model, "_zerolite", None)
+    if zero is None:
+        config, tensors = _read(folder)
+        FORMATS[config["peft_type"]].from_peft(model, name, config, tensors)
+        return model
+    adapter = adapter_of(model, name)
+    values: dict[str, Tensor] = {}
+    on_all_ranks(
+        zero,
+        f"loading adapter {name!r} from {folder}",
+        ZeroliteError,
+        lambda: values.update(_values_for(model, adapter, *_read(folder))),
+    )
+    by_id = {id(adapter.parameters[key]): value for key, value in values.items()}
+    for parameters in in_turn(model, [adapter.parameters[key] for key in values], edits=True):
+        for parameter in parameters:
+            parameter.copy_(by_id[id(parameter)])
+    return model
+
+
+def _values_for(model: nn.Module, adapter: Adapter, config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a file holds for an adapter that is there, by the names of its parameters."""
+    is_lora = isinstance(adapter.config, LoraConfig)
+    ours, theirs = "LORA" if is_lora else prompt_files.PEFT_TYPES[adapter.config.kind], config["peft_type"]
+    if ours != theirs:
+        raise ValueError(f"the folder holds an adapter of peft_type {theirs}, the model's {adapter.name!r} is {ours}")
+    if is_lora:
+        return lora_files.values_of(model, adapter, config, tensors)
+    shapes = {name: tuple(parameter.shape) for name, parameter in adapter.parameters.items()}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if len(shapes) > 1 or list(shapes.values()) != list(found.values()):
+        raise ValueError(
+            f"the folder holds {found}, the model's adapter {adapter.name!r} has {shapes}: add one of that size "
+            "without an encoder, whose values PEFT does not keep, or load the folder before zerolite.shard"
+        )
+    return dict(zip(shapes, tensors.values(), strict=True))
+
+
+# Writing #
+
+
+def _write(adapter: Adapter, folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    _check_values(adapter, tensors)
+    if folder.exists() and not (folder.is_dir() and all(path.is_file() for path in folder.iterdir())):
+        raise ValueError(f"{folder} is no folder of files alone, which saving an adapter replaces: name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    files.restore(folder)
+    files.remove_leftovers(folder)
+    written = files.beside(folder, uuid.uuid4().hex[:12])
+    written.mkdir()
+    try:
+        (written / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        entries = [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
+        files.write_safetensors(written / TENSORS, entries, tensors.values(), {"format": "pt"})
+        for other in folder.iterdir() if folder.is_dir() else ():
+            if other.name not in (CONFIG, TENSORS):
+                shutil.copy2(other, written / other.name)
+        for path in written.iterdir():
+            files.sync_file(path)
+        _compare(written, config, tensors)
+        files.commit_folder(written, folder)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+
+def _check_values(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ZeroliteError(f"{key} of adapter {adapter.name!r} holds NaN or Inf: it is not saved")
+    Bs = [tensor for key, tensor in tensors.items() if key.endswith("lora_B.weight")]
+    if Bs and not any(B.any() for B in Bs):
+        # Legal, since every LoRA begins like this, but after a training it means that nothing was learnt.
+        warnings.warn(f"adapter {adapter.name!r} adds nothing to its base: every lora_B is zero", stacklevel=2)
+
+
+def _compare(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Open what was written as a reader does, and see that it is what memory holds."""
+    read_config, read = _read(folder)
+    if read_config != config or read.keys() != tensors.keys():
+        raise ZeroliteError(f"what was written to {folder} reads back with another configuration or other names")
+    for key, tensor in tensors.items():
+        if read[key].dtype != tensor.dtype or not torch.equal(read[key], tensor.cpu()):
+            raise ZeroliteError(f"{key} reads back from {folder} as other values than memory holds: is the disk sound?")
+
+
+# Reading #
+
+
+def _read(folder: Path) -> Content:
+    """What a folder of PEFT's holds; ValueError for one that is incomplete or damaged."""
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            has_pickle = name == TENSORS and (folder / "adapter_model.bin").is_file()
+            what = "only a pickle, adapter_model.bin: save it again with PEFT" if has_pickle else "give a PEFT folder"
+            raise ValueError(f"{folder} holds no {name}: {what}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is no JSON ({error})") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in list(FORMATS):  # whatever JSON holds there, hashable or not
+        raise ValueError(f"{folder / CONFIG} has peft_type {kind!r}: supported are {', '.join(FORMATS)}")
+    try:
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            return config, {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{folder / TENSORS} is truncated or no safetensors file ({error})") from error

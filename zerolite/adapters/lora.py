@@ -1,0 +1,184 @@
+"""LoRA, rsLoRA and DoRA: adding an adapter to the linear layers of a model.
+
+Adapters have the dtype of the layers they are on (PEFT keeps fp32 ones on a 16-bit base). `zerolite.shard` steps 16-bit
+ones on an fp32 master; an optimizer of torch's steps them as they are, and rounds small updates away.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from zerolite.adapters import targets as naming
+from zerolite.adapters.layers import LoraLayer, LowRank, Together, adapted_class
+from zerolite.adapters.state import Adapter, adapters_of, adopt, begin
+from zerolite.adapters.targets import Targets
+from zerolite.adapters.walk import in_turn
+
+# Children of one module that usually read the same tensor.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What a LoRA adapter is, but for its values.
+
+    targets: as a PEFT file tells them: ends of names, or a regular expression.
+    rank_pattern, alpha_pattern: regular expressions for ends of names that have a rank or an alpha of their own.
+    """
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    targets: Targets = naming.DEFAULT
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for r in (self.r, *self.rank_pattern.values()):
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise ValueError(f"the rank r is an integer from 1, got {r!r}")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+                raise ValueError(f"alpha is a finite number, got {alpha!r}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is a probability from 0 to below 1, got {self.dropout!r}")
+
+    def rank_of(self, layer_name: str) -> int:
+        return _first_match(self.rank_pattern, layer_name, self.r)
+
+    def scale_of(self, layer_name: str) -> float:
+        """alpha / r; with rsLoRA alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."""
+        r, alpha = self.rank_of(layer_name), _first_match(self.alpha_pattern, layer_name, self.alpha)
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+def _first_match(pattern: Mapping, layer_name: str, default):
+    """The value of the first key that matches the name's end, as in PEFT."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", layer_name)), default)
+
+
+def add_lora(
+    model: nn.Module,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.05,
+    targets: str | Iterable[str] = naming.DEFAULT,
+    *,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    name: str = "default",
+) -> nn.Module:
+    """Add a LoRA adapter to a model, in place, and return it; the base is frozen and only this adapter trains.
+
+    W x becomes W x + scale B A dropout(x) with A (r, K), B (N, r) and scale = alpha / r (Hu et al. 2021, arXiv
+    2106.09685). B starts as zeros, so the model computes what it did before.
+    targets: the attention's Q, K and V projections, or a fused one where they are not apart; or names of layers, or
+        their ends; a string is a regular expression over whole names, or "all-linear": all but the output head.
+    use_rslora: scale = alpha / sqrt(r). use_dora: the magnitude and the direction of W train apart (Liu et al. 2024,
+        arXiv 2402.09353), the magnitude as a parameter (N,).
+    name: of the adapter. A model can have several; `use` chooses one, `disabled` switches them off.
+
+    Call it before `zerolite.shard`. Values are drawn from torch's default generator on each rank, and `shard` takes
+    rank 0's. On a base without values (meta device) adapters are made on the CPU; see `settle_initial_values`.
+    With reentrant activation checkpointing call `model.enable_input_require_grads()`: it gives no gradients where no
+    input needs one. ValueError where nothing matches, the name is taken or the model is sharded.
+    """
+    targets, layers = naming.find(model, targets)
+    attach(model, name, LoraConfig(r, alpha, dropout, targets, use_rslora, use_dora), layers)
+    return model
+
+
+def attach(model: nn.Module, name: str, config: LoraConfig, layers: Mapping[str, nn.Module]) -> Adapter:
+    """Put a new adapter on these layers, given by their names in the model."""
+    for layer_name, layer in layers.items():
+        _check(layer_name, layer)
+    if hasattr(nn.ModuleDict, name):
+        raise ValueError(f"an adapter cannot be called {name!r}: torch.nn.ModuleDict has a method of that name")
+    adapter = begin(model, name, config)
+    for layer_name, layer in layers.items():
+        if not isinstance(layer, LoraLayer):
+            layer.__class__ = adapted_class(type(layer))
+            layer.adapters = adapters_of(model)
+            layer.lora = nn.ModuleDict()
+        r, scale = config.rank_of(layer_name), config.scale_of(layer_name)
+        layer.lora[name] = LowRank(layer, r, scale, float(config.dropout), config.use_dora)
+    adopt(model, adapter)
+    if not config.use_dora:
+        _put_together(model, name, layers)
+    return adapter
+
+
+def _check(layer_name: str, layer: nn.Module) -> None:
+    """ValueError for a layer on which the adapter would be wrong, or would be passed over in silence."""
+    kind = type(layer).__name__
+    if "forward" in vars(layer):
+        raise ValueError(
+            f"{layer_name} has a forward of its own on the instance, which would pass the adapter over "
+            "(accelerate's dispatch does that): add the adapter before"
+        )
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise ValueError(f"{layer_name} is part of torch.nn.MultiheadAttention, which reads its weight directly")
+    if not layer.weight.is_floating_point() or layer.weight.ndim != 2:
+        raise ValueError(
+            f"{layer_name} ({kind}) has no plain weight matrix but {layer.weight.dtype}: load the base unquantised"
+        )
+
+
+def _put_together(model: nn.Module, name: str, layers: Mapping[str, nn.Module]) -> None:
+    """Find the layers that read one input, so that it is read once for them."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return  # cross-attention reads two
+    parents: dict[str, dict[str, nn.Module]] = defaultdict(dict)
+    for layer_name, layer in layers.items():
+        parent, _, end = layer_name.rpartition(".")
+        parents[parent][end] = layer
+    for parent, children in parents.items():
+        module = model.get_submodule(parent)
+        if hasattr(module, "gradient_checkpointing"):
+            continue  # it is recomputed by its forward alone, without the hooks
+        for names in SIBLINGS:
+            alike: dict[tuple, list[nn.Module]] = defaultdict(list)
+            for layer in (children[end] for end in names if end in children):
+                low_rank = layer.lora[name]
+                alike[(*low_rank.lora_A.shape, low_rank.scale)].append(layer)
+            for group in alike.values():
+                if len(group) > 1:
+                    Together(module, group, name)
+
+
+def layers_of(model: nn.Module, name: str) -> dict[str, LoraLayer]:
+    """The layers that an adapter is on, by their names in the model."""
+    return {key: m for key, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.lora}
+
+
+@torch.no_grad()
+def settle_initial_values(model: nn.Module) -> None:
+    """Give DoRA's magnitudes that were made before the base had values theirs: the norms of W's rows. Collective.
+
+    To be called once the base is loaded, before the first forward; until then they are NaN. On a sharded model one
+    unit is gathered at a time. Nothing happens where nothing is missing.
+    """
+    waiting = {
+        low_rank: layer
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+        for low_rank in layer.lora.values()
+        if low_rank.is_magnitude_missing
+    }
+    norms: dict[nn.Parameter, torch.Tensor] = {}  # by magnitude
+    for whole in in_turn(model, [layer.weight for layer in waiting.values()], edits=False):
+        here = {id(weight) for weight in whole}
+        for low_rank, layer in waiting.items():
+            if id(layer.weight) in here:
+                norms[low_rank.magnitude] = low_rank.row_norms(layer)
+                low_rank.is_magnitude_missing = False
+    for magnitudes in in_turn(model, norms, edits=True):
+        for magnitude in magnitudes:
+            magnitude.copy_(norms[magnitude])

@@ -1,0 +1,99 @@
+"""Making a LoRA adapter part of the base's weights, and telling what the rounding changed."""
+
+import contextlib
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+from zerolite.adapters.lora import LoraConfig, layers_of
+from zerolite.adapters.state import Adapters, adapter_of, adapters_of
+from zerolite.adapters.walk import in_turn
+from zerolite.errors import ZeroliteError
+
+ROWS, LENGTH = 2, 16  # of the default batch
+
+
+def merge(model: nn.Module, name: str | None = None, batch: dict[str, Tensor] | None = None) -> float:
+    """Add a LoRA adapter, the active one or that of the name, into the base's weights. Collective if sharded.
+
+    W becomes W + scale B A, computed in fp32 (fp64 for fp64) and rounded once to W's dtype; DoRA's with its magnitude.
+    Forwards leave the adapter out from then on, and `zerolite.export` writes the merged model.
+    At stage 3 one unit is gathered at a time.
+    batch: what the model is called with; None: some token ids, the same on every rank.
+    Returns the largest absolute difference of logits between the adapted and the merged model on it, over all ranks.
+    ValueError for an adapter that is no LoRA or merged already, and for a weight that is tied to another module's.
+    ZeroliteError where the adapter holds values that are not finite; nothing is merged then.
+    """
+    adapter, adapters = adapter_of(model, name), adapters_of(model)
+    if not isinstance(adapter.config, LoraConfig):
+        raise ValueError(f"adapter {adapter.name!r} is a prompt, which has no place in weights: only LoRA is merged")
+    if adapter.is_merged:
+        raise ValueError(f"adapter {adapter.name!r} is merged already")
+    zero = getattr(model, "_zerolite", None)
+    if zero is not None:
+        zero.settle()
+    layers = layers_of(model, adapter.name)
+    _refuse_tied(model, layers)
+    if not all(parameter.isfinite().all() for parameter in adapter.parameters.values()):
+        raise ZeroliteError(f"adapter {adapter.name!r} holds NaN or Inf: it is not merged")
+    batch = _default_batch(model) if batch is None else batch
+    with _evaluating(model), _only(adapters, adapter.name):
+        adapted = _logits(model, batch)
+        by_weight = {id(layer.weight): layer for layer in layers.values()}
+        for weights in in_turn(model, [layer.weight for layer in layers.values()], edits=True):
+            for weight in weights:
+                layer = by_weight[id(weight)]
+                layer.lora[adapter.name].merge_into(layer)
+        adapter.is_merged = True
+        difference = (_logits(model, batch) - adapted).abs().max().double()
+    return difference.item() if zero is None else zero.gather_facts(difference.view(1)).max().item()
+
+
+def _refuse_tied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for layer_name, layer in layers.items():
+        if owners[id(layer.weight)] > 1:
+            raise ValueError(
+                f"{layer_name}.weight is tied to another module's, which would change with it: keep the adapter apart, "
+                "or untie the weights before it is added"
+            )
+
+
+def _default_batch(model: nn.Module) -> dict[str, Tensor]:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ValueError(f"merge compares logits: give batch=, what this {type(model).__name__} is called with")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator).to(next(model.parameters()).device)
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    output = model(**batch)
+    logits = output if isinstance(output, Tensor) else output.logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@contextlib.contextmanager
+def _only(adapters: Adapters, name: str):
+    """That adapter is on, whatever is active or disabled outside."""
+    before = adapters.active, adapters.num_disabled
+    adapters.active, adapters.num_disabled = name, 0
+    try:
+        yield
+    finally:
+        adapters.active, adapters.num_disabled = before
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module):
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

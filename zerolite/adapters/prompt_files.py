@@ -1,0 +1,117 @@
+"""Virtual tokens as PEFT writes them: a configuration and one tensor, the virtual tokens as they enter the model.
+
+An encoder is left out, since its output is all that a forward needs. So a file with an encoder is opened here as the
+same kind without one: it gives the same logits, and training goes on with the virtual tokens themselves. To resume the
+training of an encoder, use zerolite.save.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from zerolite.adapters.prompts import attach, shape_of_supported
+from zerolite.adapters.state import Adapter
+from zerolite.adapters.virtual_tokens import PromptConfig, Shape
+
+TENSOR = "prompt_embeddings"
+
+PEFT_TYPES = {
+    "prompt": "PROMPT_TUNING",
+    "p-tuning": "P_TUNING",
+    "prefix": "PREFIX_TUNING",
+    "p-tuning-v2": "PREFIX_TUNING",
+}
+KINDS = {"PROMPT_TUNING": "prompt", "P_TUNING": "p-tuning", "PREFIX_TUNING": "prefix"}
+
+# What changes no forward of a loaded adapter: where it comes from, how it began, what an encoder looked like.
+WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "encoder_dropout", "encoder_hidden_size", "encoder_num_layers",
+    "encoder_reparameterization_type", "inference_mode", "init_weights", "peft_type", "peft_version",
+    "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "revision", "tokenizer_kwargs",
+    "tokenizer_name_or_path",
+}  # fmt: skip
+
+
+def to_peft(model: nn.Module, adapter: Adapter) -> tuple[dict, dict[str, Tensor]]:
+    """PEFT's adapter_config.json and tensors of a prompt, the tensors on the CPU in the parameters' dtype.
+
+    The prompt's parameters must be whole on the rank that calls it.
+    """
+    virtual_tokens = model.prompts[adapter.name]
+    with torch.no_grad():
+        tensor = virtual_tokens().detach().cpu().contiguous().clone()
+    config, shape = adapter.config, virtual_tokens.shape
+    entries = {
+        "peft_type": PEFT_TYPES[config.kind],
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "revision": None,
+        "auto_mapping": None,
+        "modules_to_save": None,
+        "inference_mode": True,
+        "num_virtual_tokens": config.tokens,
+        **_sizes(model, config.is_deep, shape),
+    }
+    if config.is_deep:
+        entries |= {
+            "prefix_projection": config.encoder is not None,
+            "encoder_hidden_size": config.encoder_hidden or entries["token_dim"],
+            "init_weights": "zero" if config.init == "zeros" else None,
+        }
+    elif config.kind == "p-tuning":
+        entries |= {
+            "encoder_reparameterization_type": (config.encoder or "mlp").upper(),
+            "encoder_hidden_size": config.encoder_hidden or shape.hidden,
+            "encoder_num_layers": 2,
+            "encoder_dropout": 0.0,
+        }
+    else:
+        # A file has its values: PEFT asks for a text and its tokenizer where it is told that a prompt began with one.
+        entries |= {
+            "prompt_tuning_init": "RANDOM",
+            "prompt_tuning_init_text": None,
+            "tokenizer_name_or_path": None,
+            "tokenizer_kwargs": None,
+        }
+    return entries, {TENSOR: tensor}
+
+
+def from_peft(model: nn.Module, name: str, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Add a prompt from PEFT's configuration and tensors to a model that is not sharded yet, as its active adapter.
+
+    ValueError names the key of the configuration that does not fit the model or is not supported, and its value.
+    """
+    kind = KINDS[config["peft_type"]]
+    prompt = PromptConfig(kind, config["num_virtual_tokens"], init="random")
+    shape = shape_of_supported(model)
+    _check(config, _sizes(model, prompt.is_deep, shape))
+    width = shape.layers * 2 * shape.heads * shape.head_dim if prompt.is_deep else shape.hidden
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    expected = {TENSOR: (prompt.tokens, width)}
+    if found != expected:
+        raise ValueError(f"a file of peft_type {config['peft_type']} holds {expected} for this model, got {found}")
+    virtual_tokens = attach(model, prompt, name)
+    with torch.no_grad():
+        virtual_tokens.embedding.copy_(tensors[TENSOR])
+
+
+def _sizes(model: nn.Module, is_deep: bool, shape: Shape) -> dict[str, int]:
+    """What PEFT writes of the model: for a prefix its key and value heads, with `token_dim` all of them together."""
+    heads = shape.heads if is_deep else model.config.get_text_config(decoder=True).num_attention_heads
+    return {
+        "num_transformer_submodules": 1,
+        "num_layers": shape.layers,
+        "num_attention_heads": heads,
+        "token_dim": shape.heads * shape.head_dim if is_deep else shape.hidden,
+    }
+
+
+def _check(config: dict, sizes: dict[str, int]) -> None:
+    for key, value in config.items():
+        if key in WITHOUT_EFFECT or key == "num_virtual_tokens" or value is None:
+            continue
+        supported = sizes.get(key, "CAUSAL_LM" if key == "task_type" else None)
+        if value != supported:
+            raise ValueError(
+                f"adapter_config.json has {key}={value!r}: for this model and peft_type {config['peft_type']} only "
+                f"{supported!r} is supported"
+            )

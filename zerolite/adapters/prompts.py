@@ -1,0 +1,253 @@
+"""Prompt tuning, prefix tuning and both P-tunings: virtual tokens are added to a model and enter its forwards."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from zerolite.adapters.prefix import attentions_of, cache_keyword, give_prefix, install_prefix
+from zerolite.adapters.state import Adapters, adapters_of, adopt, begin, disabled
+from zerolite.adapters.virtual_tokens import DEEP_KINDS, KINDS, PromptConfig, Shape, VirtualTokens, shape_of
+
+IGNORED = -100  # the label that transformers' losses leave out
+
+
+def add_prompt(
+    model: nn.Module,
+    kind: str = "prompt",
+    tokens: int = 20,
+    *,
+    init: str | None = None,
+    text_ids: Sequence[int] | None = None,
+    encoder: str | None = None,
+    encoder_hidden: int | None = None,
+    name: str = "default",
+) -> nn.Module:
+    """Add `tokens` trainable virtual tokens to a decoder of transformers, in place; everything else is frozen.
+
+    kind: "prompt" puts embeddings in front of the input (Lester et al. 2021); "p-tuning" passes them through an encoder
+        first (Liu et al. 2021, GPT Understands, Too); "prefix" puts keys and values in front of every layer's (Li and
+        Liang 2021), and so does "p-tuning-v2", which has no encoder (Liu et al. 2022).
+    init: "vocabulary", embeddings of tokens drawn at random, or "text", those of `text_ids`, repeated or cut to length;
+        for prefixes the keys and values that the model computes for these tokens; "zeros" for prefixes; "random", a
+        normal distribution as PEFT has it. None: "text" where there are `text_ids`, else what trains well for the kind:
+        "vocabulary" without an encoder, "zeros" for a prefix with one, "random" for p-tuning. Values that pass through
+        an encoder start from "random" or, for a prefix, from "zeros".
+    text_ids: token ids of a text, such as the instruction of the task.
+    encoder: "mlp" or "lstm" for p-tuning (default "mlp"), "mlp" or None for a prefix.
+    encoder_hidden: its hidden size; None: its input's.
+
+    The model is called as before. With "prompt" and "p-tuning" its logits begin with those of the virtual tokens, as
+    PEFT's do: labels are extended here, and `logits_to_keep` counts from the end. Position ids that the caller gives
+    are not used then, but counted from 0 over virtual and real tokens.
+    Parameters are fp32, or fp64 where the model is. On a model whose parameters lie on the meta device, values that
+    the model gives are postponed: see `settle_initial_values`.
+    """
+    config = _resolved(kind, tokens, init, text_ids, encoder, encoder_hidden, shape_of_supported(model))
+    source_ids = _source_ids(model, config, text_ids) if config.init in ("vocabulary", "text") else None
+    virtual_tokens = attach(model, config, name)
+    if source_ids is not None:
+        virtual_tokens.source_ids = source_ids.to(virtual_tokens.embedding.device)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            settle_initial_values(model)
+    return model
+
+
+def shape_of_supported(model: nn.Module) -> Shape:
+    """The shape of a model that can have virtual tokens; TypeError or ValueError for another."""
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise TypeError(f"virtual tokens are added to a model of transformers, got {type(model).__name__}")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"virtual tokens are added to decoders, {type(model).__name__} is an encoder-decoder")
+    return shape_of(model)
+
+
+def _resolved(kind, tokens, init, text_ids, encoder, encoder_hidden, shape) -> PromptConfig:
+    if kind not in KINDS:
+        raise ValueError(f"kind= is one of {', '.join(KINDS)}, got {kind!r}")
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens= is how many virtual tokens there are, at least 1, got {tokens!r}")
+    encoders = {"prompt": (None,), "p-tuning": ("mlp", "lstm"), "prefix": (None, "mlp"), "p-tuning-v2": (None,)}[kind]
+    encoder = "mlp" if kind == "p-tuning" and encoder is None else encoder
+    if encoder not in encoders:
+        raise ValueError(f"encoder= of kind {kind!r} is one of {encoders}, got {encoder!r}")
+    if encoder_hidden is not None and (encoder is None or encoder_hidden < 1):
+        raise ValueError(
+            f"encoder_hidden={encoder_hidden!r} is the positive size of an encoder, got encoder={encoder!r}"
+        )
+    is_deep = kind in DEEP_KINDS
+    if encoder is None:
+        default, inits = "vocabulary", ("vocabulary", "text", "random", *(("zeros",) if is_deep else ()))
+    else:
+        default, inits = ("zeros", ("zeros", "random")) if is_deep else ("random", ("random",))
+    init = init or ("text" if text_ids is not None else default)
+    if init not in inits:
+        raise ValueError(f"init= of kind {kind!r} with encoder={encoder!r} is one of {inits}, got {init!r}")
+    if (init == "text") != (text_ids is not None) or (text_ids is not None and len(text_ids) == 0):
+        raise ValueError(f"init='text' starts from text_ids=, at least one token id, got init={init!r}, {text_ids=}")
+    if encoder is not None and encoder_hidden is None:
+        encoder_hidden = shape.heads * shape.head_dim if is_deep else shape.hidden
+    return PromptConfig(kind, tokens, init, encoder, encoder_hidden)
+
+
+def attach(model: nn.Module, config: PromptConfig, name: str) -> VirtualTokens:
+    """Give a model new virtual tokens, as its active adapter, with values that the model has no part in."""
+    shape = shape_of_supported(model)
+    base = model.base_model
+    attentions = attentions_of(base, shape.layers) if config.is_deep else []
+    adapter = begin(model, name, config)
+    if not hasattr(model, "prompts"):
+        model.prompts = Prompts(adapters_of(model))
+        model.register_forward_pre_hook(model.prompts.before_model, with_kwargs=True)
+        base.register_forward_pre_hook(model.prompts.before_decoder, with_kwargs=True)
+    if config.is_deep and not any(other.config.is_deep for other in model.prompts.values()):
+        install_prefix(base, attentions)
+    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    device = torch.device("cpu") if like.is_meta else like.device
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    model.prompts[name] = VirtualTokens(config, shape, dtype, device)
+    adopt(model, adapter)
+    return model.prompts[name]
+
+
+# Forward #
+
+
+class Prompts(nn.ModuleDict):
+    """The virtual tokens of a model, by adapter; those of the active adapter enter its forwards.
+
+    Hooks, bound to this module, so that a deep copy of the model has its own. What needs a gradient enters inside of
+    the model's forward, at the decoder: hooks of the whole model, such as a loss scaler's, see inputs and outputs only.
+    """
+
+    def __init__(self, adapters: Adapters):
+        super().__init__()
+        self.adapters = adapters
+
+    def current(self) -> VirtualTokens | None:
+        adapter = self.adapters.current
+        return self[adapter.name] if adapter is not None and isinstance(adapter.config, PromptConfig) else None
+
+    def before_model(self, model: nn.Module, args, kwargs):
+        """Virtual tokens that have logits have labels, which no loss counts."""
+        current = self.current()
+        if current is None or current.config.is_deep:
+            return None
+        inputs = _by_name(model, args, kwargs)
+        count = current.config.tokens
+        if inputs.get("labels") is not None:
+            inputs["labels"] = nn.functional.pad(inputs["labels"], (count, 0), value=IGNORED)
+        if isinstance(inputs.get("logits_to_keep"), Tensor):
+            inputs["logits_to_keep"] = inputs["logits_to_keep"] + count  # positions of real tokens
+        return (), inputs
+
+    def before_decoder(self, base: nn.Module, args, kwargs):
+        """The decoder's input begins with the virtual tokens, unless its cache holds them already."""
+        current = self.current()
+        if current is None:
+            return None
+        inputs = _by_name(base, args, kwargs)
+        count = current.config.tokens
+        cache = inputs.get(cache_keyword(type(base).forward))
+        _refuse_unsupported(inputs, cache, current.config)
+        if inputs.get("attention_mask") is not None:
+            inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (count, 0), value=1)
+        is_first = cache is None or cache.get_seq_length() == 0
+        if current.config.is_deep:
+            if inputs.get("position_ids") is not None:
+                inputs["position_ids"] = inputs["position_ids"] + count
+            if is_first:
+                give_prefix(base, inputs, current.keys_values())
+            return (), inputs
+        inputs["position_ids"] = None  # the decoder counts from what its cache holds
+        if is_first:
+            embeds = inputs.get("inputs_embeds")
+            if embeds is None:
+                embeds = base.get_input_embeddings()(inputs["input_ids"])
+            prompt = current().to(embeds.dtype).expand(embeds.shape[0], -1, -1)
+            inputs["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
+            inputs["input_ids"] = None
+        return (), inputs
+
+
+def _refuse_unsupported(inputs: dict, cache, config: PromptConfig) -> None:
+    mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+    if (
+        mask is not None
+        and not (isinstance(mask, Tensor) and mask.dim() == 2)
+        or getattr(cache, "is_compileable", False)
+    ):
+        raise ValueError(
+            "virtual tokens come in front of rows with a 2-D attention_mask (batch, length) and a cache that grows: "
+            "static caches (cache_implementation='static') and ready-made 4-D masks have no room for them"
+        )
+    is_alone = position_ids is not None and mask is None and cache is None
+    if is_alone and (position_ids[..., 1:] <= position_ids[..., :-1]).any():
+        raise ValueError(
+            "these position_ids start anew within a row, which packs several sequences: virtual tokens come in front "
+            "of the first only; pad the rows and pass attention_mask"
+        )
+    if inputs.get("token_type_ids") is not None and not config.is_deep:
+        raise ValueError(f"virtual tokens of kind {config.kind!r} have no token_type_ids: leave them out")
+
+
+def _by_name(module: nn.Module, args, kwargs) -> dict:
+    """All arguments of a module's forward as keywords, to be changed by a pre-hook."""
+    return {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
+
+
+@functools.cache
+def _parameter_names(forward) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]
+
+
+# Initial values #
+
+
+def _source_ids(model: nn.Module, config: PromptConfig, text_ids: Sequence[int] | None) -> Tensor:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if text_ids is None:
+        return torch.randint(vocabulary, (config.tokens,))
+    ids = torch.as_tensor(text_ids, dtype=torch.long, device="cpu").flatten()
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise ValueError(f"text_ids= are ids below {vocabulary}, got {ids.min().item()} to {ids.max().item()}")
+    return ids.repeat(-(-config.tokens // len(ids)))[: config.tokens]
+
+
+@torch.no_grad()
+def settle_initial_values(model: nn.Module) -> None:
+    """Give virtual tokens the initial values that the base model had none of, being on meta, when they were added.
+
+    Call it when the weights, and the model's buffers, are there, and before anything is trained. Collective on a
+    sharded model: every rank runs the same forwards, and writes the same values into its whole prompts.
+    """
+    for virtual_tokens in getattr(model, "prompts", {}).values():
+        if virtual_tokens.source_ids is not None:
+            ids = virtual_tokens.source_ids
+            values = _keys_values_of(model, ids) if virtual_tokens.config.is_deep else model.get_input_embeddings()(ids)
+            virtual_tokens.embedding.copy_(values)
+            virtual_tokens.source_ids = None
+
+
+def _keys_values_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """What the base model caches for these tokens, laid out as a prefix: (tokens, layers * 2 * heads * head_dim)."""
+    cache = DynamicCache()
+    with disabled(model), _evaluating(model):
+        model(input_ids=ids[None], use_cache=True, **{cache_keyword(type(model).forward): cache})
+    keys_values = torch.stack([part[0] for layer in cache.layers for part in (layer.keys, layer.values)])
+    return keys_values.permute(2, 0, 1, 3).flatten(1)  # from (2 * layers, heads, tokens, head_dim)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module):
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True

@@ -1,0 +1,101 @@
+"""Which linear layers of a model are meant: by names, by a regular expression, all of them, or the fused projection."""
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from zerolite.adapters.state import Adapters
+
+ALL_LINEAR = "all-linear"
+DEFAULT = ("q_proj", "k_proj", "v_proj")
+# What stands for the default, the first that there is, in a model that has none of the three: GPT-2 and Qwen 1;
+# GPT-NeoX, BLOOM, ChatGLM, Falcon; Baichuan; Phi-3; MPT, DBRX, ModernBERT; InternLM 2; vision models; BERT; T5.
+INSTEAD = (
+    ("c_attn",), ("query_key_value",), ("W_pack",), ("qkv_proj",), ("Wqkv",), ("wqkv",), ("qkv",),
+    ("query", "key", "value"), ("q", "k", "v"),
+)  # fmt: skip
+
+Targets = str | tuple[str, ...] | list[str]
+
+
+def find(model: nn.Module, targets: str | Iterable[str]) -> tuple[Targets, dict[str, nn.Module]]:
+    """(targets as a PEFT file tells them, layers by their names) of what a user asked for.
+
+    targets: names, each of a whole module name or of its end after a dot; one string is a regular expression that
+    matches whole names, or "all-linear": every linear layer but the output head. The default, where a model has none
+    of its three, means the fused projection. ValueError where a name matches nothing, or something that is no layer
+    for LoRA.
+    """
+    modules = modules_of(model)
+    if isinstance(targets, str):
+        if targets.lower() == ALL_LINEAR:
+            found = _all_linear(model, modules)
+            return shortest(modules, found), found
+    else:
+        targets = tuple(targets)
+        if not targets or not all(isinstance(target, str) and target for target in targets):
+            raise ValueError(f"targets= takes names of layers, a regular expression or {ALL_LINEAR!r}, got {targets!r}")
+        if set(targets) == set(DEFAULT):
+            targets = next((names for names in (DEFAULT, *INSTEAD) if any(matches(m, names) for m in modules)), targets)
+        elif unmatched := [target for target in targets if not any(matches(name, (target,)) for name in modules)]:
+            check(model, {}, f"targets {', '.join(unmatched)}")
+    found = {name: module for name, module in modules.items() if matches(name, targets)}
+    check(model, found, f"targets={targets!r}")
+    return targets, found
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of the base model by its name; what belongs to adapters is left out."""
+    adapters = getattr(model, "_zerolite_adapters", None) or Adapters()
+    theirs = {id(p) for adapter in adapters.by_name.values() for p in adapter.parameters.values()}
+
+    def is_of_base(module: nn.Module) -> bool:
+        parameters = list(module.parameters())
+        return not parameters or any(id(parameter) not in theirs for parameter in parameters)
+
+    return {name: module for name, module in model.named_modules() if name and (not theirs or is_of_base(module))}
+
+
+def matches(name: str, targets: Targets) -> bool:
+    """Whether a module's whole name is meant, by the rule of PEFT."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def shortest(modules: dict[str, nn.Module], found: Iterable[str]) -> tuple[str, ...]:
+    """The last parts of the found names, where they mean just these modules; else the whole names."""
+    found = set(found)
+    ends = tuple(sorted({name.rpartition(".")[2] for name in found}))
+    return ends if {name for name in modules if matches(name, ends)} == found else tuple(sorted(found))
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = {name: module for name, module in modules.items() if is_linear(module) and module is not head}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no linear layers but its output head: nothing to adapt")
+    return found
+
+
+def check(model: nn.Module, found: dict[str, nn.Module], what: str) -> None:
+    """ValueError where `what` was asked for and nothing was found, or something that is no linear layer."""
+    if not found:
+        raise ValueError(f"{what} match no module: {_what_there_is(model)}")
+    for name, module in found.items():
+        if not is_linear(module):
+            raise ValueError(
+                f"{what} match {name}, which is of class {type(module).__name__}; LoRA goes on torch.nn.Linear and "
+                f"transformers' Conv1D: {_what_there_is(model)}"
+            )
+
+
+def _what_there_is(model: nn.Module) -> str:
+    ends = dict.fromkeys(name.rpartition(".")[2] for name, module in modules_of(model).items() if is_linear(module))
+    return f"the linear layers of {type(model).__name__} are {', '.join(ends) or 'none'}"

@@ -1,0 +1,110 @@
+"""The parameters of one prompt: an embedding of virtual tokens and the encoder that it may pass through."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+DEEP_KINDS = ("prefix", "p-tuning-v2")
+KINDS = ("prompt", "p-tuning", *DEEP_KINDS)
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """What `add_prompt` was asked for, its defaults resolved."""
+
+    kind: str  # one of KINDS
+    tokens: int
+    init: str  # "random", "vocabulary", "text" or "zeros"
+    encoder: str | None = None  # "mlp" or "lstm"
+    encoder_hidden: int | None = None
+
+    @property
+    def is_deep(self) -> bool:
+        """The virtual tokens are keys and values of every layer, not embeddings in front of the first."""
+        return self.kind in DEEP_KINDS
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that its virtual tokens follow."""
+
+    hidden: int
+    layers: int
+    heads: int  # that have keys and values of their own
+    head_dim: int
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """From the configuration, so that it is known for parameters that lie on meta or are sharded."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(config.hidden_size, config.num_hidden_layers, heads, head_dim)
+
+
+class VirtualTokens(nn.Module):
+    """The virtual tokens of one adapter: `forward()` is what enters the model and what a file holds, (tokens, width).
+
+    Width is the model's hidden size or, for deep kinds, layers * 2 * heads * head_dim: layer by layer, keys and then
+    values. Encoders have the modules of PEFT's, so that equal values give equal outputs.
+    """
+
+    embedding: nn.Parameter  # (tokens, width), or what the encoder takes
+    source_ids: Tensor | None  # (tokens,) ids whose values the embedding waits for, see `settle_initial_values`
+
+    def __init__(self, config: PromptConfig, shape: Shape, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.config, self.shape = config, shape
+        width = shape.layers * 2 * shape.heads * shape.head_dim if config.is_deep else shape.hidden
+        width_in = width
+        self.encoder = nn.Identity()
+        if config.encoder is not None:
+            width_in = shape.heads * shape.head_dim if config.is_deep else shape.hidden
+            build = _deep_mlp if config.is_deep else _LSTM if config.encoder == "lstm" else _mlp
+            self.encoder = build(width_in, config.encoder_hidden, width)
+        self.embedding = nn.Parameter(torch.randn(config.tokens, width_in))
+        if config.init == "zeros":
+            nn.init.zeros_(self.embedding if config.encoder is None else self.encoder[-1].weight)
+            if config.encoder is not None:
+                nn.init.zeros_(self.encoder[-1].bias)
+        self.register_buffer("source_ids", None, persistent=False)
+        self.to(device=device, dtype=dtype)
+
+    def forward(self) -> Tensor:
+        if self.source_ids is not None:
+            raise ValueError(
+                "this prompt starts from values of the base model, which had none when it was added: call "
+                "zerolite.adapters.initial.settle_initial_values(model) once the weights are there"
+            )
+        return self.encoder(self.embedding)
+
+    def keys_values(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, (1, heads, tokens, head_dim) each."""
+        shape = self.shape
+        values = self().view(1, -1, 2 * shape.layers, shape.heads, shape.head_dim)
+        keys_and_values = values.permute(2, 0, 3, 1, 4).unbind()
+        return list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
+
+
+def _mlp(width_in: int, hidden: int, width: int) -> nn.Module:
+    """P-tuning (Liu et al. 2021, GPT Understands, Too, section 3.2)."""
+    layers = nn.Linear(width_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, width)
+    return nn.Sequential(*layers)
+
+
+def _deep_mlp(width_in: int, hidden: int, width: int) -> nn.Module:
+    """The reparametrisation of a prefix (Li and Liang 2021, section 4.3)."""
+    return nn.Sequential(nn.Linear(width_in, hidden), nn.Tanh(), nn.Linear(hidden, width))
+
+
+class _LSTM(nn.Module):
+    """P-tuning's two bidirectional layers with an MLP on top."""
+
+    def __init__(self, width_in: int, hidden: int, width: int):
+        super().__init__()
+        self.lstm = nn.LSTM(width_in, hidden, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.head(self.lstm(embedding[None])[0])[0]
