@@ -8,6 +8,7 @@ Without options it trains a small LLaMA from scratch on the shipped corpus. `--h
 model says is no medical advice.
 """
 
+import dataclasses
 import math
 import signal
 import sys
@@ -20,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
 
 import zerolite
-from zerolite.medqa import corpus, model, processes, report, resume
+from zerolite.medqa import corpus, model, processes, report, resume, tuning
 from zerolite.medqa.answers import answer, held_out_questions
 from zerolite.medqa.arguments import Options, parse
 from zerolite.medqa.batches import Order, collate, fingerprint, micro_batches
@@ -57,22 +58,26 @@ def prepare(options: Options) -> Run:
     checkpoint = resume.find(Path(options.resume)) if options.resume else None
     tokenizer = model.load_tokenizer(options)
     config = model.load_config(options, tokenizer)
+    adapt = tuning.adaptation(options, tokenizer)
     data = corpus.load(options, tokenizer, folder / "rejected.jsonl" if is_rank_0 else None)
+    tuning.check_labels(data.train, tokenizer.eos_token_id)
 
     ranks = processes.join()
     options = options.resolved(ranks.device.type)
+    stage, why_stage = tuning.stage_of(options, config, ranks)
+    options = dataclasses.replace(options, stage=stage)
     data_print = fingerprint(data.train)
     if len({tuple(row) for row in ranks.gather(*map(ord, data_print))}) > 1:
         raise ValueError("the ranks read different training rows: every machine needs the same files and tokenizer")
     if is_rank_0:
         (folder / "options.yaml").write_text(options.to_yaml(), encoding="utf-8")
-    ranks.print(f"{options.to_yaml()}{data.summary}")
+    ranks.print("\n".join(filter(None, [f"{options.to_yaml()}{data.summary}", why_stage])))
 
     global_batch_rows = ranks.world_size * options.per_device_train_batch_size * options.gradient_accumulation_steps
     order = Order([len(example.input_ids) for example in data.train], global_batch_rows, options.seed)
     num_steps = options.max_steps or math.ceil(options.num_train_epochs * order.steps_per_epoch)
-    sharded = model.sharded(options, config)
-    optimizer = model.optimizer_of(options, sharded)
+    sharded = model.sharded(options, config, adapt)
+    optimizer = model.optimizer_of(options, tuning.optimizer_groups(options, sharded))
     # "constant" of transformers has no warm-up.
     schedule = options.lr_scheduler_type.replace("constant", "constant_with_warmup")
     num_warmup_steps = math.ceil(options.warmup_ratio * num_steps)
@@ -100,9 +105,9 @@ def prepare(options: Options) -> Run:
 
 def train(run: Run) -> int:
     """Train, and leave the result in the output folder; the exit status. Every rank must call it."""
-    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
     run.processes.print(
-        f"{num_parameters:,} parameters, {run.processes.world_size} x {run.processes.device.type}, "
+        f"{tuning.trainable_table(run.model, run.options)}\n"
+        f"{run.processes.world_size} x {run.processes.device.type}, "
         f"{run.num_steps} steps of {run.order.global_batch_rows} rows, {run.order.steps_per_epoch} steps an epoch"
     )
     run.processes.print(report.placement_line(run.model, run.optimizer, run.options, run.processes))
@@ -145,6 +150,8 @@ def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | 
                 # Gradients are averaged over ranks: world_size makes it the sum, over all label tokens of the step.
                 (loss * (ranks.world_size / num_labels)).backward()
             meter.loss_sum += loss.detach()
+        if options.is_adapter and step == run.first_step:
+            zerolite.adapters.check_gradients(run.model)
         run.optimizer.step()
         if run.optimizer.step_was_skipped:
             num_skipped += 1
@@ -201,7 +208,7 @@ def validate(run: Run, progress: Progress, signals: StopSignals | None) -> None:
 
 def save_checkpoint(run: Run) -> Path:
     folder = run.folder / f"checkpoint-{run.position.step}"
-    resume.save(folder, run.model, run.optimizer, run.scheduler, run.position)
+    resume.save(folder, run.model, run.optimizer, run.scheduler, run.position, frozen=not run.options.is_adapter)
     return folder
 
 
@@ -210,10 +217,7 @@ def conclude(run: Run, progress: Progress) -> None:
     memory = report.memory_table(run.model, run.optimizer, run.options, run.processes)
     run.optimizer.zero_grad()
     if run.options.export:
-        result = run.folder / "model"
-        zerolite.export(run.model, result)
-        if run.processes.rank == 0:
-            run.tokenizer.save_pretrained(result)
+        result = tuning.write_result(run.options, run.model, run.tokenizer, run.folder, run.processes)
     else:
         result = save_checkpoint(run)
     validate(run, progress, signals=None)  # the result is safe: no signal needs an answer now
@@ -222,7 +226,7 @@ def conclude(run: Run, progress: Progress) -> None:
     answers = answer(run.model, run.tokenizer, questions, run.processes, run.options.cutoff_len)
     if run.processes.rank == 0:
         report.plot_losses(run.folder)
-        run.processes.print(report.write(run.folder, memory, answers))
+        run.processes.print(report.write(run.folder, tuning.trainable_table(run.model, run.options), memory, answers))
         run.processes.print(f"result: {result}; report: {run.folder / 'report.md'}, curve: {run.folder / 'loss.png'}")
 
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import zerolite
-from zerolite.medqa.arguments import Options, parse
+from zerolite.medqa.arguments import FINETUNING_TYPES, Options, parse
+from zerolite.medqa.tuning import lora_targets
 
 
 def test_defaults_command_line_and_file(tmp_path):
@@ -27,8 +28,21 @@ def test_defaults_that_depend_on_start_and_device():
     scratch, pretrained = parse([]).resolved("cpu"), parse(["--model_name_or_path", "folder"]).resolved("cuda")
     assert (scratch.learning_rate, scratch.num_train_epochs, scratch.precision) == (1e-3, 8.0, "fp32")
     assert (pretrained.learning_rate, pretrained.num_train_epochs, pretrained.precision) == (2e-5, 3.0, "bf16")
-    chosen = parse(["--learning_rate", "0.1", "--num_train_epochs", "1", "--precision", "fp16"])
-    assert chosen.resolved("cpu") == chosen
+    given = ["--learning_rate", "0.1", "--num_train_epochs", "1", "--precision", "fp16", "--weight_decay", "0.2"]
+    assert parse(given).resolved("cpu") == parse(given)
+
+
+def test_each_way_to_tune_has_a_rate_of_its_own():
+    """And adapters do not decay, unless they are told to."""
+    base = ["--model_name_or_path", "folder", "--finetuning_type"]
+    rates = {kind: parse([*base, kind]).resolved("cpu") for kind in FINETUNING_TYPES}
+    assert rates["full"].weight_decay == 0.1 and rates["lora"].weight_decay == 0.0
+    assert len({options.learning_rate for options in rates.values()}) >= 4
+    assert rates["full"].learning_rate < rates["lora"].learning_rate < rates["prefix"].learning_rate
+    decaying = parse([*base, "lora", "--weight_decay", "0.3", "--lora_target", "all-linear"])
+    assert decaying.resolved("cpu").weight_decay == 0.3 and decaying.lora_target == ("all-linear",)
+    assert lora_targets(("all-linear",)) == "all-linear" and lora_targets(("q_proj",)) == ("q_proj",)
+    assert lora_targets((r".*\.0\..*q_proj",)) == r".*\.0\..*q_proj" and lora_targets(("q", "v.x")) == ("q", "v.x")
 
 
 def test_offloading_is_switched_on_and_off(tmp_path):
@@ -82,6 +96,26 @@ def test_saved_options_come_back(tmp_path):
             ["--offload", "cpu", "--offload_parameters"],
             "--offload_parameters: expected --stage 3, which shards parameters",
         ),
+        (["--lora_rank", "4"], "--lora_rank is part of --finetuning_type lora, got full"),
+        (["--export_merged"], "--export_merged is part of --finetuning_type lora, got full"),
+        (
+            ["--model_name_or_path", "x", "--finetuning_type", "prefix", "--use_dora"],
+            "--use_dora is part of --finetuning_type lora, got prefix",
+        ),
+        (
+            ["--model_name_or_path", "x", "--finetuning_type", "lora", "--num_virtual_tokens", "9"],
+            "--num_virtual_tokens is part of --finetuning_type a prompt method, got lora",
+        ),
+        (["--finetuning_type", "lora"], "--finetuning_type lora adapts a pretrained model: name its folder"),
+        (
+            ["--model_name_or_path", "x", "--finetuning_type", "prompt", "--prompt_init", "text"],
+            "--prompt_init text and --prompt_init_text go together",
+        ),
+        (
+            ["--model_name_or_path", "x", "--finetuning_type", "lora", "--lora_dropout", "1"],
+            "--lora_dropout: expected a number below 1, got 1.0",
+        ),
+        (["--finetuning_type", "qlora"], "--finetuning_type: expected one of full, lora, prompt"),
         (
             ["--offload", "cpu", "--stage", "3", "--offload_parameters", "--offload_budget", "1GB"],
             "--offload_parameters and --offload_budget: expected one of them",
@@ -100,10 +134,10 @@ def test_command_line_errors(argv, message):
         ("stge: 2", "unknown option 'stge': did you mean stage"),
         ("stage: 7", "stage: expected one of 0, 1, 2, 3, got 7"),
         ("stage: true", "stage: expected a whole number, got True"),
-        ("stage: null", "stage: expected a whole number, got None"),
+        ("seed: null", "seed: expected a whole number, got None"),
         ("max_steps: 1.5", "max_steps: expected a whole number, got 1.5"),
         ("export: 1", "export: expected true or false, got 1"),
-        ("train_file: []", "train_file: expected at least one file"),
+        ("train_file: []", "train_file: expected at least one value"),
         ("train_file: [1]", "train_file: expected a text, got 1"),
         ("- stage", "expected `name: value` lines, got list"),
         ("stage: [", "cannot be read as YAML"),

@@ -15,6 +15,7 @@ import yaml
 import zerolite
 
 CORPUS = Path(__file__).parent / "corpus"
+FINETUNING_TYPES = ("full", "lora", "prompt", "prefix", "p-tuning", "p-tuning-v2")
 
 
 def option(default, kind: type, help: str, *, choices: tuple = (), least=None, above=None, most=None, many=False):
@@ -34,8 +35,40 @@ class Options:
     tokenizer_name_or_path: str | None = option(
         None, str, "local tokenizer folder (default: the model's folder, or the shipped tokenizer)"
     )
+    # What is trained
+    finetuning_type: str = option(
+        "full", str, "all parameters, or an adapter of a frozen pretrained model", choices=FINETUNING_TYPES
+    )
+    lora_rank: int = option(8, int, "r: columns that a LoRA adds to a projection", least=1, most=256)
+    lora_alpha: float = option(16.0, float, "what a LoRA adds is scaled by alpha / r", above=0)
+    lora_dropout: float = option(0.05, float, "of a LoRA's inputs, in training", least=0)
+    lora_target: tuple[str, ...] | None = option(
+        None,
+        str,
+        "names of projections, all-linear, or a regular expression (default: q_proj k_proj v_proj)",
+        many=True,
+    )
+    use_rslora: bool = option(False, bool, "scale by alpha / sqrt(r) instead")
+    use_dora: bool = option(False, bool, "learn magnitudes beside directions (DoRA)")
+    loraplus_lr_ratio: float | None = option(
+        None, float, "LoRA+: learning rate of B over that of A (default: the same)", above=0
+    )
+    num_virtual_tokens: int | None = option(None, int, "length of a prompt or prefix (default: by type)", least=1)
+    prompt_init: str | None = option(
+        None, str, "how it starts (default: by type)", choices=("random", "vocabulary", "text", "zeros")
+    )
+    prompt_init_text: str | None = option(None, str, "the text of --prompt_init text")
+    prompt_encoder: str | None = option(
+        None, str, "network that a prompt passes through in training (default: by type)", choices=("mlp", "lstm")
+    )
+    export_merged: bool = option(False, bool, "also write the model with its LoRA merged, as a Hugging Face folder")
     # Memory
-    stage: int = option(2, int, "ZeRO stage: what is sharded over the ranks", choices=(0, 1, 2, 3))
+    stage: int | None = option(
+        None,
+        int,
+        "ZeRO stage: what is sharded over the ranks (default: 2, or 3 where a frozen model does not fit)",
+        choices=(0, 1, 2, 3),
+    )
     precision: str | None = option(
         None, str, "dtype of parameters (default: bf16 on CUDA, fp32 on the CPU)", choices=("fp32", "bf16", "fp16")
     )
@@ -71,11 +104,13 @@ class Options:
     max_steps: int | None = option(None, int, "optimizer steps, instead of num_train_epochs", least=1)
     optim: str = option("adamw", str, "optimizer", choices=("adamw", "adam", "lamb", "lion"))
     learning_rate: float | None = option(
-        None, float, "peak learning rate (default: 1e-3 from scratch, 2e-5 from a pretrained model)", above=0
+        None, float, "peak learning rate (default: 1e-3 from scratch, else by finetuning_type, full 2e-5)", above=0
     )
     lr_scheduler_type: str = option("cosine", str, "after the warm-up", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = option(0.05, float, "part of the steps with a rising learning rate", least=0, most=1)
-    weight_decay: float = option(0.1, float, "of matrices; vectors (norms, biases) have none", least=0)
+    weight_decay: float | None = option(
+        None, float, "of matrices, not of vectors (default: 0.1, of adapters 0)", least=0
+    )
     max_grad_norm: float = option(1.0, float, "clip the global gradient norm to this; 0: do not clip", least=0)
     seed: int = option(42, int, "of the initial weights, the data order and dropout", least=0)
     # Result
@@ -86,15 +121,39 @@ class Options:
     resume: str | None = option(None, str, "checkpoint folder, or an output_dir: its newest checkpoint")
     export: bool = option(True, bool, "write the result as a Hugging Face folder, else as a last checkpoint")
 
+    @property
+    def is_adapter(self) -> bool:
+        return self.finetuning_type != "full"
+
     def resolved(self, device_type: str) -> "Options":
-        """With the defaults that depend on the device and on the kind of start filled in."""
+        """With the defaults that depend on the device and on the kind of start filled in, but for the stage."""
         is_pretrained = self.model_name_or_path is not None
+        usual_rate = zerolite.adapters.PRESETS[self.finetuning_type].learning_rate if is_pretrained else 1e-3
+        usual_decay = 0.0 if self.is_adapter else 0.1
         return dataclasses.replace(
             self,
             precision=self.precision or ("bf16" if device_type == "cuda" else "fp32"),
             num_train_epochs=self.num_train_epochs or (3.0 if is_pretrained else 8.0),
-            learning_rate=self.learning_rate or (2e-5 if is_pretrained else 1e-3),
+            learning_rate=self.learning_rate or usual_rate,
+            weight_decay=usual_decay if self.weight_decay is None else self.weight_decay,
         )
+
+    def check_adapter(self) -> None:
+        """ValueError for options that do not go together with the finetuning_type."""
+        own = LORA if self.finetuning_type == "lora" else PROMPT if self.is_adapter else []
+        for name in (*LORA, *PROMPT):
+            if name not in own and getattr(self, name) != FIELDS[name].default:
+                kinds = "lora" if name in LORA else "a prompt method"
+                raise ValueError(f"--{name} is part of --finetuning_type {kinds}, got {self.finetuning_type}")
+        if self.is_adapter and self.model_name_or_path is None:
+            raise ValueError(
+                f"--finetuning_type {self.finetuning_type} adapts a pretrained model: name its folder with "
+                "--model_name_or_path (`make train` leaves one in outputs/medqa/model)"
+            )
+        if (self.prompt_init == "text") != (self.prompt_init_text is not None):
+            raise ValueError("--prompt_init text and --prompt_init_text go together: expected both or neither")
+        if not self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout: expected a number below 1, got {self.lora_dropout}")
 
     def placement(self) -> zerolite.Offload | None:
         """What leaves the device; None: nothing does. ValueError for options that do not go together."""
@@ -122,6 +181,8 @@ class Options:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 OFFLOADED = [name for name in FIELDS if name.startswith("offload_")]
+LORA = [name for name in FIELDS if name.startswith("lora")] + ["use_rslora", "use_dora", "export_merged"]
+PROMPT = [name for name in FIELDS if name.startswith("prompt_")] + ["num_virtual_tokens"]
 
 
 def parse(argv: list[str]) -> Options:
@@ -157,6 +218,7 @@ def parse(argv: list[str]) -> Options:
     values.update({name: _check(f"--{name}", FIELDS[name], value) for name, value in given.items()})
     options = Options(**values)
     options.placement()
+    options.check_adapter()
     return options
 
 
@@ -190,7 +252,7 @@ def _check(name: str, field: dataclasses.Field, value):
     if field.metadata["many"]:
         values = value if isinstance(value, list) else [value]
         if not values:
-            raise ValueError(f"{name}: expected at least one file, got none")
+            raise ValueError(f"{name}: expected at least one value, got none")
         return tuple(_check_one(name, field, one) for one in values)
     return _check_one(name, field, value)
 

@@ -1,9 +1,25 @@
-"""The loss: cross entropy summed over label tokens, and its mean over a validation set."""
+"""The loss: cross entropy summed over label tokens, and its mean over a validation set.
+
+[Note: the loss in the output layer]
+With a large vocabulary the logits are the largest tensor of a step. So the output layer does not compute them: for the
+time of a call it takes the hidden states of the label tokens to their summed loss, which the model returns in the
+logits' place. The model itself is called, since at stage 3 the layer's weight is whole only inside its forward, and
+since in fp16 the loss is scaled where it leaves the model.
+
+That is right only where a model returns what its output layer gives. In transformers 5.24 some fifty classes scale,
+cap, cut or mask their logits, under ten names; so no name is looked for, the model is asked: once, with two tokens.
+Where it changes its logits, and where its output layer is no plain nn.Linear (an adapter on it), they are computed
+whole, those of the label tokens and what lies between them.
+"""
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from zerolite_kernels.loss import linear_cross_entropy
 
 from zerolite.medqa.batches import collate, micro_batches
 from zerolite.medqa.processes import Processes, StopSignals
@@ -14,7 +30,8 @@ def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
     """Sum of the cross entropies (nats) of a batch's label tokens: a scalar of at least fp32; 0 without labels.
 
     `batch` as `collate` gives it, on the CPU. A sum, for the caller to divide by the tokens of the whole step; a mean
-    over each micro-batch would weigh tokens by how rows were split. The prompt's logits are not computed.
+    over each micro-batch would weigh tokens by how rows were split. The prompt's logits are not computed, those of the
+    label tokens a chunk at a time. See [Note: the loss in the output layer]. At stage 3 every rank must call it.
     """
     labels = batch["labels"]
     first = int((labels != IGNORED).any(dim=0).int().argmax())  # first position with a label in any row
@@ -22,15 +39,97 @@ def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
     targets = F.pad(labels[:, -num_kept:][:, 1:], (0, 1), value=IGNORED).flatten()  # (rows * num_kept,)
     positions = (targets != IGNORED).nonzero().flatten()  # found on the CPU: no wait for the device
     device = next(model.parameters()).device
-    logits = model(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["attention_mask"].to(device),
-        use_cache=False,
-        logits_to_keep=num_kept,
-    ).logits.flatten(0, 1)  # (rows * num_kept, vocabulary)
-    logits = logits.index_select(0, positions.to(device))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets[positions].to(device), reduction="sum")
+    targets, positions = targets[positions].to(device), positions.to(device)
+    inputs = _inputs(batch["input_ids"].to(device), batch["attention_mask"].to(device), num_kept)
+
+    def of_labels(values: torch.Tensor) -> torch.Tensor:
+        """(rows, num_kept or more, n) -> (label tokens, n): virtual tokens come before the batch's."""
+        return values[:, -num_kept:].flatten(0, 1).index_select(0, positions)
+
+    head = _linear_head(model)
+    if head is None or not _returns_its_head(model, head, device):
+        logits = of_labels(model(**inputs).logits)
+        return F.cross_entropy(_at_least_fp32(logits), targets, reduction="sum")
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(of_labels(hidden), head.weight, targets, head.bias, ignore_index=None)
+
+    output, is_returned = _call(model, head, loss, inputs)
+    if not is_returned:
+        raise RuntimeError(
+            f"{type(model).__name__} returned its output layer's result once and now something else: "
+            "its loss cannot be taken in the output layer; have it compute logits in one way"
+        )
+    return output.logits
+
+
+def _inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_kept: int) -> dict:
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "use_cache": False,
+        "logits_to_keep": num_kept,
+    }
+
+
+def _at_least_fp32(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _linear_head(model: nn.Module) -> nn.Linear | None:
+    """The output layer, if it is linear and nothing else."""
+    head = model.get_output_embeddings()
+    return head if type(head) is nn.Linear and "forward" not in vars(head) else None
+
+
+_ANSWERS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `_returns_its_head` found out
+
+
+def _returns_its_head(model: nn.Module, head: nn.Linear, device: torch.device) -> bool:
+    """Whether the model's logits are the very tensor that its output layer returns, (rows, tokens, vocabulary)."""
+    if model not in _ANSWERS:
+        tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
+        inputs = _inputs(tokens, torch.ones_like(tokens), num_kept=2)
+        training = [module for module in model.modules() if module.training]
+        model.eval()  # no dropout: nothing is drawn
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                # In the loss's dtype, so that a model's `logits.float()` changes neither.
+                linear = lambda hidden: _at_least_fp32(F.linear(hidden, head.weight, head.bias))  # noqa: E731
+                output, is_returned = _call(model, head, linear, inputs)
+        finally:
+            for module in training:
+                module.training = True
+        is_untouched = is_returned and output.logits._version == 0  # written to by nobody since
+        _ANSWERS[model] = is_untouched and output.logits.dim() == 3 and output.logits.shape[:2] >= (1, 2)
+    return _ANSWERS[model]
+
+
+def _call(
+    model: nn.Module, head: nn.Linear, forward: Callable[[torch.Tensor], torch.Tensor], inputs: dict
+) -> tuple[object, bool]:
+    """The model's output with `forward(hidden)` as its output layer's, and whether its logits are that very result.
+
+    The output layer's hooks run as ever: at stage 3 they gather its weight.
+    """
+    results, is_returned = [], False
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        results.append(forward(hidden))
+        return results[-1]
+
+    def compare(module, args, output) -> None:
+        nonlocal is_returned
+        is_returned = len(results) == 1 and output.logits is results[0]
+
+    hook = model.register_forward_hook(compare, prepend=True)  # before the engine's, one of which scales the output
+    head.forward = run
+    try:
+        output = model(**inputs)
+    finally:
+        del head.forward
+        hook.remove()
+    return output, is_returned
 
 
 @torch.no_grad()

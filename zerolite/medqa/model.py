@@ -1,5 +1,6 @@
 """Model and tokenizer of a run, from local folders or built in; a mistake about a folder is found before any work."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -88,15 +89,15 @@ def built_in(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
     )
 
 
-def sharded(options: Options, config: PretrainedConfig) -> nn.Module:
-    """The model, sharded over the ranks and offloaded as the options say. Every rank must call it."""
+def sharded(options: Options, config: PretrainedConfig, adapt: Callable[[nn.Module], object] | None) -> nn.Module:
+    """The model, adapted, sharded over the ranks and offloaded as the options say. Every rank must call it."""
     precision = zerolite.Precision(param=DTYPES[options.precision], reduce=torch.float32)
     how = {"stage": options.stage, "offload": options.placement(), "precision": precision}
+    torch.manual_seed(options.seed)  # initial values, of an adapter too
     if options.model_name_or_path is None:
-        torch.manual_seed(options.seed)
         model = zerolite.shard(LlamaForCausalLM(config), **how)
     else:
-        model = zerolite.load_pretrained(options.model_name_or_path, **how)
+        model = zerolite.load_pretrained(options.model_name_or_path, adapt=adapt, **how)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -105,11 +106,5 @@ def sharded(options: Options, config: PretrainedConfig) -> nn.Module:
 OPTIMIZERS = {"adamw": zerolite.AdamW, "adam": zerolite.Adam, "lamb": zerolite.Lamb, "lion": zerolite.Lion}
 
 
-def optimizer_of(options: Options, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters: matrices decay, vectors do not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def optimizer_of(options: Options, groups: list[dict]) -> torch.optim.Optimizer:
     return OPTIMIZERS[options.optim](groups, lr=options.learning_rate, max_grad_norm=options.max_grad_norm or None)

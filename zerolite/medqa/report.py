@@ -55,49 +55,60 @@ def memory_table(model: nn.Module, optimizer, options: Options, processes: Proce
     if options.offload_path is not None:
         columns["on the drive"] = usage.file_bytes
     ranks = processes.gather(*columns.values())
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    num_trained = sum(parameter.numel() for parameter in model.parameters()) - num_frozen
+    sizes = f"Φ = {num_trained:,} parameters"
+    if num_frozen:
+        sizes = f"Φ = {num_trained:,} trained parameters, F = {num_frozen:,} frozen ones"
     where = "" if options.offload == "none" else f", offloaded with {options.offload_states} moments"
     lines = [
         f"Model states at stage {options.stage}, {options.precision}, {options.optim}{where}, "
-        f"N = {processes.world_size}, Φ = {num_parameters:,} parameters. All in bytes; padding is part of the counted "
-        "numbers.",
+        f"N = {processes.world_size}, {sizes}. All in bytes; padding is part of the counted numbers.",
         "",
         f"| rank | {' | '.join(columns)} |",
         "|---|" + "---:|" * len(columns),
         *(f"| {rank} | " + " | ".join(f"{int(cell):,}" for cell in row) + " |" for rank, row in enumerate(ranks)),
     ]
     if options.offload_budget is None:
-        cells = {name: "-" for name in columns} | _formula(options, num_parameters, processes.world_size)
+        cells = {name: "-" for name in columns} | _formula(options, num_trained, num_frozen, processes.world_size)
         lines.append("| formula | " + " | ".join(cells.values()) + " |")
     return "\n".join([*lines, "", _note(options)])
 
 
-def _formula(options: Options, num_parameters: int, world_size: int) -> dict[str, str]:
+def _formula(options: Options, num_trained: int, num_frozen: int, world_size: int) -> dict[str, str]:
     """Column -> "formula = bytes", a rank, where nothing or everything is offloaded."""
     parameter, master = PARAMETER_BYTES[options.precision], MASTER_BYTES[options.precision]
     moments = NUM_MOMENTS[options.optim] * MOMENT_BYTES[options.offload_states]
+    stays_whole = 4  # adapters are never sharded
 
-    def cell(*terms: tuple[float, int]) -> str:
-        """Of (bytes a parameter, the stage from which they are sharded)."""
-        widths = [(width, options.stage >= sharded_from) for width, sharded_from in terms if width]
-        text = " + ".join(f"{width:g}Φ" + ("/N" if is_sharded else "") for width, is_sharded in widths)
-        value = sum(width * num_parameters / (world_size if is_sharded else 1) for width, is_sharded in widths)
+    def cell(*terms: tuple[float, int, str]) -> str:
+        """Of (bytes a parameter, the stage from which they are sharded, Φ or F)."""
+        widths = [(width, options.stage >= sharded_from, symbol) for width, sharded_from, symbol in terms if width]
+        numel = {"Φ": num_trained, "F": num_frozen}
+        text = " + ".join(f"{width:g}{symbol}" + ("/N" if is_sharded else "") for width, is_sharded, symbol in widths)
+        value = sum(width * numel[symbol] / (world_size if is_sharded else 1) for width, is_sharded, symbol in widths)
         return f"{text} = {value:,.0f}" if text else "0"
 
+    frozen = [(parameter, 3, "F")] if num_frozen else []
+    trained = (parameter, stays_whole if options.is_adapter else 3, "Φ")
     on_device = {
-        "parameters": (parameter, 3),
-        "gradients": (GRADIENT_BYTES, 2),
-        "optimizer states": (master + moments, 1),
+        "parameters": [trained, *frozen],
+        "gradients": [(GRADIENT_BYTES, 2, "Φ")],
+        "optimizer states": [(master + moments, 1, "Φ")],
     }
     on_host = {}
     if options.offload != "none":
-        kept = 0 if options.offload_parameters else parameter
-        on_device = {"parameters": (kept, 3), "gradients": (0, 2), "optimizer states": (0, 1)}
+        streamed = options.offload_parameters
+        on_device = {"parameters": [] if streamed else [trained, *frozen], "gradients": [], "optimizer states": []}
+        if streamed and options.is_adapter:
+            on_device["parameters"] = [trained]
         width = parameter + HOST_MASTER_BYTES[options.precision] + GRADIENT_BYTES
-        on_host["in host memory"] = cell((width if options.offload_path else width + moments, 1))
+        held = [(width if options.offload_path else width + moments, 1, "Φ")]
+        on_host["in host memory"] = cell(*held, *(frozen if streamed else []))
     if options.offload_path is not None:
-        on_host["on the drive"] = cell((moments, 1))
-    return {name: cell(term) for name, term in on_device.items()} | {"sum": cell(*on_device.values())} | on_host
+        on_host["on the drive"] = cell((moments, 1, "Φ"))
+    everything = [term for terms in on_device.values() for term in terms]
+    return {name: cell(*terms) for name, terms in on_device.items()} | {"sum": cell(*everything)} | on_host
 
 
 def _note(options: Options) -> str:
@@ -110,6 +121,8 @@ def _note(options: Options) -> str:
         note += ": there is no master copy beside fp32 parameters."
     else:
         note += ": states hold an fp32 master copy, and gradients are summed and kept in fp32, 2Φ more than 16 bits."
+    if options.is_adapter:
+        note += f" A frozen parameter is {parameter} bytes and has no gradient and no states."
     if options.offload != "none":
         note += (
             " What is offloaded lies on the host: a copy of the parameters, the rest of their fp32 master, gradients, "
@@ -125,7 +138,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def write(folder: Path, memory: str, answers: list[Answer]) -> str:
+def write(folder: Path, trainable: str, memory: str, answers: list[Answer]) -> str:
     """Write `report.md`; its text."""
     validations = [record for record in read_metrics(folder / METRICS) if "validation_loss" in record]
     lines = ["| | step | validation loss (nats a token) | perplexity |", "|---|---:|---:|---:|"]
@@ -136,6 +149,7 @@ def write(folder: Path, memory: str, answers: list[Answer]) -> str:
         [
             "\n".join(lines),
             "![training and validation loss](loss.png)",
+            trainable,
             memory,
             "Greedy answers to held-out questions. They are no medical advice.",
             answers_text(answers),

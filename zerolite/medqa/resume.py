@@ -23,10 +23,13 @@ class Position:
     data: str  # fingerprint of the training examples
 
 
-def save(folder: Path, model: nn.Module, optimizer, scheduler, position: Position) -> None:
-    """Write a complete checkpoint, or raise CheckpointError and leave none. Every rank must call it."""
+def save(folder: Path, model: nn.Module, optimizer, scheduler, position: Position, frozen: bool = True) -> None:
+    """Write a complete checkpoint, or raise CheckpointError and leave none. Every rank must call it.
+
+    frozen=False leaves the frozen base of an adapter out: a resumed run loads it from the same folder again.
+    """
     extra = {"position": vars(position), "scheduler": scheduler.state_dict(), "random": random_states()}
-    zerolite.save(folder, model, optimizer, extra=extra)
+    zerolite.save(folder, model, optimizer, extra=extra, frozen=frozen)
 
 
 def load(folder: Path, model: nn.Module, optimizer, scheduler, here: Position) -> int:
