@@ -10,44 +10,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import harness
+import main_job
 from harness import DEVICE, MIB
 
-ROOT = Path(__file__).parent.parent
 RUNS = {
     "no offload": [],
     **{states: ["--offload", "cpu", "--offload_states", states] for states in ("fp32", "bf16", "int8")},
 }
 
 
-def run(name: str, ranks: int, extra: list[str]) -> dict:
+def measure(name: str, ranks: int, extra: list[str]) -> dict:
     """One run of the main job: its validation losses by step, its median speed, and rank 0's host bytes."""
-    with tempfile.TemporaryDirectory(prefix="zerolite-states-") as folder:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *launcher, "train_medqa.py", "--output_dir", folder, *RUNS[name], *extra]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise harness.RankError(f"{name}: exit code {done.returncode}\n{done.stderr[-3000:]}")
-        records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        row = next(line for line in (Path(folder) / "report.md").read_text().splitlines() if line.startswith("| 0 |"))
-    losses = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
-    result = {
+    job = main_job.run(name, ranks, [*RUNS[name], *extra])
+    print(f"{name:12} validation loss {job.last_loss:.4f} after {max(job.validation_losses)} steps", flush=True)
+    return {
         "name": name,
-        "validation_losses": losses,
-        "final": losses[max(losses)],
-        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in records if "loss" in r),
-        "host_bytes": int(row.strip("|").split("|")[-1].replace(",", "")) if RUNS[name] else 0,
+        "validation_losses": job.validation_losses,
+        "final": job.last_loss,
+        "tokens_per_second": job.tokens_per_second,
+        "host_bytes": job.memory.get("in host memory", 0),
     }
-    print(f"{name:12} validation loss {result['final']:.4f} after {max(losses)} steps", flush=True)
-    return result
 
 
 def markdown(report: dict) -> str:
@@ -84,7 +69,7 @@ def main() -> None:
     parser.add_argument("extra", nargs="*", help="options of train_medqa.py, after --")
     options = parser.parse_args()
     facts = harness.machine_facts(("torch", "transformers"))
-    rows = [run(name, options.ranks, options.extra) for name in RUNS]
+    rows = [measure(name, options.ranks, options.extra) for name in RUNS]
     report = {"facts": facts, "ranks": options.ranks, "extra": options.extra, "rows": rows}
     options.output.mkdir(parents=True, exist_ok=True)
     target = options.output / f"offload_states_{DEVICE.type}"
