@@ -12,9 +12,9 @@ LoRA, for the projections i that share x, with keep_i in {0, 1} of bit-packed ma
 
 The division by 1 - p is made on results: elements of x are kept or dropped, never rounded.
 
-[Note: chunks] With dropout, rows are taken in chunks, so that masks and masked rows live in the cache only, and sums over
-rows are sums of short sums, which round less. Chunks of halves are computed in fp32: many CPUs have no fast product in
-bf16.
+[Note: chunks] With dropout, rows are taken in chunks, so that masks and masked rows live in the cache only, and sums
+over rows are sums of short sums, which round less. Chunks of halves are computed in fp32: many CPUs have no fast
+product in bf16.
 
 [Note: one product] Without dropout a GPU takes one product with the A's side by side, which reads x once. The CPU takes
 one for each projection: MKL's wide ones, and its sums onto a result, have up to 1.5 times the error of PEFT's products.
