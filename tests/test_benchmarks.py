@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -69,3 +72,39 @@ def test_offload_writes_complete_results(tmp_path):
     assert (
         path.with_suffix(".png").stat().st_size > 10_000 and "zerolite_offload" in path.with_suffix(".md").read_text()
     )
+
+
+def test_lora_writes_complete_results(tmp_path):
+    """Every contender's time, error against fp64 and bytes; ours keeps less than PEFT, at dropout 0.05 far less."""
+    pytest.importorskip("peft")
+    run("lora.py", "--kinds qkv --models tiny --tokens 48 --ranks 8 --rounds 1 --sample-ms 1", tmp_path)
+    report = json.loads((tmp_path / "lora_fp32_cpu.json").read_text())
+    (case,) = report["cases"]
+    rows = case["rows"]
+    assert {"frozen", "PEFT, dropout 0", "PEFT, dropout 0.05", "addmm formula, dropout 0"} < rows.keys()
+    for name, row in rows.items():
+        assert all(milliseconds > 0 for times in row["times"] for milliseconds in times.values())
+        assert all(error < 1e-5 for error in row.get("errors", {}).values()), name
+    assert rows["frozen"]["saved_bytes"] == 0
+    assert rows["zerolite, dropout 0.05"]["saved_bytes"] < 0.3 * rows["PEFT, dropout 0.05"]["saved_bytes"]
+    assert (tmp_path / "lora_fp32_cpu.png").stat().st_size > 10_000
+    assert "times as fast as PEFT, dropout 0.05" in (tmp_path / "lora_fp32_cpu.md").read_text()
+
+
+def test_finetune_methods_writes_complete_results(tmp_path):
+    config = LlamaConfig(vocab_size=4096, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    config.num_attention_heads = config.num_key_value_heads = 2
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer = ROOT / "zerolite" / "medqa" / "corpus" / "tokenizer"
+    small = f"--tokenizer_name_or_path {tokenizer} --max_samples 8 --max_steps 2 --cutoff_len 64 --logging_steps 1"
+    arguments = f"--base {tmp_path / 'base'} --methods full prefix"
+    command = f"{arguments} --output {tmp_path} -- {small}"
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "finetune_methods.py", *command.split()],
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    full, prefix = json.loads((tmp_path / "finetune_methods_cpu.json").read_text())["rows"]
+    assert full["memory"]["gradients"] > prefix["memory"]["gradients"] > 0
+    assert all(math.isfinite(row[key]) for row in (full, prefix) for key in ("first", "last", "tokens_per_second"))
+    assert "| prefix |" in (tmp_path / "finetune_methods_cpu.md").read_text()
