@@ -157,7 +157,7 @@ def test_a_budget_keeps_some_units_on_the_device(ranks):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_16_bits(ranks, drive, dtype):
-    """Alike for every layout; a step without offload, which rounds ties to even in bf16, is alike but for a rounding."""
+    """Alike for every layout; a step without offload, which rounds ties to even in bf16, differs by a rounding."""
     run = {"steps": 6, "accumulation": 2, "no_sync": False, "max_grad_norm": 0.5, "reduce": torch.float32}
     trial = Trial("llama", dtype, **run, offload=Offload())
     on_device, *_ = check(
