@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
-import json
 import math
 import mmap
 import os
@@ -427,10 +426,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     options.layouts = [layout for layout in options.layouts if math.prod(LAYOUTS[layout]) <= cores]
     report = collect(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / "cpu_optimizer"
-    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    target.with_suffix(".md").write_text(markdown(report))
+    harness.write_report(options.output, "cpu_optimizer", report, markdown(report))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ states on a rank, speed, and validation loss before and after, each at its own u
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import harness
@@ -83,10 +82,7 @@ def main() -> None:
     rows = [measure(name, options.base, options.ranks, options.extra) for name in options.methods]
     steps = max(rows[0]["validation_losses"])
     report = {"facts": facts, "ranks": options.ranks, "extra": options.extra, "steps": steps, "rows": rows}
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / f"finetune_methods_{DEVICE.type}"
-    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    target.with_suffix(".md").write_text(markdown(report))
+    harness.write_report(options.output, f"finetune_methods_{DEVICE.type}", report, markdown(report))
     print(markdown(report))
 
 

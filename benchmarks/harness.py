@@ -293,6 +293,15 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def write_report(folder: Path, name: str, report: dict, text: str) -> Path:
+    """Write name.json and name.md into a folder; the path that more files of the report share, without a suffix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / name
+    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    target.with_suffix(".md").write_text(text)
+    return target
+
+
 def bar_panels(path: Path, title: str, panels: list[dict]) -> None:
     """One horizontal bar chart a panel: {"title", "labels", "values", "marks" (a tick a bar, or None), "legend"}.
 
@@ -304,8 +313,9 @@ def bar_panels(path: Path, title: str, panels: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
     tallest = max(len(panel["labels"]) for panel in panels)
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 1.4 + 0.38 * tallest), layout="constrained")
-    for axis, panel in zip(axes, panels, strict=True):
+    size = (6 * len(panels), 1.4 + 0.38 * tallest)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
         colors = ["#c2410c" if label.startswith("zerolite") else "#94a3b8" for label in panel["labels"]]
         positions = range(len(panel["labels"]))
         axis.barh(positions, panel["values"], color=colors)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -58,8 +57,8 @@ def layers(k: int, widths: tuple[int, ...], rank: int, dtype: torch.dtype) -> La
         return (torch.randn(*shape, device=DEVICE.type) * scale).to(dtype)
 
     weights = [draw(n, k, scale=k**-0.5) for n in widths]
-    As = [draw(rank, k, scale=k**-0.5).requires_grad_() for _ in widths]
-    Bs = [draw(n, rank, scale=rank**-0.5).requires_grad_() for n in widths]
+    As = [nn.Parameter(draw(rank, k, scale=k**-0.5)) for _ in widths]
+    Bs = [nn.Parameter(draw(n, rank, scale=rank**-0.5)) for n in widths]
     return Layers(weights, As, Bs, ALPHA / rank)
 
 
@@ -87,7 +86,7 @@ def peft(given: Layers, dropout: float, compiled: bool = False) -> Forward:
         base.weight = nn.Parameter(weight, requires_grad=False)
         config = LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=dropout)
         layer = LoraLinear(base, "default", config=config, r=rank, lora_alpha=ALPHA)
-        layer.lora_A["default"].weight, layer.lora_B["default"].weight = nn.Parameter(a), nn.Parameter(b)
+        layer.lora_A["default"].weight, layer.lora_B["default"].weight = a, b
         modules.append(layer)
 
     class Projections(nn.Module):
@@ -197,13 +196,17 @@ def errors(forward: Forward, x: torch.Tensor, dys: list[torch.Tensor], given: La
     leaves = [x, *given.adapters()]
     outputs = forward(x)
     found = [*outputs, *torch.autograd.grad(outputs, leaves, dys)]
+    found = [tensor.detach() for tensor in found]
     x64 = x.detach().double().requires_grad_()
     As, Bs = ([t.detach().double().requires_grad_() for t in group] for group in (given.As, given.Bs))
     truth_outputs = tuple(
         F.linear(x64, weight.double()) + given.scale * (x64 @ a.t() @ b.t())
         for weight, a, b in zip(given.weights, As, Bs, strict=True)
     )
-    truth = [*truth_outputs, *torch.autograd.grad(truth_outputs, [x64, *As, *Bs], [dy.double() for dy in dys])]
+    truth = [
+        *(y.detach() for y in truth_outputs),
+        *torch.autograd.grad(truth_outputs, [x64, *As, *Bs], [dy.double() for dy in dys]),
+    ]
     relative = [float((one.double() - other).norm() / other.norm()) for one, other in zip(found, truth, strict=True)]
     n = len(given.weights)
     parts = {"y": relative[:n], "dx": relative[n : n + 1], "dA": relative[n + 1 : 2 * n + 1], "dB": relative[-n:]}
@@ -317,10 +320,8 @@ def main() -> None:
         cases.append(measure(case, names, options.rounds, options.sample_ms))
         print(table(cases[-1]), flush=True)
     report = {"facts": facts, "rounds": options.rounds, "threads": torch.get_num_threads(), "cases": cases}
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / f"lora_{options.dtype}_{DEVICE.type}"
-    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    target.with_suffix(".md").write_text(markdown(report))
+    name = f"lora_{options.dtype}_{DEVICE.type}"
+    target = harness.write_report(options.output, name, report, markdown(report))
     plot(report, target.with_suffix(".png"))
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import statistics
@@ -471,8 +470,7 @@ def main() -> None:
         spans = {mode: [timeline.Span(*span) for span in panels[mode]] for mode in panels}
         if spans:
             timeline.draw(target.with_suffix(".png"), f"Two steps: {title_of(report)}", spans)
-    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    target.with_suffix(".md").write_text(text)
+    harness.write_report(options.output, target.name, report, text)
     print(text)
 
 

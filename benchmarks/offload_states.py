@@ -9,7 +9,6 @@ Runs `train_medqa.py` without offload and with each state format, one after the 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import harness
@@ -71,10 +70,7 @@ def main() -> None:
     facts = harness.machine_facts(("torch", "transformers"))
     rows = [measure(name, options.ranks, options.extra) for name in RUNS]
     report = {"facts": facts, "ranks": options.ranks, "extra": options.extra, "rows": rows}
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / f"offload_states_{DEVICE.type}"
-    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    target.with_suffix(".md").write_text(markdown(report))
+    harness.write_report(options.output, f"offload_states_{DEVICE.type}", report, markdown(report))
     print(markdown(report))
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import statistics
 from pathlib import Path
 
@@ -298,10 +297,8 @@ def main() -> None:
     options = parser.parse_args()
     options.modes = ["ddp", *(mode for mode in options.modes if mode != "ddp")]
     report = collect(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / f"zero_step_{options.size}_{options.precision}_{DEVICE.type}"
-    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    target.with_suffix(".md").write_text(markdown(report))
+    name = f"zero_step_{options.size}_{options.precision}_{DEVICE.type}"
+    target = harness.write_report(options.output, name, report, markdown(report))
     plot(report, target.with_suffix(".png"))
     print(markdown(report))
 

@@ -92,8 +92,8 @@ def test_lora_writes_complete_results(tmp_path):
 
 
 def test_finetune_methods_writes_complete_results(tmp_path):
-    config = LlamaConfig(vocab_size=4096, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-    config.num_attention_heads = config.num_key_value_heads = 2
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=4096, **sizes)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     tokenizer = ROOT / "zerolite" / "medqa" / "corpus" / "tokenizer"
     small = f"--tokenizer_name_or_path {tokenizer} --max_samples 8 --max_steps 2 --cutoff_len 64 --logging_steps 1"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zerolite.adapters.lora import LoraConfig, layers_of
-from zerolite.adapters.state import Adapters, adapter_of, adapters_of
+from zerolite.adapters.state import Adapters, adapter_of, adapters_of, evaluating
 from zerolite.adapters.walk import in_turn
 from zerolite.errors import ZeroliteError
 
@@ -38,7 +38,7 @@ def merge(model: nn.Module, name: str | None = None, batch: dict[str, Tensor] | 
     if not all(parameter.isfinite().all() for parameter in adapter.parameters.values()):
         raise ZeroliteError(f"adapter {adapter.name!r} holds NaN or Inf: it is not merged")
     batch = _default_batch(model) if batch is None else batch
-    with _evaluating(model), _only(adapters, adapter.name):
+    with evaluating(model), _only(adapters, adapter.name):
         adapted = _logits(model, batch)
         by_weight = {id(layer.weight): layer for layer in layers.values()}
         for weights in in_turn(model, [layer.weight for layer in layers.values()], edits=True):
@@ -86,14 +86,3 @@ def _only(adapters: Adapters, name: str):
         yield
     finally:
         adapters.active, adapters.num_disabled = before
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module):
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,6 +1,5 @@
 """Prompt tuning, prefix tuning and both P-tunings: virtual tokens are added to a model and enter its forwards."""
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from zerolite.adapters.prefix import attentions_of, cache_keyword, give_prefix, install_prefix
-from zerolite.adapters.state import Adapters, adapters_of, adopt, begin, disabled
+from zerolite.adapters.state import Adapters, adapters_of, adopt, begin, disabled, evaluating
 from zerolite.adapters.virtual_tokens import DEEP_KINDS, KINDS, PromptConfig, Shape, VirtualTokens, shape_of
 
 IGNORED = -100  # the label that transformers' losses leave out
@@ -236,18 +235,7 @@ def settle_initial_values(model: nn.Module) -> None:
 def _keys_values_of(model: nn.Module, ids: Tensor) -> Tensor:
     """What the base model caches for these tokens, laid out as a prefix: (tokens, layers * 2 * heads * head_dim)."""
     cache = DynamicCache()
-    with disabled(model), _evaluating(model):
+    with disabled(model), evaluating(model):
         model(input_ids=ids[None], use_cache=True, **{cache_keyword(type(model).forward): cache})
     keys_values = torch.stack([part[0] for layer in cache.layers for part in (layer.keys, layer.values)])
     return keys_values.permute(2, 0, 1, 3).flatten(1)  # from (2 * layers, heads, tokens, head_dim)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module):
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in in_training:
-            module.training = True

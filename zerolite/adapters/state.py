@@ -102,3 +102,15 @@ def disabled(model: nn.Module):
         yield model
     finally:
         adapters.num_disabled -= 1
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """Inside, every module is in eval mode; afterwards each is as it was."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
