@@ -81,7 +81,7 @@ def main() -> None:
     facts = harness.machine_facts(("torch", "transformers"))
     rows = [measure(name, options.base, options.ranks, options.extra) for name in options.methods]
     steps = max(rows[0]["validation_losses"])
-    report = {"facts": facts, "ranks": options.ranks, "extra": options.extra, "steps": steps, "rows": rows}
+    report = {"facts": facts, "ranks": options.ranks, "steps": steps, "rows": rows}
     harness.write_report(options.output, f"finetune_methods_{DEVICE.type}", report, markdown(report))
     print(markdown(report))
 
