@@ -107,6 +107,7 @@ class Zero:
         self.device = devices.of(device)
         self.precision = precision
         self.units: list[Unit] = []
+        self._near: dict[tuple[Unit, int], list[Unit]] = {}  # (unit, step) -> its neighbours
         self.reduction_order: list[Bucket] = []
         self.pool = BufferPool()
         self.reduce_stream = self.device.new_stream()
@@ -241,10 +242,15 @@ class Zero:
         unit.wait()
 
     def _neighbours(self, unit: Unit, step: int) -> list[Unit]:
-        """The units (frozen and trainable) of the next module; none behind the last one.
+        """The units (frozen and trainable) of the next module; none behind the last one. Found once, asked every time.
 
         The root comes first in forward and, by Python's negative indices, is followed by the last in backward.
         """
+        if (unit, step) not in self._near:
+            self._near[unit, step] = self._find_neighbours(unit, step)
+        return self._near[unit, step]
+
+    def _find_neighbours(self, unit: Unit, step: int) -> list[Unit]:
         for index in range(unit.index + step, len(self.units) if step > 0 else unit.index - len(self.units), step):
             module = self.units[index].module
             if module is not unit.module:

@@ -11,6 +11,7 @@ from zerolite.medqa.answers import Answer
 from zerolite.medqa.arguments import Options
 from zerolite.medqa.processes import Processes
 from zerolite.medqa.progress import METRICS, read_metrics
+from zerolite.medqa.tuning import PARAMETER_BYTES
 
 matplotlib.use("Agg")  # no display on a training machine
 import matplotlib.pyplot as plt  # noqa: E402
@@ -18,7 +19,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 # Bytes a parameter. States are one or two moments; 16-bit parameters add an fp32 master copy, of which the host keeps
 # only the half that a bf16 parameter has not.
 NUM_MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "lion": 1}
-PARAMETER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES = {"fp32": 0, "bf16": 4, "fp16": 4}
 HOST_MASTER_BYTES = {"fp32": 0, "bf16": 2, "fp16": 4}
 MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 128}
