@@ -14,18 +14,26 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from lines above its own, and from nothing beside or below it but what `BESIDE` names.
 LEVELS = [
-    ["errors", "config", "device", "layout", "files", "native", "extras"],
-    ["alarm", "units", "squares", "offload.arena", "offload.cores", "offload.pool"],
-    ["collectives", "offload.host"],
+    [
+        "errors",
+        "config",
+        "runtime.device",
+        "shards.layout",
+        "runtime.atomic_dir",
+        "runtime.cpu_kernels",
+        "checkpoint.extra_state",
+    ],
+    ["runtime.abort", "shards.units", "shards.grad_norm", "offload.arena", "offload.cores", "offload.pool"],
+    ["runtime.collectives", "offload.host"],
     ["offload.states"],
-    ["offload.bucket"],
-    ["flat", "gradients", "mesh", "meta", "offload.pipeline"],
-    ["optim.norm", "optim.scaling", "optim.held"],
+    ["offload.host_shard"],
+    ["shards.parameters", "shards.gradients", "runtime.mesh", "engine.meta_init", "offload.fetch"],
+    ["optim.grad_stats", "engine.loss_scale", "optim.offloaded_states"],
     ["optim.rules"],
     ["optim.base"],
     ["optim.optimizers"],
-    ["zero"],
-    ["hooks", "agreement", "placement"],
+    ["engine.engine"],
+    ["engine.hooks", "runtime.rank_errors", "offload.placement"],
     ["adapters.walk", "adapters.state", "adapters.virtual_tokens", "adapters.prefix", "adapters.presets"],
     ["adapters.layers", "adapters.targets"],
     ["adapters.lora", "adapters.prompts"],
@@ -34,8 +42,8 @@ LEVELS = [
     ["adapters.lora_files", "adapters.prompt_files", "adapters.merge", "adapters.guards"],
     ["adapters.files"],
     ["adapters.__init__"],
-    ["checkpoint", "memory.track"],
-    ["pretrained"],
+    ["checkpoint.folder", "memory.measure"],
+    ["checkpoint.hugging_face"],
     ["__init__"],
 ]
 
@@ -130,12 +138,12 @@ def test_the_kernels_folder_shadows_nothing():
 def test_only_device_asks_for_the_device():
     """CUDA is named in device.py alone, but for the groups' transport and where tensors come from."""
     asks = {module_name(p) for p in ENGINE if re.search(r"torch\.cuda|is_cuda", p.read_text(encoding="utf-8"))}
-    assert asks == {"device"}
+    assert asks == {"runtime.device"}
 
 
 def test_stage_is_asked_for_in_one_place():
-    """Below zero.py nothing knows the stage."""
-    below = [name for names in LEVELS[: [("zero" in names) for names in LEVELS].index(True)] for name in names]
+    """Below the engine nothing knows the stage."""
+    below = [name for names in LEVELS[: [("engine.engine" in names) for names in LEVELS].index(True)] for name in names]
     for name in below:
         text = (ROOT / "zerolite" / (name.replace(".", "/") + ".py")).read_text(encoding="utf-8")
         assert not re.search(r"\bself\.stage\b|\bzero\.stage\b|\bstage\s*(<|>|==|!=)", text), (

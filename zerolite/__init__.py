@@ -2,12 +2,12 @@
 
 from zerolite import adapters
 from zerolite.api import full_params, no_sync, shard
-from zerolite.checkpoint import load, save
+from zerolite.checkpoint.folder import load, save
+from zerolite.checkpoint.hugging_face import export, load_pretrained
 from zerolite.config import Offload, Precision
 from zerolite.errors import CheckpointError, DataError, WorkerError, ZeroliteError
-from zerolite.memory.track import Usage, measure
+from zerolite.memory.measure import Usage, measure
 from zerolite.optim.optimizers import Adam, AdamW, Lamb, Lion
-from zerolite.pretrained import export, load_pretrained
 
 __all__ = [
     "Adam",

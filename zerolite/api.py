@@ -7,14 +7,15 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from zerolite import hooks, meta
 from zerolite.adapters.initial import settle_initial_values
 from zerolite.config import Offload, Precision
+from zerolite.engine import hooks
+from zerolite.engine import meta_init as meta
+from zerolite.engine.engine import Zero
 from zerolite.errors import ZeroliteError
-from zerolite.mesh import groups_of
-from zerolite.placement import place
-from zerolite.units import UnitRule, plan_units
-from zerolite.zero import Zero
+from zerolite.offload.placement import place
+from zerolite.runtime.mesh import groups_of
+from zerolite.shards.units import UnitRule, plan_units
 
 
 def shard(

@@ -15,13 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from zerolite import files
 from zerolite.adapters import lora_files, prompt_files
 from zerolite.adapters.lora import LoraConfig
 from zerolite.adapters.state import Adapter, adapter_of
 from zerolite.adapters.walk import in_turn
-from zerolite.agreement import on_all_ranks
 from zerolite.errors import ZeroliteError
+from zerolite.runtime import atomic_dir as files
+from zerolite.runtime.rank_errors import on_all_ranks
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

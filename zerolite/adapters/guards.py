@@ -5,7 +5,7 @@ from torch import nn
 from zerolite.adapters.state import adapter_of
 from zerolite.api import engine_of
 from zerolite.errors import ZeroliteError
-from zerolite.optim.norm import agree, slot_norms
+from zerolite.optim.grad_stats import agree, slot_norms
 
 
 def check_gradients(model: nn.Module) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from zerolite.device import Cpu, Cuda
 from zerolite.errors import ZeroliteError
+from zerolite.runtime.device import Cpu, Cuda
 
 PAGE_BYTES = mmap.PAGESIZE
 

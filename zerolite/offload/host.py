@@ -12,11 +12,11 @@ from zerolite_kernels import cpu
 from zerolite_kernels.command import FILL, PARTIAL_NUMEL, Command
 
 from zerolite.config import Offload
-from zerolite.device import Cpu, Cuda
 from zerolite.errors import ZeroliteError
 from zerolite.offload.arena import Arena, Field, check_available
 from zerolite.offload.cores import cores_of
 from zerolite.offload.pool import Pool
+from zerolite.runtime.device import Cpu, Cuda
 
 
 class Host:

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from zerolite_kernels.command import STEP
 
-from zerolite import layout
 from zerolite.offload.states import State
-from zerolite.optim.held import Held
-from zerolite.optim.norm import Verdict, agree
+from zerolite.optim.grad_stats import Verdict, agree
+from zerolite.optim.offloaded_states import Held
 from zerolite.optim.rules import Rule, Run
+from zerolite.shards import layout
 
 
 class Key(NamedTuple):

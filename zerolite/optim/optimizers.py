@@ -5,7 +5,7 @@ from zerolite_kernels.command import PREPARE
 
 from zerolite.optim.base import ShardedOptimizer
 from zerolite.optim.rules import AdamRule, AdamWRule, LambRule, LionRule, trust_ratio
-from zerolite.squares import add_up
+from zerolite.shards.grad_norm import add_up
 
 
 class AdamW(ShardedOptimizer):

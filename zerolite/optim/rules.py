@@ -15,8 +15,8 @@ from torch.optim.adamw import adamw
 from zerolite_kernels import command as abi
 from zerolite_kernels.command import Command
 
-from zerolite import native
-from zerolite.squares import add_up, sum_of_squares
+from zerolite.runtime import cpu_kernels as native
+from zerolite.shards.grad_norm import add_up, sum_of_squares
 
 Hyperparameters = Mapping[str, float | tuple[float, float]]
 

@@ -1,0 +1,145 @@
+"""train_medqa.py as a user starts it: exit status and last words after a signal, a failing rank, and a mistake."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from paths import ROOT
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from zerolite.medqa import resume
+from zerolite.medqa.arguments import CORPUS
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+SINGLE = [sys.executable]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+END_S = 100.0
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """Options of a run that takes milliseconds a step."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    files = ["--model_name_or_path", str(folder), "--tokenizer_name_or_path", str(CORPUS / "tokenizer")]
+    return [*files, "--cutoff_len", "64", "--max_samples", "16", "--logging_steps", "1"]
+
+
+def start(launcher: list[str], arguments: list[str], script: Path = ROOT / "train_medqa.py") -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*launcher, str(script), *arguments], env=ENVIRONMENT, start_new_session=True, **pipes)
+
+
+def last_words(process: subprocess.Popen) -> tuple[str, str]:
+    """The rest of stdout and stderr, once the process has ended; it does not outlive the test."""
+    try:
+        return process.communicate(timeout=END_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def stop_while_training(process: subprocess.Popen, number: signal.Signals) -> tuple[int, list[str], str]:
+    """Signal the process at its third step: (status, lines of stdout, stderr)."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line.strip())
+        if line.startswith("step 3/"):
+            process.send_signal(number)
+            break
+    out, err = last_words(process)
+    return process.returncode, [*lines, *out.strip().splitlines()], err
+
+
+@pytest.mark.parametrize("offload", [[], ["--offload", "cpu"]], ids=["", "offload"])
+def test_sigterm_to_all_ranks_leaves_a_checkpoint_to_go_on_from(flags, tmp_path, offload):
+    """torchrun signals process groups: the optimizer's workers too."""
+    output = tmp_path / "out put"
+    flags = [*flags, *offload, "--output_dir", str(output), "--max_steps", "1000000", "--stage", "3"]
+    process = start(TORCHRUN, flags)
+    status, lines, err = stop_while_training(process, signal.SIGTERM)
+    assert status != 0 and "Traceback" not in err.split("torch/distributed")[0]
+    assert lines[-1].startswith("stopped by SIGTERM: ") and "is complete; go on with: torchrun" in lines[-1]
+    (checkpoint,) = resume.checkpoints(output)
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert step >= 3 and f"{checkpoint} is complete" in lines[-1]
+    config = ["--config", str(output / "options.yaml"), "--resume", str(output)]  # what the last line says
+    assert lines[-1].endswith(f"train_medqa.py --config '{output}/options.yaml' --resume '{output}'")
+    done = start(TORCHRUN, [*config, "--max_steps", str(step + 2)])
+    out, err = last_words(done)
+    assert done.returncode == 0, err
+    assert f"resumed from {checkpoint} at step {step}" in out and f"step {step + 2}/{step + 2}" in out
+
+
+def test_ctrl_c_on_one_process(flags, tmp_path):
+    process = start(SINGLE, [*flags, "--output_dir", str(tmp_path), "--max_steps", "1000000"])
+    status, lines, err = stop_while_training(process, signal.SIGINT)
+    assert status == 130 and "Traceback" not in err
+    assert lines[-1].startswith("stopped by SIGINT: ") and "go on with: python " in lines[-1]
+    assert len(resume.checkpoints(tmp_path)) == 1
+
+
+def test_a_failing_rank_ends_all_with_its_own_error_first(flags, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(
+        "import os, sys\n"
+        "import train_medqa\n"
+        "def fail(*arguments):\n"
+        "    if os.environ['RANK'] == '1': raise MemoryError('no room on this rank')\n"
+        "    return whole(*arguments)\n"
+        "whole, train_medqa.label_loss = train_medqa.label_loss, fail\n"
+        "train_medqa.processes.leave(train_medqa.main())\n"
+    )
+    started_s = time.monotonic()
+    process = start(TORCHRUN, [*flags, "--output_dir", str(tmp_path / "out")], script)
+    _, err = last_words(process)
+    assert process.returncode != 0 and time.monotonic() - started_s < END_S
+    assert "rank 1 failed: no room on this rank" in err and "rank 0 failed" not in err
+    assert err.index("rank 1 failed") < err.find("rank 0: ends") or "rank 0: ends" not in err
+
+
+def test_a_killed_worker_ends_the_run_by_name(flags, tmp_path):
+    """Both ranks and all four workers end, and the one that was killed is named, once."""
+    offload = ["--offload", "cpu", "--offload_workers", "2", "--stage", "3", "--max_steps", "1000000"]
+    process = start(TORCHRUN, [*flags, *offload, "--output_dir", str(tmp_path)])
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    ranks = psutil.Process(process.pid).children()
+    workers = {worker for rank in ranks for worker in rank.children() if "cpu_worker.py" in " ".join(worker.cmdline())}
+    victim = min(workers, key=lambda worker: worker.pid)
+    victim.kill()
+    _, err = last_words(process)
+    assert process.returncode != 0 and len(workers) == 4
+    assert re.search(rf"^rank \d: optimizer worker \d \(pid {victim.pid}\) was killed by SIGKILL", err, re.MULTILINE)
+    assert not re.search(r"^rank \d failed", err, re.MULTILINE)  # with a traceback
+    _, alive = psutil.wait_procs([*ranks, *workers], timeout=5)
+    assert all(left.status() == psutil.STATUS_ZOMBIE for left in alive)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "arguments", "message"),
+    [
+        (SINGLE, ["--stage", "4"], "--stage: expected one of 0, 1, 2, 3, got '4'"),
+        (TORCHRUN, ["--train_file", "absent.jsonl"], "absent.jsonl: cannot be read: No such file or directory"),
+    ],
+)
+def test_a_mistake_is_one_message(launcher, arguments, message, tmp_path):
+    process = start(launcher, [*arguments, "--output_dir", str(tmp_path)])
+    out, err = last_words(process)
+    assert err.count(f"train_medqa.py: error: {message}") == 1 and out == ""
+    if launcher == SINGLE:
+        assert process.returncode == 2 and err.count("\n") == 1
+    else:
+        assert process.returncode != 0

@@ -1,0 +1,1 @@
+"""Checkpoints of sharded training, and Hugging Face folders."""

@@ -1,0 +1,1 @@
+"""The walk of a parameter through forward, backward and step."""

@@ -1,0 +1,1 @@
+"""The machine: devices, collectives, failure broadcast, host kernels; nothing here knows of ZeRO."""

@@ -1,0 +1,202 @@
+"""Collectives over flat tensors along one mesh dimension, with the transport chosen once.
+
+NCCL runs its own reduce-scatter and all-gather. gloo's are slow (100 MiB fp32, two ranks: reduce-scatter 115 ms,
+an exchange of pieces by isend/irecv plus a sum 30 ms), so on the CPU ranks exchange pieces and sum them in rank
+order, which also makes the sum independent of who owns the piece.
+
+Every method but the properties is collective: every rank of the group must call it, in the same order.
+"""
+
+import zlib
+
+import torch
+import torch.distributed as dist
+
+from zerolite.config import LOW_PRECISION
+from zerolite.errors import WorkerError, ZeroliteError
+from zerolite.runtime import abort as alarm
+
+CHUNK_NUMEL = 128 * 1024  # three of them in fp32 lie in a core's second-level cache
+
+
+class Pending:
+    """A collective in flight; it keeps its tensors alive until `wait`."""
+
+    def __init__(self, steps=(), keepalive=(), label: str = ""):
+        self.steps = steps  # callables that wait for and finish it, in order
+        self.keepalive = keepalive
+        self.label = label
+
+    def wait(self) -> None:
+        """Order the current stream (CUDA) or this thread (CPU) after the collective. Idempotent."""
+        try:
+            for step in self.steps:
+                step()
+        except RuntimeError as error:
+            news = alarm.heard()
+            if news is not None:
+                raise WorkerError(news) from error
+            raise ZeroliteError(
+                f"rank {dist.get_rank()}: {self.label} did not complete: another rank failed, is stuck, or runs other "
+                f"modules or another order of them ({error})"
+            ) from error
+        self.steps, self.keepalive = (), ()
+
+
+class Group:
+    """A group of one: every collective is the identity."""
+
+    rank = 0
+    size = 1
+
+    def reduce_scatter(self, full: torch.Tensor, out: torch.Tensor, divisor: int, label: str) -> Pending:
+        """out (piece_numel,) = sum over ranks of this rank's piece of `full` (size * piece_numel,) / divisor.
+
+        `out` may be this rank's piece of `full` itself. `label` says in an error what was going on.
+        """
+        if out.data_ptr() != full.data_ptr():
+            out.copy_(full)
+        if divisor != 1:
+            out.div_(divisor)
+        return Pending()
+
+    def all_gather(self, full: torch.Tensor, piece: torch.Tensor, label: str) -> Pending:
+        """full (size * piece_numel,) = every rank's `piece`; `piece` may be this rank's piece of `full` itself."""
+        if piece.data_ptr() != full.data_ptr():
+            full.copy_(piece)
+        return Pending()
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum `tensor` over ranks, in place, the same bits on every rank."""
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Rank 0's values on every rank, in place."""
+
+    def gather_facts(self, facts: torch.Tensor) -> torch.Tensor:
+        """Every rank's few numbers `facts` (n,) as rows (size, n), on the host."""
+        return facts.unsqueeze(0)
+
+
+class NcclGroup(Group):
+    """Collectives as NCCL has them, on NCCL's own stream; `wait` orders the current stream after them."""
+
+    def __init__(self, process_group: dist.ProcessGroup):
+        self.process_group = process_group
+        self.rank = dist.get_rank(process_group)
+        self.size = dist.get_world_size(process_group)
+
+    def reduce_scatter(self, full, out, divisor, label):
+        op = dist.ReduceOp.AVG if divisor == self.size else dist.ReduceOp.SUM
+        work = dist.reduce_scatter_tensor(out, full, op=op, group=self.process_group, async_op=True)
+        if op == dist.ReduceOp.AVG:
+            return Pending((work.wait,), (full, out), label)
+        return Pending((work.wait, lambda: out.div_(divisor)), (full, out), label)
+
+    def all_gather(self, full, piece, label):
+        work = dist.all_gather_into_tensor(full, piece, group=self.process_group, async_op=True)
+        return Pending((work.wait,), (full, piece), label)
+
+    def all_reduce(self, tensor):
+        dist.all_reduce(tensor, group=self.process_group)
+
+    def broadcast(self, tensor):
+        dist.broadcast(tensor, group=self.process_group, group_src=0)
+
+    def gather_facts(self, facts):
+        rows = facts.new_empty(self.size, facts.numel())
+        dist.all_gather_into_tensor(rows.view(-1), facts, group=self.process_group)
+        return rows.cpu()
+
+
+class ExchangeGroup(Group):
+    """gloo: pieces travel by isend/irecv; sums run on the waiting thread in rank order, a cache-sized chunk a time."""
+
+    def __init__(self, process_group: dist.ProcessGroup):
+        self.process_group = process_group
+        self.rank = dist.get_rank(process_group)
+        self.size = dist.get_world_size(process_group)
+        self.peers = [peer for peer in range(self.size) if peer != self.rank]
+        self.count = 0
+
+    def _exchange(
+        self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor], label: str, *then
+    ) -> Pending:
+        """Tensors to and from every peer, each announced by what it is; `then`: what is to be done with them.
+
+        gloo ends the process when a message is of another size than expected. Tags of what and when keep
+        messages of ranks that fell out of step apart; the announcement, tagged by when alone, tells them at once.
+        """
+        self.count = (self.count + 1) % (1 << 19)
+        what = zlib.crc32(label.encode())
+        announced = torch.tensor([what])
+        heard = {peer: torch.empty_like(announced) for peer in self.peers}
+        announcements = self._post({peer: announced for peer in self.peers}, heard, 2 * self.count)
+        works = self._post(sends, receives, (what & 0x3FF) << 20 | 2 * self.count + 1)
+
+        def check() -> None:
+            for peer, other in heard.items():
+                if other.item() != what:
+                    raise RuntimeError(f"rank {peer} of the group is at another collective")
+
+        steps = [*(work.wait for work in announcements), check, *(work.wait for work in works), *then]
+        return Pending(steps, (announced, sends, receives), label)
+
+    def _post(self, sends, receives, tag: int) -> list[dist.Work]:
+        group = self.process_group
+        works = [dist.irecv(receives[peer], group=group, group_src=peer, tag=tag) for peer in self.peers]
+        return works + [dist.isend(sends[peer], group=group, group_dst=peer, tag=tag) for peer in self.peers]
+
+    def reduce_scatter(self, full, out, divisor, label):
+        if full.numel() == 0:
+            return Pending()
+        pieces = dict(enumerate(full.view(self.size, -1).unbind()))
+        received = {peer: torch.empty_like(pieces[peer]) for peer in self.peers}
+        terms = [received.get(rank, pieces[rank]) for rank in range(self.size)]
+        return self._exchange(pieces, received, label, lambda: sum_in_rank_order(terms, out, divisor))
+
+    def all_gather(self, full, piece, label):
+        if full.numel() == 0:
+            return Pending()
+        pieces = dict(enumerate(full.view(self.size, -1).unbind()))
+        pending = self._exchange({peer: piece for peer in self.peers}, pieces, label)
+        if piece.data_ptr() != pieces[self.rank].data_ptr():
+            pieces[self.rank].copy_(piece)
+        return pending
+
+    def all_reduce(self, tensor):
+        received = {peer: torch.empty_like(tensor) for peer in self.peers}
+        sent = tensor.clone()
+        self._exchange({peer: sent for peer in self.peers}, received, "adding up over replicas").wait()
+        sum_in_rank_order([received.get(rank, sent) for rank in range(self.size)], tensor, 1)
+
+    def broadcast(self, tensor):
+        dist.broadcast(tensor, group=self.process_group, group_src=0)
+
+    def gather_facts(self, facts):
+        rows = facts.new_empty(self.size * facts.numel())
+        self.all_gather(rows, facts, "the exchange of a few numbers").wait()
+        return rows.view(self.size, -1)
+
+
+def sum_in_rank_order(terms: list[torch.Tensor], out: torch.Tensor, divisor: int) -> None:
+    """out = sum(terms) / divisor, added in list order, 16-bit terms in fp32; `out` may be one of the terms."""
+    for start in range(0, out.numel(), CHUNK_NUMEL):
+        chunks = [term[start : start + CHUNK_NUMEL] for term in terms]
+        target = out[start : start + CHUNK_NUMEL]
+        if len(chunks) == 2 and target.dtype not in LOW_PRECISION:
+            total = torch.add(chunks[0], chunks[1], out=target)
+        else:
+            total = chunks[0].to(torch.float32) if target.dtype in LOW_PRECISION else chunks[0].clone()
+            for chunk in chunks[1:]:
+                total.add_(chunk)
+        if divisor != 1:
+            total.div_(divisor)
+        if total is not target:
+            target.copy_(total)
+
+
+def group_of(process_group: dist.ProcessGroup | None, device: torch.device) -> Group:
+    """The collectives of a process group for tensors on `device`; None or a group of one needs no transport."""
+    if process_group is None or dist.get_world_size(process_group) == 1:
+        return Group()
+    return NcclGroup(process_group) if device.type == "cuda" else ExchangeGroup(process_group)

@@ -1,0 +1,1 @@
+"""What one rank holds: layouts, units, parameters, gradients, shards."""
