@@ -2,7 +2,10 @@
 
 import ast
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,6 +124,24 @@ def test_public_names_are_frozen():
     """The package exports the names of the design and nothing else."""
     assert set(zerolite.__all__) == PUBLIC_NAMES
     assert all(hasattr(zerolite, name) for name in PUBLIC_NAMES)
+
+
+def test_importing_zerolite_loads_no_transformers():
+    """Adapters and Hugging Face folders load when they are asked for: transformers takes as long as torch."""
+    code = (
+        "import sys, zerolite; zerolite.shard, zerolite.AdamW, zerolite.save, zerolite.measure;"
+        "assert not {'transformers', 'matplotlib', 'triton'} & set(sys.modules);"
+        "assert set(zerolite.__all__) <= set(dir(zerolite));"
+        "from zerolite import adapters, export; assert adapters.add_lora and 'transformers' in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'zerolite' has no attribute 'nothing'"):
+        zerolite.nothing  # noqa: B018
 
 
 def test_importing_zerolite_needs_no_triton_and_no_application():

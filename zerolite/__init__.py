@@ -1,13 +1,20 @@
 """zerolite: ZeRO memory engineering for people who train large models on few GPUs."""
 
-from zerolite import adapters
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from zerolite.api import full_params, no_sync, shard
 from zerolite.checkpoint.folder import load, save
-from zerolite.checkpoint.hugging_face import export, load_pretrained
 from zerolite.config import Offload, Precision
 from zerolite.errors import CheckpointError, DataError, WorkerError, ZeroliteError
 from zerolite.memory.measure import Usage, measure
 from zerolite.optim.optimizers import Adam, AdamW, Lamb, Lion
+
+if TYPE_CHECKING:
+    from zerolite import adapters
+    from zerolite.checkpoint.hugging_face import export, load_pretrained
+
+__version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = [
     "Adam",
@@ -31,3 +38,22 @@ __all__ = [
     "save",
     "shard",
 ]
+
+# What imports transformers, which takes as long as torch does: it loads when it is asked for.
+_LAZY = {
+    "adapters": "zerolite.adapters",
+    "export": "zerolite.checkpoint.hugging_face",
+    "load_pretrained": "zerolite.checkpoint.hugging_face",
+}
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_LAZY[name])
+    globals()[name] = value = getattr(module, name, module)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from zerolite.adapters.initial import settle_initial_values
 from zerolite.config import Offload, Precision
 from zerolite.engine import hooks
 from zerolite.engine import meta_init as meta
@@ -50,7 +49,10 @@ def shard(
     zero = Zero(model, stage, shard_group, replicate_group, device, precision)
     build(zero, units, offload, meta.materialize, has_values=True)
     settle_buffers(zero)
-    settle_initial_values(model)
+    if hasattr(model, "_zerolite_adapters"):
+        from zerolite.adapters.initial import settle_initial_values  # brings transformers: only where adapters did
+
+        settle_initial_values(model)
     return model
 
 

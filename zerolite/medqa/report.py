@@ -1,9 +1,9 @@
 """What a run leaves to read: `report.md` with perplexity, memory and answers, and `loss.png`."""
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
-import matplotlib
 from torch import nn
 
 import zerolite
@@ -13,8 +13,8 @@ from zerolite.medqa.processes import Processes
 from zerolite.medqa.progress import METRICS, read_metrics
 from zerolite.medqa.tuning import PARAMETER_BYTES
 
-matplotlib.use("Agg")  # no display on a training machine
-import matplotlib.pyplot as plt  # noqa: E402
+if find_spec("matplotlib") is None:  # it loads after training, and that it is missing must be known before
+    raise ModuleNotFoundError("the report needs matplotlib: pip install 'zerolite[train]'", name="matplotlib")
 
 # Bytes a parameter. States are one or two moments; 16-bit parameters add an fp32 master copy, of which the host keeps
 # only the half that a bf16 parameter has not.
@@ -161,8 +161,11 @@ def write(folder: Path, trainable: str, memory: str, answers: list[Answer]) -> s
 
 def plot_losses(folder: Path) -> None:
     """Draw `loss.png` from the metrics file: mean loss a label token (nats) against the optimizer step."""
+    from matplotlib.figure import Figure  # slow to load; without pyplot it needs no display
+
     records = read_metrics(folder / METRICS)
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    figure = Figure(figsize=(8, 4.5))
+    axes = figure.subplots()
     for key, label, style in (("loss", "train", "-"), ("validation_loss", "validation", "o-")):
         points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         if points:
@@ -172,7 +175,6 @@ def plot_losses(folder: Path) -> None:
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(folder / "loss.png", dpi=120)
-    plt.close(figure)
 
 
 def answers_text(answers: list[Answer]) -> str:
