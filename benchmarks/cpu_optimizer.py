@@ -32,9 +32,9 @@ from pathlib import Path
 import harness
 import torch
 import torch.distributed as dist
-from zerolite_kernels import command as abi
 from zerolite_kernels import cpu
-from zerolite_kernels.command import Command
+from zerolite_kernels.cpu import command as abi
+from zerolite_kernels.cpu.command import Command
 
 LR, BETA1, BETA2, EPS, DECAY, MAX_NORM = 1e-5, 0.9, 0.999, 1e-8, 0.01, 1.0
 LAYOUTS = {"1x1": (1, 1), "1x2": (1, 2), "2x1": (2, 1)}

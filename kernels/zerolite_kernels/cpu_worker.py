@@ -23,7 +23,7 @@ if __name__ == "__main__":
     # Only the script's own folder is on the path, and `-S` leaves out site-packages.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from zerolite_kernels.command import FILL, PARTIAL_NUMEL, Command
+from zerolite_kernels.cpu.command import FILL, PARTIAL_NUMEL, Command
 
 CHUNK_NUMEL = 1024 * PARTIAL_NUMEL  # between two heartbeats
 
@@ -106,7 +106,7 @@ class Worker:
 def _load(library: str | None):
     """execute(memory, command, first, last) of the built kernels, or of what serves in torch."""
     if library is None:
-        from zerolite_kernels.fallback import execute
+        from zerolite_kernels.cpu.fallback import execute
 
         return execute
     function = ctypes.CDLL(library).zl_execute
@@ -130,7 +130,7 @@ def run_lane(worker: Worker, lane: int, core: int | None, wake_fd: int) -> None:
         row = worker.row(lane)
         states = None
         if setup.states_fd >= 0:
-            from zerolite_kernels.state_file import StateFile
+            from zerolite_kernels.cpu.state_file import StateFile
 
             states = StateFile(setup.states_fd)
         poller = select.poll()

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zerolite_kernels import command as K
 from zerolite_kernels import cpu
+from zerolite_kernels.cpu import command as K
 from zerolite_kernels.cpu import reference
 
 NATIVE = cpu.load()

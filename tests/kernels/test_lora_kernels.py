@@ -9,8 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from lora_layers import SCALE, error, error_ratios, layer, masks, peft_layers, peft_results
 from torch.utils.checkpoint import checkpoint
-from zerolite_kernels import reference
-from zerolite_kernels.lora import lora_linears
+from zerolite_kernels.lora import lora_linears, reference
 
 SHAPES = [(9, 41, 341), (41, 341, 9), (341, 9, 41), (41, 4231, 9), (4231, 9, 41), (9, 41, 4231)]  # M, K, N
 DROPOUTS = [0.0, 0.05]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from zerolite_kernels import loss as kernels
+from zerolite_kernels.loss import cross_entropy as kernels
 from zerolite_kernels.loss import linear_cross_entropy
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -291,31 +291,31 @@ def test_mistakes_are_named():
 INTERPRETED = """
 import torch
 import torch.nn.functional as F
-from zerolite_kernels import loss, loss_triton
+from zerolite_kernels.loss import cross_entropy, triton_kernels
 
 torch.manual_seed(0)
-for dtype, scale in (torch.float32, 1.0), (torch.float16, loss.FP16_SCALE), (torch.bfloat16, 1.0):
+for dtype, scale in (torch.float32, 1.0), (torch.float16, cross_entropy.FP16_SCALE), (torch.bfloat16, 1.0):
     for rows, vocabulary in (3, 9), (9, 341), (5, 4231), (2, 20001):
         logits = (4 * torch.randn(rows, vocabulary)).to(dtype)
         logits[0, :8] = -torch.inf
         labels = torch.randint(8, vocabulary, (rows,))
         expected, actual = torch.empty(3, rows), torch.empty(3, rows)
-        loss.sum_exponentials(logits, labels, *expected)
-        loss_triton.sum_exponentials(logits, labels, *actual)
+        cross_entropy.sum_exponentials(logits, labels, *expected)
+        triton_kernels.sum_exponentials(logits, labels, *actual)
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
         part = logits[:, 4:].contiguous()  # of the vocabulary
-        truth = loss.gradient_(part.clone(), labels - 4, *expected[1:], scale)
-        found = loss_triton.gradient_(part, labels - 4, *actual[1:], scale)
+        truth = cross_entropy.gradient_(part.clone(), labels - 4, *expected[1:], scale)
+        found = triton_kernels.gradient_(part, labels - 4, *actual[1:], scale)
         assert found is part
         # In fp16 small ones keep their digits: 4e-9 is below its smallest number.
         rtol, atol = 2 * torch.finfo(dtype).eps, 4e-9 * scale if dtype == torch.float16 else 3e-7
         torch.testing.assert_close(found.float(), truth, rtol=rtol, atol=atol)
 losses, largest, total = torch.empty(3, 2)
-loss_triton.sum_exponentials(torch.randn(2, 9), torch.tensor([9, -1]), losses, largest, total)
+triton_kernels.sum_exponentials(torch.randn(2, 9), torch.tensor([9, -1]), losses, largest, total)
 assert losses.isnan().all()
 
 # All together, with the loss scaled as fp16 is trained. The interpreter cuts bf16 off where a GPU rounds it.
-loss._kernels_for = lambda hidden: (loss_triton.sum_exponentials, loss_triton.gradient_)
+cross_entropy._kernels_for = lambda hidden: (triton_kernels.sum_exponentials, triton_kernels.gradient_)
 for dtype in torch.float32, torch.float16:
     inputs = [torch.randn(shape) for shape in ((2, 41), (20001, 41), (20001,))]
     inputs = [(x / x.shape[-1] ** 0.2).to(dtype).requires_grad_() for x in inputs]
@@ -324,7 +324,7 @@ for dtype in torch.float32, torch.float16:
     errors = []
     truth = torch.autograd.grad(2**10 * F.cross_entropy(F.linear(*wide), labels, reduction="sum"), wide)
     for computed in (
-        loss.linear_cross_entropy(*inputs[:2], labels, inputs[2], chunk_numel=5 * 20001),
+        cross_entropy.linear_cross_entropy(*inputs[:2], labels, inputs[2], chunk_numel=5 * 20001),
         F.cross_entropy(F.linear(*inputs).float(), labels, reduction="sum"),
     ):
         found = torch.autograd.grad(2**10 * computed, inputs)
@@ -338,7 +338,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from zerolite_kernels.loss_triton import BLOCK, NUM_WARPS, gradient_kernel, sum_exponentials_kernel
+from zerolite_kernels.loss.triton_kernels import BLOCK, NUM_WARPS, gradient_kernel, sum_exponentials_kernel
 
 for element in "fp32", "fp16", "bf16":
     rows = {"labels_ptr": "*i64", "losses_ptr": "*fp32", "largest_ptr": "*fp32", "total_ptr": "*fp32"}

@@ -7,8 +7,9 @@ import warnings
 
 import pytest
 import torch
-from zerolite_kernels import cpu, fallback
-from zerolite_kernels.command import Command
+from zerolite_kernels import cpu
+from zerolite_kernels.cpu import fallback
+from zerolite_kernels.cpu.command import Command
 
 import zerolite
 from zerolite.runtime import cpu_kernels as native

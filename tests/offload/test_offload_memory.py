@@ -12,7 +12,8 @@ from delays import slow_workers
 from models import llama
 from saved import attempt
 from torch import nn
-from zerolite_kernels import cpu, state_file
+from zerolite_kernels import cpu
+from zerolite_kernels.cpu import state_file
 
 from zerolite import Offload, Precision
 from zerolite.shards.layout import pack

@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zerolite_kernels import command as abi
-from zerolite_kernels import cpu, cpu_worker, state_file
-from zerolite_kernels.command import Command
+from zerolite_kernels import cpu, cpu_worker
+from zerolite_kernels.cpu import command as abi
+from zerolite_kernels.cpu import state_file
+from zerolite_kernels.cpu.command import Command
 
 from zerolite import WorkerError, ZeroliteError
 from zerolite.config import parse_bytes

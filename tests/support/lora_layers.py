@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from zerolite_kernels import reference
-from zerolite_kernels.lora import lora_linears
+from zerolite_kernels.lora import lora_linears, reference
 
 SCALE = 2.0
 

@@ -13,7 +13,8 @@ import time
 settings = json.loads(os.environ["DELAYS"])
 sys.path.insert(0, settings["kernels"])
 
-from zerolite_kernels import command, cpu_worker  # noqa: E402
+from zerolite_kernels import cpu_worker  # noqa: E402
+from zerolite_kernels.cpu import command  # noqa: E402
 
 load = cpu_worker._load
 lots = random.Random(f"{settings['seed']} {sys.argv[1:]}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from zerolite_kernels import cpu
-from zerolite_kernels.command import FILL, PARTIAL_NUMEL, Command
+from zerolite_kernels.cpu.command import FILL, PARTIAL_NUMEL, Command
 
 from zerolite.config import Offload
 from zerolite.errors import ZeroliteError

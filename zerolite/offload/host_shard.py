@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import torch
-from zerolite_kernels import command as abi
-from zerolite_kernels.command import PARTIAL_NUMEL, Command
+from zerolite_kernels.cpu import command as abi
+from zerolite_kernels.cpu.command import PARTIAL_NUMEL, Command
 
 from zerolite.config import LOW_PRECISION, master_dtype
 from zerolite.offload.arena import Field

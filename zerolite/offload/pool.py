@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zerolite_kernels import cpu, cpu_worker
-from zerolite_kernels.command import Command
+from zerolite_kernels.cpu.command import Command
 from zerolite_kernels.cpu_worker import (
     ARENA_BYTES,
     DONE,

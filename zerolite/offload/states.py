@@ -12,8 +12,9 @@ import mmap
 import weakref
 
 import torch
-from zerolite_kernels import cpu, state_file
-from zerolite_kernels.command import BLOCK_NUMEL, PARTIAL_NUMEL
+from zerolite_kernels import cpu
+from zerolite_kernels.cpu import state_file
+from zerolite_kernels.cpu.command import BLOCK_NUMEL, PARTIAL_NUMEL
 
 from zerolite.offload.arena import Field
 from zerolite.offload.host import Host

@@ -15,7 +15,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from zerolite_kernels.command import STEP
+from zerolite_kernels.cpu.command import STEP
 
 from zerolite.offload.states import State
 from zerolite.optim.grad_stats import Verdict, agree

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from zerolite_kernels.command import NORM
+from zerolite_kernels.cpu.command import NORM
 
 from zerolite.errors import ZeroliteError
 from zerolite.shards.grad_norm import add_up, exact_sum_of_squares, sum_of_squares

@@ -1,7 +1,7 @@
 """The four optimizers that users build: torch.optim's arguments, plus `max_grad_norm`."""
 
 import torch
-from zerolite_kernels.command import PREPARE
+from zerolite_kernels.cpu.command import PREPARE
 
 from zerolite.optim.base import ShardedOptimizer
 from zerolite.optim.rules import AdamRule, AdamWRule, LambRule, LionRule, trust_ratio

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
-from zerolite_kernels import command as abi
-from zerolite_kernels.command import Command
+from zerolite_kernels.cpu import command as abi
+from zerolite_kernels.cpu.command import Command
 
 from zerolite.runtime import cpu_kernels as native
 from zerolite.shards.grad_norm import add_up, sum_of_squares

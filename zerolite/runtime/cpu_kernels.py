@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 import torch
-from zerolite_kernels import command as abi
 from zerolite_kernels import cpu
-from zerolite_kernels.command import NORM, PARTIAL_NUMEL, Command
+from zerolite_kernels.cpu import command as abi
+from zerolite_kernels.cpu.command import NORM, PARTIAL_NUMEL, Command
 from zerolite_kernels.cpu_worker import share
 
 GRADIENT_DTYPES = {

@@ -7,7 +7,7 @@ import ctypes
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from zerolite_kernels.command import Command
+from zerolite_kernels.cpu.command import Command
 
 _SIGNATURES = {
     # Elements [first, last) of a command. 0: done; else nothing was written, and 1: no such operation, 2: the states

@@ -1,4 +1,4 @@
-// One command to the host kernels; the mirror of zerolite_kernels/command.py, where every field is explained.
+// One command to the host kernels; the mirror of command.py beside it, where every field is explained.
 #pragma once
 
 #include <cstdint>

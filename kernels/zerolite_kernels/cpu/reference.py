@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from zerolite_kernels import command as commands
-from zerolite_kernels.command import BLOCK_NUMEL, PARTIAL_NUMEL, Command
+from zerolite_kernels.cpu import command as commands
+from zerolite_kernels.cpu.command import BLOCK_NUMEL, PARTIAL_NUMEL, Command
 
 CHUNK_NUMEL = 16 * PARTIAL_NUMEL
 COLUMNS = 32  # of a partial sum: element i of a region is added to column i mod COLUMNS

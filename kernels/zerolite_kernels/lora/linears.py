@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zerolite_kernels import reference
+from zerolite_kernels.lora import reference
 
 MAX_RANK = 256
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -105,7 +105,7 @@ def kernels(name: str, x: Tensor, dropout: float, backend: str) -> ModuleType:
     """The module whose function of that name computes the operation."""
     if backend == "torch" or CHOICES[name][dropout > 0] == "torch" or x.numel() == 0:
         return reference
-    return importlib.import_module("zerolite_kernels.lora_triton")
+    return importlib.import_module("zerolite_kernels.lora.triton_kernels")
 
 
 class LoraLinears(torch.autograd.Function):

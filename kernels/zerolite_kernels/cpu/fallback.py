@@ -6,8 +6,8 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from zerolite_kernels.command import ADAM, ADAMW, STATES_FP32, STEP, Command
 from zerolite_kernels.cpu import reference
+from zerolite_kernels.cpu.command import ADAM, ADAMW, STATES_FP32, STEP, Command
 
 CHUNK_NUMEL = 512 * 1024  # fp32 copies of gradient and parameter stay in a core's cache
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zerolite_kernels.reference import dropout_threshold
+from zerolite_kernels.lora.reference import dropout_threshold
 
 MAX_PROJECTIONS = 3  # of one launch, as accumulators are variables; more projections take more launches
 MAX_BLOCK_R = 64

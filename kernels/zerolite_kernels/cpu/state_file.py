@@ -11,7 +11,15 @@ import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
 
-from zerolite_kernels.command import IN_PLACE_FP64, LION, PARTIAL_NUMEL, STATES_BF16, STATES_FP32, STATES_INT8, Command
+from zerolite_kernels.cpu.command import (
+    IN_PLACE_FP64,
+    LION,
+    PARTIAL_NUMEL,
+    STATES_BF16,
+    STATES_FP32,
+    STATES_INT8,
+    Command,
+)
 
 CHUNK_NUMEL = 128 * PARTIAL_NUMEL  # 2 MiB of fp32 a state and chunk
 NUM_BUFFERS = 3  # being read, updated, written

@@ -171,9 +171,9 @@ def _add_product(total, one, other) -> None:
 def _kernels_for(hidden: torch.Tensor):
     """The two functions below, or Triton's of the same names on a GPU; fp64 is for checks."""
     if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
-        from zerolite_kernels import loss_triton
+        from zerolite_kernels.loss import triton_kernels
 
-        return loss_triton.sum_exponentials, loss_triton.gradient_
+        return triton_kernels.sum_exponentials, triton_kernels.gradient_
     return sum_exponentials, gradient_
 
 
