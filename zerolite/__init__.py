@@ -2,8 +2,10 @@
 
 from zerolite import adapters
 from zerolite.api import full_params, no_sync, shard
-from zerolite.checkpoint.folder import load, save
-from zerolite.checkpoint.hugging_face import export, load_pretrained
+from zerolite.checkpoint.export import export
+from zerolite.checkpoint.load import load
+from zerolite.checkpoint.pretrained import load_pretrained
+from zerolite.checkpoint.save import save
 from zerolite.config import Offload, Precision
 from zerolite.errors import CheckpointError, DataError, WorkerError, ZeroliteError
 from zerolite.memory.measure import Usage, measure

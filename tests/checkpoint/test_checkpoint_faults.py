@@ -112,10 +112,11 @@ class Bomb:
 
     def plant(self) -> None:
         from zerolite.runtime import atomic_dir as files
+        from zerolite.runtime import safetensors_file
 
         for name in ("open", "fsync", "close", "mkdir", "rename", "unlink", "rmdir"):
             setattr(os, name, self.before(getattr(os, name)))
-        files.write_safetensors = self.around_writing(files.write_safetensors)
+        safetensors_file.write_safetensors = self.around_writing(safetensors_file.write_safetensors)
         Path.write_bytes = self.around_writing(Path.write_bytes)
         files._exchange = self.before(files._exchange)
 

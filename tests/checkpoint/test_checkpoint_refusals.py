@@ -205,14 +205,14 @@ def test_malformed_manifests_are_refused(ranks, tmp_path):
 
 def load_from_the_future(folder: Path):
     import zerolite
-    from zerolite.checkpoint import folder as checkpoint
+    from zerolite.checkpoint import manifest
 
     model, optimizer = make(1)
-    checkpoint.VERSION = 2
+    manifest.VERSION = 2
     try:
         zerolite.save(folder, model, optimizer)
     finally:
-        checkpoint.VERSION = 1
+        manifest.VERSION = 1
     return attempt(lambda: zerolite.load(folder, model, optimizer))
 
 
@@ -229,10 +229,11 @@ def save_while_failing(folder: Path, failure: str, who: list[int]):
     """Save where the ranks `who` cannot, over an older checkpoint."""
     import zerolite
     from zerolite.runtime import atomic_dir as files
+    from zerolite.runtime import safetensors_file
 
     model, optimizer = make(2)
     train(model, optimizer, range(2))
-    originals = (files.write_safetensors, files.sync_file, files._exchange)
+    originals = (safetensors_file.write_safetensors, files.sync_file, files._exchange)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def no_space(*args, **options):
@@ -246,16 +247,16 @@ def save_while_failing(folder: Path, failure: str, who: list[int]):
             if failure == "quota":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
             elif failure == "disk full":
-                files.write_safetensors = no_space
+                safetensors_file.write_safetensors = no_space
             elif failure == "strange":
-                files.write_safetensors = strange
+                safetensors_file.write_safetensors = strange
             elif failure == "sync":
                 files.sync_file = no_space
             elif failure == "rename":
                 files._exchange = no_space
         return attempt(lambda: zerolite.save(folder, model, optimizer, extra=2))
     finally:
-        files.write_safetensors, files.sync_file, files._exchange = originals
+        safetensors_file.write_safetensors, files.sync_file, files._exchange = originals
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
