@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from zerolite.api import engine_of
-from zerolite.checkpoint.arguments import check_optimizer
+from zerolite.checkpoint.arguments import check_optimizer, model_and_folder
 from zerolite.checkpoint.extra_state import unpack
 from zerolite.checkpoint.manifest import read_manifest
 from zerolite.checkpoint.slices import buffers_of, flats_of, put_back
@@ -21,19 +21,25 @@ from zerolite.runtime import atomic_dir as files
 from zerolite.runtime.rank_errors import on_all_ranks
 
 
-def load(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None):
-    """Load what `save` wrote, at any stage, mesh and world size; returns this rank's `extra`.
+def load(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None):
+    """Load what `save` wrote, at any stage, mesh and world size; returns this rank's `extra`. Collective.
 
     Everything is checked, hashes included, before anything changes. A rank beyond the saved world gets rank 0's extra
-    and buffers. Collective. CheckpointError on every rank where the checkpoint is missing, incomplete, altered, or of
-    another model or optimizer.
+    and buffers. The old order (folder, model) still works, with a FutureWarning.
+
+    Raises:
+        TypeError: the first two arguments are not a module and a path, or the optimizer is not zerolite's.
+        ValueError: the model is not sharded, the optimizer is of another model, or `full_params` is open.
+        CheckpointError: on every rank, where the checkpoint is missing, incomplete, altered, of a newer format, or of
+            another model or optimizer. Nothing has changed then.
+        WorkerError: a worker died or stopped.
     """
+    model, folder = model_and_folder("load", model, folder)
     zero = engine_of(model)
     check_optimizer(zero, optimizer)
     if zero.full_depth > 0:
         raise ValueError("load changes what full_params has gathered: call it outside of `with zerolite.full_params`")
     zero.settle()
-    folder = Path(folder).resolve()
     together = partial(on_all_ranks, zero, f"loading {folder}", CheckpointError)
     together(lambda: files.restore(folder) if zero.rank == 0 else None)
     together(lambda: verify(zero, optimizer, folder))

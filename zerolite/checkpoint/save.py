@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from zerolite.api import engine_of
-from zerolite.checkpoint.arguments import check_optimizer
+from zerolite.checkpoint.arguments import check_optimizer, model_and_folder
 from zerolite.checkpoint.extra_state import pack
 from zerolite.checkpoint.manifest import is_complete, write_manifest
 from zerolite.checkpoint.slices import buffers_of, shapes_of, slices_of
@@ -31,19 +31,29 @@ from zerolite.runtime import safetensors_file
 from zerolite.runtime.rank_errors import on_all_ranks
 
 
-def save(folder, model: nn.Module, optimizer: ShardedOptimizer | None = None, extra=None, frozen: bool = True) -> None:
-    """Write parameters, persistent buffers, optimizer states and `extra` to `folder`, replacing a checkpoint there.
+def save(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None, extra=None, frozen: bool = True) -> None:
+    """Write parameters, persistent buffers, optimizer states and `extra` to `folder`. Collective.
 
+    A checkpoint that stands there is replaced. The folder is one that all ranks see. Gradients are not saved.
     extra: this rank's own values: nested dicts, lists and tuples of JSON values and tensors (scheduler, RNG, position
-    in the data). frozen=False leaves frozen parameters out, which are most of a model with an adapter: `load` then
-    keeps those that the model has, so build it on the same base again. Gradients are not saved. Collective; the folder
-    is one that all ranks see. CheckpointError on every rank where one cannot write; then nothing is left and what stood
-    there still stands.
+        in the data).
+    frozen: False leaves frozen parameters out, which are most of a model with an adapter. `load` then keeps those that
+        the model has, so build it on the same base again.
+
+    The old order (folder, model) still works, with a FutureWarning.
+
+    Raises:
+        TypeError: the first two arguments are not a module and a path, or the optimizer is not zerolite's.
+        ValueError: the model is not sharded, or the optimizer is of another model.
+        CheckpointError: on every rank, where one rank cannot write: the disk is full, the folder holds something else
+            than a checkpoint, or `extra` holds what is neither JSON nor a tensor. Nothing new is left, and what stood
+            in the folder before still stands.
+        WorkerError: a worker died or stopped, so that states on the host are not whole.
     """
+    model, folder = model_and_folder("save", model, folder)
     zero = engine_of(model)
     check_optimizer(zero, optimizer)
     zero.settle()
-    folder = Path(folder).resolve()
     together = partial(on_all_ranks, zero, f"saving {folder}", CheckpointError)
     token = together(lambda: _prepare(zero, folder))[0]
     written = files.beside(folder, token)
