@@ -85,7 +85,7 @@ def prepare(options: Options) -> Run:
     set_seed(options.seed + ranks.rank)  # each rank drops other activations
     position = resume.Position(0, options.seed, global_batch_rows, data_print)
     if checkpoint is not None:
-        position.step = resume.load(checkpoint, sharded, optimizer, scheduler, position)
+        position.step = resume.load(sharded, checkpoint, optimizer, scheduler, position)
         ranks.print(f"resumed from {checkpoint} at step {position.step}")
     return Run(
         options,
@@ -208,7 +208,7 @@ def validate(run: Run, progress: Progress, signals: StopSignals | None) -> None:
 
 def save_checkpoint(run: Run) -> Path:
     folder = run.folder / f"checkpoint-{run.position.step}"
-    resume.save(folder, run.model, run.optimizer, run.scheduler, run.position, frozen=not run.options.is_adapter)
+    resume.save(run.model, folder, run.optimizer, run.scheduler, run.position, frozen=not run.options.is_adapter)
     return folder
 
 

@@ -23,8 +23,10 @@ LEVELS = [
         "runtime.device",
         "shards.layout",
         "runtime.atomic_dir",
+        "runtime.safetensors_file",
         "runtime.cpu_kernels",
         "checkpoint.extra_state",
+        "checkpoint.weight_files",
     ],
     ["runtime.abort", "shards.units", "shards.grad_norm", "offload.arena", "offload.cores", "offload.pool"],
     ["runtime.collectives", "offload.host"],
@@ -45,8 +47,9 @@ LEVELS = [
     ["adapters.lora_files", "adapters.prompt_files", "adapters.merge", "adapters.guards"],
     ["adapters.files"],
     ["adapters.__init__"],
-    ["checkpoint.folder", "memory.measure"],
-    ["checkpoint.hugging_face"],
+    ["checkpoint.manifest", "checkpoint.slices", "checkpoint.arguments", "memory.measure"],
+    ["checkpoint.verify", "checkpoint.save", "checkpoint.export", "checkpoint.pretrained"],
+    ["checkpoint.load"],
     ["__init__"],
 ]
 

@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from zerolite.api import full_params, no_sync, shard
-from zerolite.checkpoint.folder import load, save
+from zerolite.checkpoint.load import load
+from zerolite.checkpoint.save import save
 from zerolite.config import Offload, Precision
 from zerolite.errors import CheckpointError, DataError, WorkerError, ZeroliteError
 from zerolite.memory.measure import Usage, measure
@@ -12,7 +13,8 @@ from zerolite.optim.optimizers import Adam, AdamW, Lamb, Lion
 
 if TYPE_CHECKING:
     from zerolite import adapters
-    from zerolite.checkpoint.hugging_face import export, load_pretrained
+    from zerolite.checkpoint.export import export
+    from zerolite.checkpoint.pretrained import load_pretrained
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
@@ -42,8 +44,8 @@ __all__ = [
 # What imports transformers, which takes as long as torch does: it loads when it is asked for.
 _LAZY = {
     "adapters": "zerolite.adapters",
-    "export": "zerolite.checkpoint.hugging_face",
-    "load_pretrained": "zerolite.checkpoint.hugging_face",
+    "export": "zerolite.checkpoint.export",
+    "load_pretrained": "zerolite.checkpoint.pretrained",
 }
 
 

@@ -173,10 +173,10 @@ def save_and_load(folder: Path, frozen: bool, saved_at: int, loaded_at: int):
 
     model, optimizer = build(saved_at)
     step(model, optimizer, 0)
-    zerolite.save(folder, model, optimizer, frozen=frozen)
+    zerolite.save(model, folder, optimizer, frozen=frozen)
     step(model, optimizer, 1)
     again, other = build(loaded_at)
-    zerolite.load(folder, again, other)
+    zerolite.load(again, folder, other)
     step(again, other, 1)
     return adapter_values(model), adapter_values(again)
 

@@ -216,7 +216,7 @@ def test_an_untrained_adapter_is_saved_with_a_warning(tmp_path):
     assert torch.equal(logits_of(load(base("llama"), tmp_path / "new")), logits_of(base("llama")))
 
 
-real = files.files.write_safetensors
+real = files.safetensors_file.write_safetensors
 
 
 def fail(*args, **kwargs):
@@ -238,8 +238,11 @@ def make_infinite(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     "break_it, text",
     [
-        (lambda patch, model: patch.setattr(files.files, "write_safetensors", other_bits), "other values than memory"),
-        (lambda patch, model: patch.setattr(files.files, "write_safetensors", fail), "no space left"),
+        (
+            lambda patch, model: patch.setattr(files.safetensors_file, "write_safetensors", other_bits),
+            "other values than memory",
+        ),
+        (lambda patch, model: patch.setattr(files.safetensors_file, "write_safetensors", fail), "no space left"),
         (lambda patch, model: patch.setattr(files.files, "commit_folder", fail), "no space left"),
         (lambda patch, model: make_infinite(model), "q_proj.lora_A.weight of adapter 'default' holds NaN or Inf"),
     ],

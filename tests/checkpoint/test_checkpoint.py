@@ -30,12 +30,12 @@ def resume(folder: Path, stage: int, dtype: torch.dtype, rule: str):
     for step in range(2):
         train(model, optimizer, range(step, step + 1))
         scheduler.step()
-    zerolite.save(folder, model, optimizer, extra=scheduler.state_dict())
+    zerolite.save(model, folder, optimizer, extra=scheduler.state_dict())
     saved = state(model, optimizer)
     again, other = make(stage, dtype, rule, seed=1)
     scheduler_again = schedule(other)
     fresh = state(again, other)
-    scheduler_again.load_state_dict(zerolite.load(folder, again, other))
+    scheduler_again.load_state_dict(zerolite.load(again, folder, other))
     loaded = state(again, other)
     for step in range(2, 5):
         for pair in ((model, optimizer, scheduler), (again, other, scheduler_again)):
@@ -88,7 +88,7 @@ def save_extra(folder: Path):
     import zerolite
 
     model, optimizer = make(2)
-    zerolite.save(folder, model, optimizer, extra={**EXTRA, "rank": rank()})
+    zerolite.save(model, folder, optimizer, extra={**EXTRA, "rank": rank()})
 
 
 def test_extra_values_come_back_to_their_rank_with_their_types(ranks, tmp_path):
@@ -104,7 +104,7 @@ def save_bad_extra(folder: Path, number: int):
 
     bad = [{"a": [1, {2, 3}]}, {"a": {1: 2}}, {"a": object()}, {"a": torch.nn}][number]
     model, optimizer = make(1)
-    return attempt(lambda: zerolite.save(folder, model, optimizer, extra=bad if rank() == 1 else None))
+    return attempt(lambda: zerolite.save(model, folder, optimizer, extra=bad if rank() == 1 else None))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def save_every_stage(folder: Path):
     for stage in STAGES:
         model, optimizer = make(stage)
         train(model, optimizer, range(3))
-        zerolite.save(folder / f"{dist.get_world_size()}-{stage}", model, optimizer)
+        zerolite.save(model, folder / f"{dist.get_world_size()}-{stage}", optimizer)
         saved = full(model)
         train(model, optimizer, range(3, 4))
         trained.append((saved, full(model)))
@@ -140,7 +140,7 @@ def load_every_stage(folder: Path, stage: int):
     results = {}
     for path in sorted(folder.iterdir()):
         model, optimizer = make(stage, seed=1)
-        zerolite.load(path, model, optimizer)
+        zerolite.load(model, path, optimizer)
         loaded = full(model)
         train(model, optimizer, range(3, 4))
         results[path.name] = loaded, full(model)
@@ -174,7 +174,7 @@ def save_on_mesh(folder: Path, shape: tuple[int, ...], stage: int):
     mesh = dist.device_mesh.init_device_mesh("cpu", shape)
     model, optimizer = make(stage, mesh=mesh)
     train(model, optimizer, range(2))
-    zerolite.save(folder, model, optimizer, extra=rank())
+    zerolite.save(model, folder, optimizer, extra=rank())
     return full(model)
 
 
@@ -183,7 +183,7 @@ def load_on_mesh(folder: Path, shape: tuple[int, ...], stage: int):
 
     mesh = dist.device_mesh.init_device_mesh("cpu", shape)
     model, optimizer = make(stage, seed=1, mesh=mesh)
-    extra = zerolite.load(folder, model, optimizer)
+    extra = zerolite.load(model, folder, optimizer)
     return full(model), state(model, optimizer), extra
 
 
@@ -214,9 +214,9 @@ def other_units(folder: Path):
 
     model, optimizer = start(lambda module: isinstance(module, nn.Linear | nn.LayerNorm))
     train(model, optimizer, range(2))
-    zerolite.save(folder, model, optimizer)
+    zerolite.save(model, folder, optimizer)
     again, other = start(None)
-    zerolite.load(folder, again, other)
+    zerolite.load(again, folder, other)
     train(model, optimizer, range(2, 4))
     train(again, other, range(2, 4))
     return full(model), full(again)
@@ -236,17 +236,17 @@ def save_and_load_without(folder: Path):
 
     model, optimizer = make(2)
     train(model, optimizer, range(1))
-    zerolite.save(folder / "bare", model)
-    zerolite.save(folder / "whole", model, optimizer)
+    zerolite.save(model, folder / "bare")
+    zerolite.save(model, folder / "whole", optimizer)
     expected = full(model)
     results = []
     for name in ("bare", "whole"):
         again, other = make(3, seed=1)
-        assert zerolite.load(folder / name, again) is None
+        assert zerolite.load(again, folder / name) is None
         results.append((full(again), other.describe()["steps"]))
     again, other = make(3, seed=1)
     before = state(again, other)
-    refused = attempt(lambda: zerolite.load(folder / "bare", again, other))
+    refused = attempt(lambda: zerolite.load(again, folder / "bare", other))
     assert_same_bits(state(again, other), before)
     return expected, results, refused
 
@@ -291,7 +291,7 @@ def save_at(folder: Path):
     import zerolite
 
     model, optimizer = make(2)
-    return attempt(lambda: zerolite.save(folder, model, optimizer))
+    return attempt(lambda: zerolite.save(model, folder, optimizer))
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "below a file"])

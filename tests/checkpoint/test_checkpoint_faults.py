@@ -47,7 +47,7 @@ def version_of(folder: Path, model, optimizer) -> int:
     import zerolite
 
     fill(model, optimizer, -1)
-    version = zerolite.load(folder, model, optimizer)
+    version = zerolite.load(model, folder, optimizer)
     for unit in model._zerolite.units:
         for bucket in unit.buckets:
             for values in (bucket.flat.values(), *optimizer.states_of(bucket).values()):
@@ -112,10 +112,11 @@ class Bomb:
 
     def plant(self) -> None:
         from zerolite.runtime import atomic_dir as files
+        from zerolite.runtime import safetensors_file
 
         for name in ("open", "fsync", "close", "mkdir", "rename", "unlink", "rmdir"):
             setattr(os, name, self.before(getattr(os, name)))
-        files.write_safetensors = self.around_writing(files.write_safetensors)
+        safetensors_file.write_safetensors = self.around_writing(safetensors_file.write_safetensors)
         Path.write_bytes = self.around_writing(Path.write_bytes)
         files._exchange = self.before(files._exchange)
 
@@ -128,7 +129,7 @@ def die_at_every_operation(root: Path, target: str, can_exchange: bool) -> tuple
     model, optimizer = make(3, torch.float32)
     reader = make(0, torch.float32)
     fill(model, optimizer, 1)
-    zerolite.save(root / "first" / "old", model, optimizer, extra=1)
+    zerolite.save(model, root / "first" / "old", optimizer, extra=1)
     exchange = files._exchange
     if not can_exchange:
         files._exchange = lambda first, second: False
@@ -141,14 +142,14 @@ def die_at_every_operation(root: Path, target: str, can_exchange: bool) -> tuple
             def write(folder=folder):
                 fill(model, optimizer, 2)
                 Bomb(len(seen) + 1).plant()
-                zerolite.save(folder / target, model, optimizer, extra=2)
+                zerolite.save(model, folder / target, optimizer, extra=2)
 
             _, status = os.waitpid(fork(write), 0)
             got_through = os.waitstatus_to_exitcode(status) == 0
             assert got_through or os.waitstatus_to_exitcode(status) == -signal.SIGKILL, status
             if not can_exchange:  # what the dead one had put aside survives a save that fails
                 shutil.copytree(folder, root / "again")
-                kind, _ = attempt(lambda: zerolite.save(root / "again" / target, model, optimizer, extra=object()))
+                kind, _ = attempt(lambda: zerolite.save(model, root / "again" / target, optimizer, extra=object()))
                 assert kind == "CheckpointError" and version_of(root / "again" / target, *reader) in (1, 2)
                 shutil.rmtree(root / "again")
             found = None
@@ -159,7 +160,7 @@ def die_at_every_operation(root: Path, target: str, can_exchange: bool) -> tuple
             assert not got_through or found == 2
             # the next save finds its way, and leaves nothing of the dead one
             fill(model, optimizer, 3)
-            zerolite.save(folder / target, model, optimizer, extra=3)
+            zerolite.save(model, folder / target, optimizer, extra=3)
             assert sorted(path.name for path in folder.iterdir()) == sorted({"old", target})
             assert version_of(folder / target, *reader) == 3
             shutil.rmtree(folder)
@@ -193,11 +194,11 @@ def save_for_ever(root: Path, rank: int, stage: int, rendezvous: Path, report: i
 
     dist.init_process_group("gloo", store=dist.FileStore(str(rendezvous), 2), rank=rank, world_size=2)
     model, optimizer = make(stage, torch.float32)
-    version = zerolite.load(root / "step", model, optimizer)
+    version = zerolite.load(model, root / "step", optimizer)
     while True:
         version += 1
         fill(model, optimizer, version)
-        zerolite.save(root / "step", model, optimizer, extra=version)
+        zerolite.save(model, root / "step", optimizer, extra=version)
         os.write(report, b".")
 
 
@@ -208,7 +209,7 @@ def kill_at_random(root: Path, trials: int, seed: int) -> tuple[int, list[str]]:
     draw = random.Random(seed)
     reader = make(0, torch.float32)
     fill(*reader, 0)
-    zerolite.save(root / "step", *reader, extra=0)
+    zerolite.save(reader[0], root / "step", reader[1], extra=0)
     version, failures = 0, []
     for trial in range(trials):
         ear, mouth = os.pipe()
@@ -233,11 +234,11 @@ def kill_at_random(root: Path, trials: int, seed: int) -> tuple[int, list[str]]:
         if error != ("", ""):
             failures.append(f"trial {trial}: {error}")
             break
-        found = zerolite.load(root / "step", *reader)
+        found = zerolite.load(reader[0], root / "step", reader[1])
         if not version + reported // 2 <= found <= version + reported + 1:
             failures.append(f"trial {trial}: version {found} after {version} and {reported} reports of two ranks")
         version = found
-    zerolite.save(root / "step", *reader, extra=version)
+    zerolite.save(reader[0], root / "step", reader[1], extra=version)
     rest = sorted(path.name for path in root.iterdir() if not path.name.startswith("rendezvous"))
     if rest != ["step"]:
         failures.append(f"left behind: {rest}")

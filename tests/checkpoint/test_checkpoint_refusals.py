@@ -63,7 +63,7 @@ def load_into(folder: Path, what: str):
     else:
         model, optimizer = make(3, cls=globals()[what], seed=1)
     before = state(model, optimizer)
-    error = attempt(lambda: zerolite.load(folder, model, optimizer))
+    error = attempt(lambda: zerolite.load(model, folder, optimizer))
     assert_same_bits(state(model, optimizer), before)
     return error
 
@@ -96,10 +96,10 @@ def wrong_arguments(folder: Path):
     _, stranger = make(1)
     plain = Stack()
     return [
-        attempt(lambda: zerolite.save(folder, plain)),
-        attempt(lambda: zerolite.load(folder, plain)),
-        attempt(lambda: zerolite.save(folder, model, torch.optim.AdamW(plain.parameters()))),
-        attempt(lambda: zerolite.save(folder, model, stranger)),
+        attempt(lambda: zerolite.save(plain, folder)),
+        attempt(lambda: zerolite.load(plain, folder)),
+        attempt(lambda: zerolite.save(model, folder, torch.optim.AdamW(plain.parameters()))),
+        attempt(lambda: zerolite.save(model, folder, stranger)),
     ]
 
 
@@ -127,13 +127,13 @@ def load_damaged(folder: Path, damages: list):
             shutil.copytree(folder, copy)
             apply(copy, *damage)
         dist.barrier()
-        error = attempt(lambda: zerolite.load(copy, model, optimizer))
+        error = attempt(lambda: zerolite.load(model, copy, optimizer))
         after = state(model, optimizer)
         results.append((*error, all(torch.equal(after[key], before[key]) for key in before)))
         dist.barrier()
         if rank() == 0:
             shutil.rmtree(copy, ignore_errors=True)
-    zerolite.load(folder, model, optimizer)  # the whole one still loads
+    zerolite.load(model, folder, optimizer)  # the whole one still loads
     return results
 
 
@@ -205,15 +205,15 @@ def test_malformed_manifests_are_refused(ranks, tmp_path):
 
 def load_from_the_future(folder: Path):
     import zerolite
-    from zerolite.checkpoint import folder as checkpoint
+    from zerolite.checkpoint import manifest
 
     model, optimizer = make(1)
-    checkpoint.VERSION = 2
+    manifest.VERSION = 2
     try:
-        zerolite.save(folder, model, optimizer)
+        zerolite.save(model, folder, optimizer)
     finally:
-        checkpoint.VERSION = 1
-    return attempt(lambda: zerolite.load(folder, model, optimizer))
+        manifest.VERSION = 1
+    return attempt(lambda: zerolite.load(model, folder, optimizer))
 
 
 def test_a_newer_format_is_refused_by_its_number(ranks, tmp_path):
@@ -229,10 +229,11 @@ def save_while_failing(folder: Path, failure: str, who: list[int]):
     """Save where the ranks `who` cannot, over an older checkpoint."""
     import zerolite
     from zerolite.runtime import atomic_dir as files
+    from zerolite.runtime import safetensors_file
 
     model, optimizer = make(2)
     train(model, optimizer, range(2))
-    originals = (files.write_safetensors, files.sync_file, files._exchange)
+    originals = (safetensors_file.write_safetensors, files.sync_file, files._exchange)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def no_space(*args, **options):
@@ -246,16 +247,16 @@ def save_while_failing(folder: Path, failure: str, who: list[int]):
             if failure == "quota":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
             elif failure == "disk full":
-                files.write_safetensors = no_space
+                safetensors_file.write_safetensors = no_space
             elif failure == "strange":
-                files.write_safetensors = strange
+                safetensors_file.write_safetensors = strange
             elif failure == "sync":
                 files.sync_file = no_space
             elif failure == "rename":
                 files._exchange = no_space
-        return attempt(lambda: zerolite.save(folder, model, optimizer, extra=2))
+        return attempt(lambda: zerolite.save(model, folder, optimizer, extra=2))
     finally:
-        files.write_safetensors, files.sync_file, files._exchange = originals
+        safetensors_file.write_safetensors, files.sync_file, files._exchange = originals
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
@@ -297,7 +298,7 @@ def load_while_failing(folder: Path, who: int):
     if rank() == who:
         files.sha256_of = unreadable
     try:
-        error = attempt(lambda: zerolite.load(folder, model, optimizer))
+        error = attempt(lambda: zerolite.load(model, folder, optimizer))
     finally:
         files.sha256_of = original
     assert_same_bits(state(model, optimizer), before)

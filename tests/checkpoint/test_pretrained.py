@@ -144,7 +144,7 @@ def test_masters_keep_the_bits_of_the_files(ranks, folders, stage):
 def count_reads(folder: Path, stage: int) -> tuple[int, int]:
     """(elements read, parameters): what this rank takes out of the files."""
     import zerolite
-    from zerolite.checkpoint import hugging_face as pretrained
+    from zerolite.checkpoint import weight_files
 
     read = 0
 
@@ -177,11 +177,11 @@ def count_reads(folder: Path, stage: int) -> tuple[int, int]:
         def __exit__(self, *exception):
             return self.inner.__exit__(*exception)
 
-    pretrained.safe_open = Handle
+    weight_files.safe_open = Handle
     try:
         model = zerolite.load_pretrained(folder, stage=stage)
     finally:
-        pretrained.safe_open = safe_open
+        weight_files.safe_open = safe_open
     return read, sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -346,15 +346,15 @@ def test_an_export_is_what_save_pretrained_writes(ranks, tmp_path, name, dtype):
 
 def export_in_files(folder: Path, stage: int):
     import zerolite
-    from zerolite.checkpoint import hugging_face as pretrained
+    from zerolite.checkpoint import export
 
-    original = pretrained.FILE_BYTES
-    pretrained.FILE_BYTES = 2000
+    original = export.FILE_BYTES
+    export.FILE_BYTES = 2000
     try:
         model = zerolite.shard(build("llama-tied", torch.float32), stage=stage).eval()
         zerolite.export(model, folder)
     finally:
-        pretrained.FILE_BYTES = original
+        export.FILE_BYTES = original
     return logits_of(zerolite.load_pretrained(folder, stage=3 - stage))
 
 
@@ -404,28 +404,28 @@ def test_a_model_that_is_not_of_transformers(ranks, tmp_path):
 
 def export_and_fail(folder: Path, failure: str):
     import zerolite
-    from zerolite.checkpoint import hugging_face as pretrained
+    from zerolite.checkpoint import export
     from zerolite.runtime import atomic_dir as files
 
     def no_space(*args, **options):
         raise OSError(28, "No space left on device")
 
     def full_disk_at_the_second_file(*args, **options):
-        pretrained.save_file = no_space
+        export.save_file = no_space
         save_file(*args, **options)
 
     model = zerolite.shard(build("llama", torch.float32), stage=3).eval()
     before = logits_of(model)
-    originals = pretrained.FILE_BYTES, files.commit_folder
+    originals = export.FILE_BYTES, files.commit_folder
     try:
         if failure == "disk full":
-            pretrained.FILE_BYTES, pretrained.save_file = 100, full_disk_at_the_second_file
+            export.FILE_BYTES, export.save_file = 100, full_disk_at_the_second_file
         elif failure == "commit":
             files.commit_folder = no_space
         error = attempt(lambda: zerolite.export(model, folder))
     finally:
-        pretrained.FILE_BYTES, files.commit_folder = originals
-        pretrained.save_file = save_file
+        export.FILE_BYTES, files.commit_folder = originals
+        export.save_file = save_file
     assert torch.equal(logits_of(model), before)
     is_sharded = all(not bucket.flat.is_unsharded for unit in model._zerolite.units for bucket in unit.buckets)
     assert is_sharded

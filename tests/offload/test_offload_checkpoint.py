@@ -30,13 +30,13 @@ def resume(folder: Path, stage: int, dtype: torch.dtype, rule: str, offload: Off
     on_host = [bucket.flat.is_on_host for bucket in model._zerolite.reduction_order]
     assert any(on_host) and all(on_host) == (offload.budget is None)
     train(model, optimizer, range(2))
-    zerolite.save(folder / "at once", model, optimizer)
+    zerolite.save(model, folder / "at once", optimizer)
     saved = state(model, optimizer)
-    zerolite.save(folder / "later", model, optimizer)
+    zerolite.save(model, folder / "later", optimizer)
     train(again, other, range(5, 8))  # and loaded while they are at something else
     fresh = state(again, other)
     train(again, other, range(8, 9))
-    zerolite.load(folder / "at once", again, other)
+    zerolite.load(again, folder / "at once", other)
     loaded = state(again, other)
     for pair in ((model, optimizer), (again, other)):
         train(*pair, range(2, 4))
@@ -75,7 +75,7 @@ def return_from_a_spike(folder: Path, stage: int, offload: Offload):
 
     model, optimizer = make(stage, BF16, offload=offload)
     train(model, optimizer, range(2))
-    zerolite.save(folder, model, optimizer)
+    zerolite.save(model, folder, optimizer)
     saved = state(model, optimizer)
     optimizer.max_grad_norm = None
     for _ in range(2):
@@ -83,7 +83,7 @@ def return_from_a_spike(folder: Path, stage: int, offload: Offload):
         optimizer.step()
         optimizer.zero_grad()
     spiked = state(model, optimizer)
-    zerolite.load(folder, model, optimizer)
+    zerolite.load(model, folder, optimizer)
     return saved, spiked, state(model, optimizer)
 
 
@@ -105,11 +105,11 @@ def chain(folder: Path, stage: int, dtype: torch.dtype, offload: Offload):
 
     model, optimizer = make(stage, dtype, offload=offload)
     train(model, optimizer, range(2))
-    zerolite.save(folder / "0", model, optimizer)
+    zerolite.save(model, folder / "0", optimizer)
     for number, there in enumerate((None, offload, Offload(workers=2, threads=1), offload), start=1):
         model, optimizer = make(stage, dtype, seed=number, offload=there)
-        zerolite.load(folder / str(number - 1), model, optimizer)
-        zerolite.save(folder / str(number), model, optimizer)
+        zerolite.load(model, folder / str(number - 1), optimizer)
+        zerolite.save(model, folder / str(number), optimizer)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def save_all(folder: Path):
     for name, (stage, offload) in LAYOUTS.items():
         model, optimizer = make(stage, FP32, offload=offload)
         train(model, optimizer, range(2))
-        zerolite.save(folder / name, model, optimizer)
+        zerolite.save(model, folder / name, optimizer)
         train(model, optimizer, range(2, 3))
         results[name] = full(model)
     return results
@@ -165,7 +165,7 @@ def load_all(folder: Path, names: list[str]):
         stage, offload = LAYOUTS[here]
         model, optimizer = make(stage, FP32, seed=1, offload=offload)
         for there in LAYOUTS:
-            zerolite.load(folder / there, model, optimizer)
+            zerolite.load(model, folder / there, optimizer)
             train(model, optimizer, range(2, 3))
             results[f"{there} to {here}"] = full(model)
     return results
@@ -196,9 +196,9 @@ def resume_elsewhere(folder: Path, states: str):
         model, optimizer = make(stage, BF16, seed=stage, offload=offload)
         if not results:
             train(model, optimizer, range(2))
-            zerolite.save(folder / "step", model, optimizer)
+            zerolite.save(model, folder / "step", optimizer)
         else:
-            zerolite.load(folder / "step", model, optimizer)
+            zerolite.load(model, folder / "step", optimizer)
         train(model, optimizer, range(2, 4))
         results.append(full(model))
     return results

@@ -86,7 +86,7 @@ def by_saving(model: nn.Module, folder: Path):
 
     import zerolite
 
-    zerolite.save(folder, model)
+    zerolite.save(model, folder)
     found = {}
     for path in sorted(folder.glob("rank-*")):
         with safe_open(path, framework="pt") as file:
@@ -194,8 +194,8 @@ def read_alone_then_together(stage: int, offload, folder: Path):
     model, optimizer = make(stage, offload)
     for step, together in enumerate(
         [
-            lambda: zerolite.save(folder / "step", model, optimizer),
-            lambda: zerolite.load(folder / "step", model, optimizer),
+            lambda: zerolite.save(model, folder / "step", optimizer),
+            lambda: zerolite.load(model, folder / "step", optimizer),
             lambda: zerolite.export(model, folder / "export"),
             lambda: optimizer.clip_grad_norm_(1.0),
             lambda: full(model),

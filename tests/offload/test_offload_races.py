@@ -50,7 +50,7 @@ def rewind(model, optimizer, folder) -> None:
     """Back to the start, while what comes after it is on its way."""
     import zerolite
 
-    zerolite.load(folder, model, optimizer)
+    zerolite.load(model, folder, optimizer)
 
 
 # What changes nothing that offload or delays could have a part in.
@@ -73,7 +73,7 @@ def train(trial: Trial, stage: int, between: list[str], folder: Path):
     rank, world = dist.get_rank(), dist.get_world_size()
     model, optimizer = start(trial, stage)
     norms = []
-    zerolite.save(folder, model, optimizer)
+    zerolite.save(model, folder, optimizer)
     for step in range(trial.steps):
         for micro in range(trial.accumulation):
             batch = joint_batch(trial.model, step * trial.accumulation + micro, trial.dtype)

@@ -116,10 +116,11 @@ def save_steps(folder: Path, steps: int):
 
     model, optimizer = make(3)
     train(model, optimizer, range(steps))
-    zerolite.save(folder, model, optimizer, extra=steps)
+    zerolite.save(model, folder, optimizer, extra=steps)
 
 
 def load_extra(folder: Path):
     import zerolite
 
-    return zerolite.load(folder, *make(3))
+    model, optimizer = make(3)
+    return zerolite.load(model, folder, optimizer)

@@ -21,6 +21,7 @@ from zerolite.adapters.state import Adapter, adapter_of
 from zerolite.adapters.walk import in_turn
 from zerolite.errors import ZeroliteError
 from zerolite.runtime import atomic_dir as files
+from zerolite.runtime import safetensors_file
 from zerolite.runtime.rank_errors import on_all_ranks
 
 CONFIG = "adapter_config.json"
@@ -117,7 +118,7 @@ def _write(adapter: Adapter, folder: Path, config: dict, tensors: dict[str, Tens
     try:
         (written / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         entries = [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
-        files.write_safetensors(written / TENSORS, entries, tensors.values(), {"format": "pt"})
+        safetensors_file.write_safetensors(written / TENSORS, entries, tensors.values(), {"format": "pt"})
         for other in folder.iterdir() if folder.is_dir() else ():
             if other.name not in (CONFIG, TENSORS):
                 shutil.copy2(other, written / other.name)

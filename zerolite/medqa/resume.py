@@ -23,23 +23,23 @@ class Position:
     data: str  # fingerprint of the training examples
 
 
-def save(folder: Path, model: nn.Module, optimizer, scheduler, position: Position, frozen: bool = True) -> None:
+def save(model: nn.Module, folder: Path, optimizer, scheduler, position: Position, frozen: bool = True) -> None:
     """Write a complete checkpoint, or raise CheckpointError and leave none. Every rank must call it.
 
     frozen=False leaves the frozen base of an adapter out: a resumed run loads it from the same folder again.
     """
     extra = {"position": vars(position), "scheduler": scheduler.state_dict(), "random": random_states()}
-    zerolite.save(folder, model, optimizer, extra=extra, frozen=frozen)
+    zerolite.save(model, folder, optimizer, extra=extra, frozen=frozen)
 
 
-def load(folder: Path, model: nn.Module, optimizer, scheduler, here: Position) -> int:
+def load(model: nn.Module, folder: Path, optimizer, scheduler, here: Position) -> int:
     """Restore what `save` wrote; the step to go on with. Every rank must call it.
 
     Raises ValueError where the rows, their order or the global batch are others than those of the checkpoint, since
     its position then means nothing, and CheckpointError where the checkpoint itself is not usable. The number of
     ranks may differ; ranks beyond the saved ones take rank 0's random states.
     """
-    extra = zerolite.load(folder, model, optimizer)
+    extra = zerolite.load(model, folder, optimizer)
     if not isinstance(extra, dict) or not {"position", "scheduler", "random"} <= extra.keys():
         raise ValueError(f"--resume {folder}: this checkpoint was not written by train_medqa.py")
     saved = Position(**extra["position"])

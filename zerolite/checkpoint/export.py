@@ -1,0 +1,142 @@
+"""Export a Hugging Face folder, streamed: one unit is gathered at a time."""
+
+import json
+import shutil
+import uuid
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from zerolite.api import engine_of
+from zerolite.checkpoint.slices import buffers_of
+from zerolite.checkpoint.weight_files import INDEX, SINGLE
+from zerolite.errors import ZeroliteError
+from zerolite.runtime import atomic_dir as files
+from zerolite.runtime.rank_errors import on_all_ranks
+
+FILE_BYTES = 2 << 30  # a file of an export, and so the host memory that writing it takes
+
+
+@torch.no_grad()
+def export(model: nn.Module, folder) -> None:
+    """Write whole parameters as a Hugging Face folder, in their dtype; one that stood there is replaced. Collective.
+
+    Rank 0 writes; at stage 3 one unit is gathered at a time, and a file (2 GiB) is held in host memory at most.
+    `AutoModelForCausalLM.from_pretrained` opens the folder; tied weights stand once, under the name that transformers
+    ties from. A model that is not of transformers gives its safetensors alone. Other files in the folder (a tokenizer)
+    stay. ZeroliteError on every rank where rank 0 cannot write; what stood there then still stands. Adapters are left
+    out: ValueError while one is on and not merged, since the folder would not be the model that runs.
+    """
+    zero = engine_of(model)
+    adapters = getattr(model, "_zerolite_adapters", None)
+    if adapters is not None and adapters.current is not None:
+        raise ValueError(
+            f"adapter {adapters.current.name!r} is on, and an export holds the base alone: call adapters.merge first, "
+            "or adapters.save for the adapter, or export inside `with zerolite.adapters.disabled(model)`"
+        )
+    zero.settle()
+    folder = Path(folder).resolve()
+    together = partial(on_all_ranks, zero, f"exporting to {folder}", ZeroliteError)
+    writer = _Writer(folder) if zero.rank == 0 else None
+    together(lambda: writer.open() if writer is not None else None)
+    buffers = buffers_of(model)
+    try:
+        for unit in zero.units:
+            unit.unshard()
+            unit.wait()
+            together(lambda unit=unit: writer.add(model, _whole(model, unit)) if writer is not None else None)
+            if zero.full_depth == 0:
+                unit.reshard()
+        together(lambda: writer.finish(model, buffers) if writer is not None else None)
+    except ZeroliteError:
+        zero.before_step()  # frees the unit that was gathered
+        if writer is not None:
+            writer.discard()
+        raise
+
+
+def _whole(model: nn.Module, unit) -> dict[str, torch.Tensor]:
+    ties = getattr(model, "all_tied_weights_keys", {})
+    return {
+        ties.get(slot.name, slot.name): bucket.flat.full[slot.offset : slot.stop].view(slot.shape).to("cpu", copy=True)
+        for bucket in unit.buckets
+        if not bucket.stays_whole
+        for slot in bucket.layout.slots
+    }
+
+
+class _Writer:
+    """Files of a folder that appears when it is whole."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.written = files.beside(folder, uuid.uuid4().hex[:12])
+        self.pending: dict[str, torch.Tensor] = {}
+        self.weight_map: dict[str, int] = {}
+        self.total_bytes = 0
+        self.num_files = 0
+
+    def open(self) -> None:
+        if self.folder.is_dir() and any(path.is_dir() for path in self.folder.iterdir()):
+            raise ValueError(f"{self.folder} holds folders, which an export would remove: name another folder")
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        files.restore(self.folder)
+        files.remove_leftovers(self.folder)
+        self.written.mkdir()
+
+    def discard(self) -> None:
+        shutil.rmtree(self.written, ignore_errors=True)
+
+    def add(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        if isinstance(model, transformers.PreTrainedModel):
+            tensors = revert_weight_conversion(model, tensors)
+        self.pending.update({name: tensor.contiguous() for name, tensor in tensors.items()})
+        if sum(tensor.nbytes for tensor in self.pending.values()) >= FILE_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.pending:
+            return
+        self.num_files += 1
+        path = self.written / f"part-{self.num_files}"
+        save_file(self.pending, path, metadata={"format": "pt"})
+        files.sync_file(path)
+        self.weight_map.update(dict.fromkeys(self.pending, self.num_files))
+        self.total_bytes += sum(tensor.nbytes for tensor in self.pending.values())
+        self.pending = {}
+
+    def finish(self, model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
+        self.add(model, {name: buffer.cpu() for name, buffer in buffers.items()})
+        self.flush()
+        if self.num_files == 1:
+            (self.written / "part-1").rename(self.written / SINGLE)
+        else:
+            names = [f"model-{n:05d}-of-{self.num_files:05d}.safetensors" for n in range(1, self.num_files + 1)]
+            for number, name in enumerate(names, start=1):
+                (self.written / f"part-{number}").rename(self.written / name)
+            index = {
+                "metadata": {"total_size": self.total_bytes},
+                "weight_map": {key: names[number - 1] for key, number in sorted(self.weight_map.items())},
+            }
+            (self.written / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        if isinstance(model, transformers.PreTrainedModel):
+            model.config.architectures = [type(model).__name__]
+            model.config.dtype = next(iter(model.parameters())).dtype
+            model.config.save_pretrained(self.written)
+            if model.can_generate():
+                model.generation_config.save_pretrained(self.written)
+        self._keep_others()
+        files.commit_folder(self.written, self.folder)
+
+    def _keep_others(self) -> None:
+        """Files that are not of the weights (a tokenizer) stay when a folder is replaced."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                is_weights = path.name.endswith(".safetensors") or path.name == INDEX
+                if path.is_file() and not is_weights and not (self.written / path.name).exists():
+                    shutil.copy2(path, self.written / path.name)

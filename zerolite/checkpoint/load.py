@@ -1,0 +1,119 @@
+"""Load a checkpoint: everything is checked first, then each rank reads its own ranges."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from zerolite.api import engine_of
+from zerolite.checkpoint.arguments import check_optimizer, model_and_folder
+from zerolite.checkpoint.extra_state import unpack
+from zerolite.checkpoint.manifest import read_manifest
+from zerolite.checkpoint.slices import buffers_of, flats_of, put_back
+from zerolite.checkpoint.verify import verify
+from zerolite.engine.engine import Zero
+from zerolite.errors import CheckpointError
+from zerolite.optim.base import ShardedOptimizer
+from zerolite.runtime import atomic_dir as files
+from zerolite.runtime.rank_errors import on_all_ranks
+
+
+def load(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None):
+    """Load what `save` wrote, at any stage, mesh and world size; returns this rank's `extra`. Collective.
+
+    Everything is checked, hashes included, before anything changes. A rank beyond the saved world gets rank 0's extra
+    and buffers. The old order (folder, model) still works, with a FutureWarning.
+
+    Raises:
+        TypeError: the first two arguments are not a module and a path, or the optimizer is not zerolite's.
+        ValueError: the model is not sharded, the optimizer is of another model, or `full_params` is open.
+        CheckpointError: on every rank, where the checkpoint is missing, incomplete, altered, of a newer format, or of
+            another model or optimizer. Nothing has changed then.
+        WorkerError: a worker died or stopped.
+    """
+    model, folder = model_and_folder("load", model, folder)
+    zero = engine_of(model)
+    check_optimizer(zero, optimizer)
+    if zero.full_depth > 0:
+        raise ValueError("load changes what full_params has gathered: call it outside of `with zerolite.full_params`")
+    zero.settle()
+    together = partial(on_all_ranks, zero, f"loading {folder}", CheckpointError)
+    together(lambda: files.restore(folder) if zero.rank == 0 else None)
+    together(lambda: verify(zero, optimizer, folder))
+    manifest = read_manifest(folder)
+    zero.before_step()
+    with _Slices(folder, manifest) as slices:
+        together(lambda: _fill(zero, optimizer, slices, manifest.get("frozen", True)))
+        extra = slices.extra(zero.rank)
+    for unit in zero.units:
+        for bucket in unit.buckets:
+            bucket.flat.republish()
+            bucket.flat.wait()
+    if optimizer is not None:
+        _restore_optimizer(optimizer, manifest["optimizer"])
+    if zero.loss_scale is not None and manifest["loss_scale"] is not None:
+        zero.loss_scale.load_state_dict(manifest["loss_scale"])
+    return extra
+
+
+class _Slices:
+    """All slices of a checkpoint, addressed by key and element."""
+
+    def __init__(self, folder: Path, manifest: dict):
+        self.handles = [safe_open(folder / name, framework="pt") for name in sorted(manifest["files"])]
+        self.index: dict[str, list[tuple[int, int, object]]] = {}
+        for handle in self.handles:
+            for key, (start, stop) in json.loads(handle.metadata()["slices"]).items():
+                self.index.setdefault(key, []).append((start, stop, handle))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for handle in self.handles:
+            handle.__exit__(*exception)
+
+    def read(self, key: str, start: int, stop: int, out: torch.Tensor) -> None:
+        """out (stop - start,) = elements [start, stop) of a flat parameter or state, in out's dtype."""
+        covered = 0
+        for low, high, handle in self.index.get(key, ()):
+            first, last = max(low, start), min(high, stop)
+            if first < last:
+                out[first - start : last - start].copy_(handle.get_slice(key)[first - low : last - low])
+                covered += last - first
+        if covered != stop - start:
+            raise CheckpointError(f"{key} has {covered} of the elements [{start}, {stop}) in the checkpoint")
+
+    def of_rank(self, rank: int):
+        """A rank's own file, or rank 0's for one beyond the saved world."""
+        return self.handles[rank if rank < len(self.handles) else 0]
+
+    def extra(self, rank: int):
+        handle = self.of_rank(rank)
+        return unpack(json.loads(handle.metadata()["extra"]), handle)
+
+
+@torch.no_grad()
+def _fill(zero: Zero, optimizer: ShardedOptimizer | None, slices: _Slices, frozen: bool) -> None:
+    """Read this rank's ranges and buffers; what other ranks' ranges are gathered into is still the old."""
+    for bucket, kind, read, slots in flats_of(zero, optimizer, frozen):
+        values = read()
+        for slot in slots:
+            first, last = bucket.layout.overlap(slot, bucket.flat.start, bucket.flat.stop)
+            if first < last:
+                out = values[first - bucket.flat.start : last - bucket.flat.start]
+                slices.read(f"{kind}/{slot.name}", first - slot.offset, last - slot.offset, out)
+        put_back(optimizer, bucket, kind, values)
+    handle = slices.of_rank(zero.rank)
+    for name, buffer in buffers_of(zero.model).items():
+        buffer.copy_(handle.get_tensor(f"buffer/{name}"))
+
+
+def _restore_optimizer(optimizer: ShardedOptimizer, description: dict) -> None:
+    for group, saved in zip(optimizer.param_groups, description["groups"], strict=True):
+        hyper = {name: value for name, value in saved.items() if name != "params"}
+        group.update({name: tuple(value) if isinstance(value, list) else value for name, value in hyper.items()})
+    optimizer.set_steps(description["steps"])

@@ -1,0 +1,119 @@
+"""Checkpoints: one folder a step, each rank's own ranges as safetensors, a manifest with sizes and SHA-256.
+
+    manifest.json            what the model is, how it was trained, size and hash of every file, and its own hash
+    rank-00000.safetensors   1D slices "parameter/<name>", "exp_avg/<name>", ...; the rank's buffers and extra tensors
+                             metadata: [start, stop) of every slice in its flat parameter; the rank's extra values
+
+Slices are addressed by parameter, not by bucket or rank, so a checkpoint loads at any stage and world size. It is
+written beside its place, synced, and appears by one rename; every decision to fail is taken by all ranks together.
+No pickle is written or read.
+"""
+
+import json
+import shutil
+import uuid
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from zerolite.api import engine_of
+from zerolite.checkpoint.arguments import check_optimizer, model_and_folder
+from zerolite.checkpoint.extra_state import pack
+from zerolite.checkpoint.manifest import is_complete, write_manifest
+from zerolite.checkpoint.slices import buffers_of, shapes_of, slices_of
+from zerolite.engine.engine import Zero
+from zerolite.errors import CheckpointError
+from zerolite.optim.base import ShardedOptimizer
+from zerolite.runtime import atomic_dir as files
+from zerolite.runtime import safetensors_file
+from zerolite.runtime.rank_errors import on_all_ranks
+
+
+def save(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None, extra=None, frozen: bool = True) -> None:
+    """Write parameters, persistent buffers, optimizer states and `extra` to `folder`. Collective.
+
+    A checkpoint that stands there is replaced. The folder is one that all ranks see. Gradients are not saved.
+    extra: this rank's own values: nested dicts, lists and tuples of JSON values and tensors (scheduler, RNG, position
+        in the data).
+    frozen: False leaves frozen parameters out, which are most of a model with an adapter. `load` then keeps those that
+        the model has, so build it on the same base again.
+
+    The old order (folder, model) still works, with a FutureWarning.
+
+    Raises:
+        TypeError: the first two arguments are not a module and a path, or the optimizer is not zerolite's.
+        ValueError: the model is not sharded, or the optimizer is of another model.
+        CheckpointError: on every rank, where one rank cannot write: the disk is full, the folder holds something else
+            than a checkpoint, or `extra` holds what is neither JSON nor a tensor. Nothing new is left, and what stood
+            in the folder before still stands.
+        WorkerError: a worker died or stopped, so that states on the host are not whole.
+    """
+    model, folder = model_and_folder("save", model, folder)
+    zero = engine_of(model)
+    check_optimizer(zero, optimizer)
+    zero.settle()
+    together = partial(on_all_ranks, zero, f"saving {folder}", CheckpointError)
+    token = together(lambda: _prepare(zero, folder))[0]
+    written = files.beside(folder, token)
+    try:
+        path = written / f"rank-{zero.rank:05d}.safetensors"
+        facts = together(lambda: _write_rank(zero, optimizer, extra, frozen, path))
+        together(lambda: _commit(zero, optimizer, facts, frozen, written, folder))
+    except CheckpointError:
+        if zero.rank == 0:
+            shutil.rmtree(written, ignore_errors=True)
+        raise
+
+
+def _prepare(zero: Zero, folder: Path) -> str:
+    token = uuid.uuid4().hex[:12]
+    if zero.rank == 0:
+        if folder.exists() and not is_complete(folder) and any(folder.iterdir()):
+            raise CheckpointError(f"{folder} exists and is no checkpoint: name a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        files.restore(folder)
+        files.remove_leftovers(folder)
+        files.beside(folder, token).mkdir()
+    return token
+
+
+def _write_rank(zero: Zero, optimizer: ShardedOptimizer | None, extra, frozen: bool, path: Path) -> str:
+    """Stream this rank's file: what is decoded or copied from the device is held a bucket at a time."""
+    slices, entries, reads = {}, [], []
+    for key, start, stop, dtype, read in slices_of(zero, optimizer, frozen):
+        slices[key] = [start, stop]
+        entries.append((key, dtype, (stop - start,)))
+        reads.append(read)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, buffer in buffers_of(zero.model).items():
+        tensors[f"buffer/{name}"] = buffer
+    metadata = {"slices": json.dumps(slices), "extra": json.dumps(pack(extra, "extra", tensors))}
+    entries += [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
+    reads += [lambda tensor=tensor: tensor for tensor in tensors.values()]
+    safetensors_file.write_safetensors(path, entries, (read() for read in reads), metadata)
+    files.sync_file(path)
+    return f"{path.stat().st_size} {files.sha256_of(path)}"
+
+
+def _commit(
+    zero: Zero, optimizer: ShardedOptimizer | None, facts: list[str], frozen: bool, written: Path, folder: Path
+) -> None:
+    if zero.rank != 0:
+        return
+    entries = {}
+    for rank, fact in enumerate(facts):
+        size, digest = fact.split()
+        entries[f"rank-{rank:05d}.safetensors"] = {"bytes": int(size), "sha256": digest}
+    content = {
+        "stage": zero.stage,
+        "world_size": len(facts),
+        "frozen": frozen,
+        "files": entries,
+        **shapes_of(zero),
+        "optimizer": optimizer.describe() if optimizer is not None else None,
+        "loss_scale": zero.loss_scale.state_dict() if zero.loss_scale is not None else None,
+    }
+    write_manifest(written, content)
+    files.commit_folder(written, folder)
