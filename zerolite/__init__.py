@@ -9,7 +9,10 @@ from zerolite.checkpoint.save import save
 from zerolite.config import Offload, Precision
 from zerolite.errors import CheckpointError, DataError, WorkerError, ZeroliteError
 from zerolite.memory.measure import Usage, measure
-from zerolite.optim.optimizers import Adam, AdamW, Lamb, Lion
+from zerolite.optim.adam import Adam
+from zerolite.optim.adamw import AdamW
+from zerolite.optim.lamb import Lamb
+from zerolite.optim.lion import Lion
 
 if TYPE_CHECKING:
     from zerolite import adapters

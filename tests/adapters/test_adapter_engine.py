@@ -145,7 +145,9 @@ def measured(stage: int):
     optimizer = zerolite.AdamW([p for p in model.parameters() if p.requires_grad])
     loss_of(model, part(joint_batch("stack", 0, torch.float32), dist.get_rank(), dist.get_world_size())).backward()
     usage = zerolite.measure(model, optimizer)
-    buckets = [(b.gradients is None, b.flat.is_resident) for unit in model._zerolite.units for b in unit.buckets]
+    buckets = [
+        (b.gradients is None, b.parameters.stays_unsharded) for unit in model._zerolite.units for b in unit.buckets
+    ]
     return counts, usage, buckets
 
 

@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 import zerolite
 from zerolite.adapters import layers, targets
 from zerolite.adapters.layers import LoraLayer
-from zerolite.adapters.lora import add_lora, layers_of, settle_initial_values
+from zerolite.adapters.lora import add_lora, compute_initial_values, layers_of
 from zerolite.adapters.presets import PRESETS, parameter_groups
 from zerolite.adapters.state import adapters_of, disabled, use
 
@@ -353,8 +353,8 @@ def test_a_base_without_values_gets_adapters_on_the_cpu(variant):
     model.load_state_dict(filled, strict=False, assign=True)
     for name, parameter in parameters.items():
         assert parameter.isnan().all() if name.endswith("magnitude") else parameter.isfinite().all()
-    settle_initial_values(model)
-    settle_initial_values(model)  # nothing is left to do
+    compute_initial_values(model)
+    compute_initial_values(model)  # nothing is left to do
     for name, parameter in parameters.items():
         if name.endswith("magnitude"):
             weight = filled[name.replace("lora.default.magnitude", "weight")]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import zerolite
 from zerolite import ZeroliteError
 from zerolite.adapters import layers
-from zerolite.adapters.lora import add_lora, layers_of, settle_initial_values
+from zerolite.adapters.lora import add_lora, compute_initial_values, layers_of
 from zerolite.adapters.merge import merge
 from zerolite.adapters.prompts import add_prompt
 from zerolite.adapters.state import adapters_of, disabled, use
@@ -172,9 +172,11 @@ def load_with_dora(folder, stage: int, offload, dtype):
     precision = zerolite.Precision(dtype) if dtype is not None else None
     options = {"stage": stage, "offload": offload, "precision": precision}
     model = zerolite.load_pretrained(folder, adapt=lambda m: add_lora(m, dropout=0.0, use_dora=True), **options)
-    settle_initial_values(model)
+    compute_initial_values(model)
     adapter = adapters_of(model).by_name["default"]
-    masters = [b.flat.values().clone() for unit in model._zerolite.units for b in unit.buckets if b.flat.is_trainable]
+    masters = [
+        b.shard.values().clone() for unit in model._zerolite.units for b in unit.buckets if b.gradients is not None
+    ]
     logits = logits_of(model).detach()
     with disabled(model):
         plain = logits_of(model).detach()

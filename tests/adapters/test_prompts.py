@@ -15,7 +15,7 @@ from models import VOCAB, assert_close, assert_same_bits, part
 from peft_twins import CASES, FAMILIES, KINDS, TOKENS, base, batch, difference, ours, pairs, peft_twin, right_padded
 
 from zerolite.adapters.prefix import PREFIX, cache_keyword
-from zerolite.adapters.prompts import add_prompt, settle_initial_values
+from zerolite.adapters.prompts import add_prompt, compute_initial_values
 from zerolite.adapters.state import disabled, use
 
 DEEP = ("prefix", "prefix-mlp", "p-tuning-v2")
@@ -317,9 +317,9 @@ def test_values_postponed_on_meta_are_those_given_at_once(kind, options):
         if parameter.is_meta:
             filled = torch.nn.Parameter(weights[name], requires_grad=False)
             torch.utils.swap_tensors(parameter, filled)
-    with pytest.raises(ValueError, match="settle_initial_values"):
+    with pytest.raises(ValueError, match="compute_initial_values"):
         late(**batch())
-    settle_initial_values(late.train())
+    compute_initial_values(late.train())
     assert all(module.training for module in late.modules())
     assert_same_bits(dict(late.prompts.named_parameters()), dict(expected.prompts.named_parameters()))
     assert torch.equal(late(**batch()).logits, expected(**batch()).logits)

@@ -36,7 +36,7 @@ def parent() -> Iterator[Pool]:
 def fill(model, optimizer, version: int) -> None:
     for unit in model._zerolite.units:
         for bucket in unit.buckets:
-            for values in (bucket.flat.values(), *optimizer.states_of(bucket).values()):
+            for values in (bucket.shard.values(), *optimizer.resident_states(bucket)):
                 values.fill_(version)
     optimizer.set_steps(dict.fromkeys(optimizer.describe()["steps"], version))
     model.sum.fill_(version)
@@ -50,9 +50,9 @@ def version_of(folder: Path, model, optimizer) -> int:
     version = zerolite.load(model, folder, optimizer)
     for unit in model._zerolite.units:
         for bucket in unit.buckets:
-            for values in (bucket.flat.values(), *optimizer.states_of(bucket).values()):
+            for values in (bucket.shard.values(), *optimizer.resident_states(bucket)):
                 for slot in bucket.layout.slots:
-                    found = set(values[slot.offset : slot.stop].tolist())
+                    found = set(slot.range.of(values).tolist())
                     assert found <= {float(version)}, f"{slot.name} is {found} in version {version}"
     assert set(optimizer.describe()["steps"].values()) == {version} and set(model.sum.tolist()) == {version}
     return version

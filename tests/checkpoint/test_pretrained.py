@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from saved import attempt, full, rank, tree
 from torch import Tensor, nn
 
+from zerolite.shards.states import ParameterState
+
 STAGES = (0, 1, 2, 3)
 FAMILIES = [name for name in FACTORIES if name != "stack"]
 CONVERTED = ("mixtral", "qwen-moe")  # their files hold each expert apart; transformers joins them on load
@@ -126,9 +128,9 @@ def load_with_precision(folder: Path, stage: int):
 
     precision = zerolite.Precision(torch.bfloat16)
     model = zerolite.load_pretrained(folder, stage=stage, precision=precision)
-    masters = [bucket.flat.master for unit in model._zerolite.units for bucket in unit.buckets]
+    masters = [bucket.shard.master for unit in model._zerolite.units for bucket in unit.buckets]
     sharded = zerolite.shard(opened(folder), stage=stage, precision=precision)
-    others = [bucket.flat.master for unit in sharded._zerolite.units for bucket in unit.buckets]
+    others = [bucket.shard.master for unit in sharded._zerolite.units for bucket in unit.buckets]
     assert all(torch.equal(mine, other) for mine, other in zip(masters, others, strict=True))
     return full(model), full(sharded)
 
@@ -427,7 +429,8 @@ def export_and_fail(folder: Path, failure: str):
         export.FILE_BYTES, files.commit_folder = originals
         export.save_file = save_file
     assert torch.equal(logits_of(model), before)
-    is_sharded = all(not bucket.flat.is_unsharded for unit in model._zerolite.units for bucket in unit.buckets)
+    buckets = [bucket for unit in model._zerolite.units for bucket in unit.buckets]
+    is_sharded = all(bucket.parameters.state is ParameterState.SHARDED for bucket in buckets)
     assert is_sharded
     return error
 

@@ -27,7 +27,7 @@ def resume(folder: Path, stage: int, dtype: torch.dtype, rule: str, offload: Off
     with slow_workers(SLOW_S):
         model, optimizer = make(stage, dtype, rule, offload=offload)
         again, other = make(stage, dtype, rule, seed=1, offload=offload)
-    on_host = [bucket.flat.is_on_host for bucket in model._zerolite.reduction_order]
+    on_host = [bucket.shard.steps_in_background for bucket in model._zerolite.reducer.order]
     assert any(on_host) and all(on_host) == (offload.budget is None)
     train(model, optimizer, range(2))
     zerolite.save(model, folder / "at once", optimizer)

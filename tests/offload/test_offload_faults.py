@@ -46,7 +46,7 @@ def train_for_ever(folder: Path, rank: int, port: int, stage: int, clip: float |
     offload = zerolite.Offload(workers=NUM_WORKERS, threads=1)
     model = zerolite.shard(model, stage=stage, offload=offload)
     optimizer = zerolite.AdamW(model.parameters(), lr=1e-3, max_grad_norm=clip)
-    pids = [process.pid for process in model._zerolite.host.pool.processes]
+    pids = [process.pid for process in model._zerolite.placement.host.pool.processes]
     (folder / f"pids-{rank}").write_text(" ".join(map(str, pids)))
     try:
         step = 0

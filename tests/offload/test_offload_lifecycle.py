@@ -386,8 +386,8 @@ def load_dicts(stage: int, offload, dtype: torch.dtype):
     learn(model, optimizer, 2)
     learn(other, other_optimizer, 2)
     assert_same_bits(full(other), full(model))
-    masters = [bucket.flat.values().clone() for unit in other._zerolite.units for bucket in unit.buckets]
-    truths = [bucket.flat.values().clone() for unit in model._zerolite.units for bucket in unit.buckets]
+    masters = [bucket.shard.values().clone() for unit in other._zerolite.units for bucket in unit.buckets]
+    truths = [bucket.shard.values().clone() for unit in model._zerolite.units for bucket in unit.buckets]
     assert all(map(torch.equal, masters, truths))
     return full(other)
 
@@ -423,7 +423,7 @@ def poisoned(stage: int, offload, bad: float, clip: float | None, accumulation: 
             optimizer.step()
         messages.append([str(warning.message) for warning in caught])
         assert optimizer.step_was_skipped == (step == 1) == (not math.isfinite(optimizer.grad_norm))
-        model._zerolite.settle()
+        model._zerolite.fetch()
         states.append(state(model, optimizer))
         optimizer.zero_grad()
     return messages, states, full(model)

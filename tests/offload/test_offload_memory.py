@@ -52,7 +52,7 @@ def owned_and_buckets(stage: int) -> tuple[int, int]:
         for group in plan.groups
         for layout in pack([(name, shapes[name]) for name in group.names], WORLD, BUCKET_NUMEL)
     ]
-    return sum(layout.numel if stage == 0 else layout.piece_numel for layout in layouts), len(layouts)
+    return sum(layout.numel if stage == 0 else layout.shard_numel for layout in layouts), len(layouts)
 
 
 INT8 = 2 * (1 + 4 / 128)
@@ -102,7 +102,7 @@ def half_on_host(budget: int):
     optimizer = zerolite.AdamW(model.parameters(), lr=1e-3)
     model(input_ids=torch.arange(3, 11)[None]).logits.square().mean().backward()
     used = zerolite.measure(model, optimizer)
-    return used, [unit.buckets[0].flat.is_on_host for unit in model._zerolite.units]
+    return used, [unit.buckets[0].shard.steps_in_background for unit in model._zerolite.units]
 
 
 def test_a_budget_is_kept_and_used(ranks):

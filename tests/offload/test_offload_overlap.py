@@ -38,7 +38,7 @@ def exposed(stage: int, offload: Offload) -> tuple[float, float]:
     with slow_workers(STEP_S, is_fixed=True):
         model = zerolite.shard(nn.Sequential(*(Late(16, 16) for _ in range(BLOCKS))), stage=stage, offload=offload)
     optimizer = zerolite.AdamW(model.parameters(), lr=1e-3)
-    pool, waits = model._zerolite.host.pool, []
+    pool, waits = model._zerolite.placement.host.pool, []
     wait = pool.wait
 
     def timed(work, *arguments):
@@ -83,8 +83,8 @@ def crossings(stage: int, offload: Offload, accumulation: int, no_sync: bool):
     model = zerolite.shard(llama(hidden=64), stage=stage, offload=offload, precision=zerolite.Precision(bf16, bf16))
     optimizer = zerolite.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
     buckets = [bucket for unit in model._zerolite.units for bucket in unit.buckets]
-    gradients = {bucket.flat.host.gradient.values.data_ptr() for bucket in buckets}
-    parameters = {bucket.flat.host.parameter.values.data_ptr() for bucket in buckets}
+    gradients = {bucket.shard.memory.gradient.values.data_ptr() for bucket in buckets}
+    parameters = {bucket.shard.memory.parameter.values.data_ptr() for bucket in buckets}
     moved, copy = [], Cpu.copy
 
     def count(device, target, source) -> None:

@@ -28,7 +28,7 @@ STEPS = 3
 
 def read_alone(model, optimizer, folder) -> None:
     """On rank 0, where parameters are whole, while the others go on to their next forward."""
-    if model._zerolite.stage < 3 and dist.get_rank() == 0:
+    if model._zerolite.partition.stage < 3 and dist.get_rank() == 0:
         model.state_dict()
 
 

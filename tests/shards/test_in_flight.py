@@ -4,6 +4,7 @@ import pytest
 from models import llama, t5
 
 import zerolite
+from zerolite.shards.states import ParameterState
 
 WORLD = 2
 
@@ -14,20 +15,21 @@ def most_units_whole(family: str) -> tuple[int, int]:
 
     torch.manual_seed(0)
     model = zerolite.shard(llama(layers=6) if family == "llama" else t5(), stage=3)
-    zero, most = model._zerolite, 0
-    gather = zero._gather
+    engine, most = model._zerolite, 0
+    gather = engine._gather
 
     def counting(unit, step):
         nonlocal most
         gather(unit, step)
-        flats = [[bucket.flat for bucket in other.buckets] for other in zero.units if not other.is_root]
-        most = max(most, sum(any(flat.is_unsharded or flat.pending is not None for flat in unit) for unit in flats))
+        blocks = [other for other in engine.units if not other.is_root]
+        is_here = [any(b.parameters.state is not ParameterState.SHARDED for b in block.buckets) for block in blocks]
+        most = max(most, sum(is_here))
 
-    zero._gather = counting
+    engine._gather = counting
     ids = torch.arange(1, 9).view(1, -1)
     inputs = {"input_ids": ids, "labels": ids}
     model(**inputs).loss.backward()
-    return most, len(zero.units)
+    return most, len(engine.units)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zerolite.shards.layout import ALIGNMENT_NUMEL, BucketLayout, Run, align, pack
+from zerolite.shards.layout import ALIGNMENT_NUMEL, BucketLayout, Range, Segment, align, pack
 
-# The same examples on every run, and no clock: the machine may be busy.
+# The same examples on every segment, and no clock: the machine may be busy.
 check = settings(
     deadline=None, derandomize=True, database=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -28,7 +28,7 @@ def owners(layout: BucketLayout) -> list[int | None]:
     """Slot by element; None is padding. Fails where two slots overlap."""
     found: list[int | None] = [None] * layout.numel
     for index, slot in enumerate(layout.slots):
-        for element in range(slot.offset, slot.stop):
+        for element in range(slot.offset, slot.range.stop):
             assert found[element] is None
             found[element] = index
     return found
@@ -44,7 +44,7 @@ def test_every_parameter_lies_once_in_order_and_aligned(shapes, world, bucket_nu
     for layout in layouts:
         owners(layout)
         assert all(slot.offset % ALIGNMENT_NUMEL == 0 for slot in layout.slots)
-        assert all(slot.numel == math.prod(slot.shape) and slot.stop <= layout.numel for slot in layout.slots)
+        assert all(slot.numel == math.prod(slot.shape) and slot.range.stop <= layout.numel for slot in layout.slots)
 
 
 @check
@@ -54,20 +54,20 @@ def test_buckets_hold_what_they_may(shapes, world, bucket_numel):
     layouts = packed(shapes, world, bucket_numel)
     assert all(layout.slots for layout in layouts)
     for layout in layouts:
-        assert layout.slots[-1].stop <= bucket_numel or len(layout.slots) == 1
+        assert layout.slots[-1].range.stop <= bucket_numel or len(layout.slots) == 1
     for layout, following in zip(layouts, layouts[1:], strict=False):
-        assert align(layout.slots[-1].stop) + following.slots[0].numel > bucket_numel
+        assert align(layout.slots[-1].range.stop) + following.slots[0].numel > bucket_numel
 
 
 @check
 @given(SHAPES, WORLDS, BUCKETS)
-def test_pieces_are_equal_aligned_and_cover_the_bucket(shapes, world, bucket_numel):
-    """The pieces of all ranks follow each other from 0 to the bucket's end, each of the same, aligned length."""
+def test_shards_are_equal_aligned_and_cover_the_bucket(shapes, world, bucket_numel):
+    """The shards of all ranks follow each other from 0 to the bucket's end, each of the same, aligned length."""
     for layout in packed(shapes, world, bucket_numel):
-        pieces = [layout.piece(rank) for rank in range(world)]
-        assert [start for start, _ in pieces] == [0, *(stop for _, stop in pieces[:-1])]
-        assert pieces[-1][1] == layout.numel == world * layout.piece_numel
-        assert layout.piece_numel % ALIGNMENT_NUMEL == 0
+        shards = [layout.shard_range(rank) for rank in range(world)]
+        assert [start for start, _ in shards] == [0, *(stop for _, stop in shards[:-1])]
+        assert shards[-1][1] == layout.numel == world * layout.shard_numel
+        assert layout.shard_numel % ALIGNMENT_NUMEL == 0
 
 
 @check
@@ -75,9 +75,9 @@ def test_pieces_are_equal_aligned_and_cover_the_bucket(shapes, world, bucket_num
 def test_gaps_are_the_padding(shapes, world, bucket_numel):
     """Gaps are exactly the elements of no parameter, in order, and bounded by what alignment costs."""
     for layout in packed(shapes, world, bucket_numel):
-        padding = [element for start, stop in layout.gaps() for element in range(start, stop)]
+        padding = [element for start, stop in layout.gaps for element in range(start, stop)]
         assert padding == [element for element, owner in enumerate(owners(layout)) if owner is None]
-        assert all(start < stop for start, stop in layout.gaps())
+        assert all(start < stop for start, stop in layout.gaps)
         assert len(padding) == layout.padding_numel < ALIGNMENT_NUMEL * (len(layout.slots) + world)
 
 
@@ -89,20 +89,20 @@ def test_overlap_is_the_intersection(shapes, world, bucket_numel, data):
         start = data.draw(st.integers(0, layout.numel))
         stop = data.draw(st.integers(start, layout.numel))
         for slot in layout.slots:
-            first, last = layout.overlap(slot, start, stop)
-            assert list(range(first, last)) == [e for e in range(slot.offset, slot.stop) if start <= e < stop]
-            assert slot.offset <= first <= last <= slot.stop
+            first, last = slot.range.intersect(Range(start, stop))
+            assert list(range(first, last)) == [e for e in range(slot.offset, slot.range.stop) if start <= e < stop]
+            assert slot.offset <= first <= last <= slot.range.stop
 
 
 @check
 @given(SHAPES, WORLDS, BUCKETS)
-def test_the_pieces_of_all_ranks_hold_each_element_of_each_parameter_once(shapes, world, bucket_numel):
-    """A parameter's overlaps with the ranks' pieces follow each other and make up all of it."""
+def test_the_shards_of_all_ranks_hold_each_element_of_each_parameter_once(shapes, world, bucket_numel):
+    """A parameter's overlaps with the ranks' shards follow each other and make up all of it."""
     for layout in packed(shapes, world, bucket_numel):
         for slot in layout.slots:
-            parts = [layout.overlap(slot, *layout.piece(rank)) for rank in range(world)]
+            parts = [slot.range.intersect(layout.shard_range(rank)) for rank in range(world)]
             elements = [element for first, last in parts for element in range(first, last)]
-            assert elements == list(range(slot.offset, slot.stop))
+            assert elements == list(range(slot.offset, slot.range.stop))
 
 
 KEYS = st.sampled_from(["a", "b", None])
@@ -110,48 +110,53 @@ KEYS = st.sampled_from(["a", "b", None])
 
 @check
 @given(SHAPES, WORLDS, BUCKETS, st.data())
-def test_runs_cover_what_has_a_key_once_and_are_cut_at_pieces(shapes, world, bucket_numel, data):
-    """Each element with a key is in one run of that key; a run has no other's element and stays in a piece."""
+def test_segments_cover_what_has_a_key_once_and_are_cut_at_shards(shapes, world, bucket_numel, data):
+    """Each element with a key is in one segment of that key; a segment has no other's element and stays in a shard."""
     for layout in packed(shapes, world, bucket_numel):
         keys = data.draw(st.lists(KEYS, min_size=len(layout.slots), max_size=len(layout.slots)))
         owner = owners(layout)
         covered: dict[int, str] = {}
-        for run in layout.runs(0, layout.numel, keys):
-            assert run.start < run.stop
-            assert (run.stop - run.start) % ALIGNMENT_NUMEL == 0  # no kernel has a remainder to round in another way
-            assert run.start // layout.piece_numel == (run.stop - 1) // layout.piece_numel
-            for element in range(run.start, run.stop):
+        for segment in layout.segments(layout.range, keys):
+            assert segment.range.start < segment.range.stop
+            assert (
+                segment.range.stop - segment.range.start
+            ) % ALIGNMENT_NUMEL == 0  # no kernel has a remainder to round in another way
+            assert segment.range.start // layout.shard_numel == (segment.range.stop - 1) // layout.shard_numel
+            for element in range(segment.range.start, segment.range.stop):
                 assert element not in covered
-                covered[element] = run.key
+                covered[element] = segment.key
         for element, index in enumerate(owner):
-            if index is None:  # padding may lie inside a run, between neighbours
+            if index is None:  # padding may lie inside a segment, between neighbours
                 continue
             assert covered.get(element) == keys[index]
 
 
 @check
 @given(SHAPES, WORLDS, BUCKETS, st.data())
-def test_runs_are_as_few_as_they_can_be(shapes, world, bucket_numel, data):
-    """Two runs of one key in one piece have a parameter of another key, or none, between them."""
+def test_segments_are_as_few_as_they_can_be(shapes, world, bucket_numel, data):
+    """Two segments of one key in one shard have a parameter of another key, or none, between them."""
     for layout in packed(shapes, world, bucket_numel):
         keys = data.draw(st.lists(KEYS, min_size=len(layout.slots), max_size=len(layout.slots)))
         owner = owners(layout)
-        runs = list(layout.runs(0, layout.numel, keys))
-        for run, following in zip(runs, runs[1:], strict=False):
-            assert run.stop <= following.start
-            if run.key == following.key and run.start // layout.piece_numel == following.start // layout.piece_numel:
-                between = {owner[element] for element in range(run.stop, following.start)} - {None}
-                assert between and all(keys[index] != run.key for index in between)
+        segments = list(layout.segments(layout.range, keys))
+        for segment, following in zip(segments, segments[1:], strict=False):
+            assert segment.range.stop <= following.range.start
+            if (
+                segment.key == following.key
+                and segment.range.start // layout.shard_numel == following.range.start // layout.shard_numel
+            ):
+                between = {owner[element] for element in range(segment.range.stop, following.range.start)} - {None}
+                assert between and all(keys[index] != segment.key for index in between)
 
 
 @check
 @given(SHAPES, WORLDS, BUCKETS, st.data())
-def test_who_owns_what_changes_no_run(shapes, world, bucket_numel, data):
-    """A rank that owns the whole bucket has the runs of those that own a piece each: stage 0 steps as 3 does."""
+def test_who_owns_what_changes_no_segment(shapes, world, bucket_numel, data):
+    """A rank that owns the whole bucket has the segments of those that own a shard each: stage 0 steps as 3 does."""
     for layout in packed(shapes, world, bucket_numel):
         keys = data.draw(st.lists(KEYS, min_size=len(layout.slots), max_size=len(layout.slots)))
-        pieces = [run for rank in range(world) for run in layout.runs(*layout.piece(rank), keys)]
-        assert list(layout.runs(0, layout.numel, keys)) == pieces
+        shards = [segment for rank in range(world) for segment in layout.segments(layout.shard_range(rank), keys)]
+        assert list(layout.segments(layout.range, keys)) == shards
 
 
 @check
@@ -173,20 +178,26 @@ def test_align_is_the_next_multiple(numel, multiple):
 @check
 @given(st.lists(st.just((0,)) | st.just((3, 0)), min_size=1, max_size=5), WORLDS)
 def test_a_bucket_of_nothing(shapes, world):
-    """Zero-size parameters alone make one empty bucket without gaps or runs, and no division by zero."""
+    """Zero-size parameters alone make one empty bucket without gaps or segments, and no division by zero."""
     (layout,) = packed(shapes, world, 100)
-    assert layout.numel == layout.piece_numel == layout.padding_numel == 0
-    assert list(layout.gaps()) == [] and list(layout.runs(0, 0, ["a"] * len(shapes))) == []
+    assert layout.numel == layout.shard_numel == layout.padding_numel == 0
+    assert list(layout.gaps) == [] and list(layout.segments(layout.range, ["a"] * len(shapes))) == []
 
 
 def test_by_hand():
-    """Three parameters on two ranks: offsets, padding and runs as worked out on paper."""
+    """Three parameters on two ranks: offsets, padding and segments as worked out on paper."""
     (layout,) = pack([("w", (5, 10)), ("b", (3,)), ("v", (40,))], 2, 10_000)
     assert [slot.offset for slot in layout.slots] == [0, 128, 256] and layout.numel == 512  # 296, to a multiple of 256
-    assert layout.piece(1) == (256, 512) and layout.padding_numel == 512 - 93
-    assert list(layout.gaps()) == [(50, 128), (131, 256), (296, 512)]
-    assert list(layout.runs(0, 512, ["k", "k", "k"])) == [Run(0, 256, "k"), Run(256, 384, "k")]
-    assert list(layout.runs(0, 512, ["k", None, "j"])) == [Run(0, 128, "k"), Run(256, 384, "j")]
+    assert layout.shard_range(1) == (256, 512) and layout.padding_numel == 512 - 93
+    assert list(layout.gaps) == [(50, 128), (131, 256), (296, 512)]
+    assert list(layout.segments(layout.range, ["k", "k", "k"])) == [
+        Segment(Range(0, 256), "k"),
+        Segment(Range(256, 384), "k"),
+    ]
+    assert list(layout.segments(layout.range, ["k", None, "j"])) == [
+        Segment(Range(0, 128), "k"),
+        Segment(Range(256, 384), "j"),
+    ]
 
 
 @pytest.mark.parametrize("bucket_numel, sizes", [(130, [1, 1, 1]), (131, [2, 1]), (296, [3]), (1, [1, 1, 1])])

@@ -18,9 +18,12 @@ def names_of(model: nn.Module, modules: list[nn.Module]) -> list[str]:
 
 
 def planned(model: nn.Module, rule=None, dtype_of=lambda parameter: parameter.dtype) -> list[tuple]:
-    """(unit, trainable, names of each group) in order."""
-    plans = plan_units(model, rule, dtype_of)
-    return [(plan.name, plan.is_trainable, [group.names for group in plan.groups]) for plan in plans]
+    """(unit, trainable, names of each such group) in order."""
+    found: dict[tuple, list] = {}
+    for plan in plan_units(model, rule, dtype_of):
+        for group in plan.groups:
+            found.setdefault((plan.name, group.is_trainable), []).append(group.names)
+    return [(*unit, groups) for unit, groups in found.items()]
 
 
 # found
@@ -137,7 +140,7 @@ def test_a_module_that_two_units_hold_belongs_to_the_root():
 
 
 def test_frozen_parameters_are_kept_apart():
-    """A unit with both kinds has two plans; one that is all frozen has one, frozen."""
+    """A unit with both kinds has groups of each; one that is all frozen has frozen ones."""
     model = Stack(blocks=2)
     model.blocks[0].requires_grad_(False)
     model.blocks[1].norm.requires_grad_(False)

@@ -72,7 +72,7 @@ def late_device_class():
             self.compute = self.current = self.new_stream()
             self.groups: dict[int, Stream] = {}
             self.reads_at_once = reads_at_once
-            self.is_letting_go = False
+            self.is_releasing = False
             self.failures: list[str] = []
 
         def new_stream(self) -> Stream:
@@ -94,7 +94,7 @@ def late_device_class():
 
         def wait(self, event: Future) -> None:
             self.current.put(event.result)
-            if self.current is self.compute and not (self.is_letting_go and self.reads_at_once):
+            if self.current is self.compute and not (self.is_releasing and self.reads_at_once):
                 event.result()
 
         def synchronize(self, event: Future) -> None:
@@ -155,11 +155,11 @@ def late_device_class():
 @contextmanager
 def late_device(seed: int, seconds: float, reads_at_once: bool = False) -> Iterator:
     """Models sharded inside run on a `LateDevice`, which is yielded; its `failures` tell what nobody may see."""
-    from zerolite.engine.engine import Zero
+    from zerolite.offload.host_shard import HostShard
     from zerolite.runtime import collectives
     from zerolite.runtime import device as devices
     from zerolite.runtime.collectives import ExchangeGroup, Group, Pending
-    from zerolite.shards.gradients import GradientBucket
+    from zerolite.shards.states import ShardState
 
     device = late_device_class()(random.Random(seed), seconds, reads_at_once)
     before = [
@@ -170,13 +170,13 @@ def late_device(seed: int, seconds: float, reads_at_once: bool = False) -> Itera
             (ExchangeGroup, "all_gather"),
             (ExchangeGroup, "reduce_scatter"),
             (ExchangeGroup, "all_reduce"),
-            (GradientBucket, "let_go"),
-            (Zero, "send_away"),
+            (HostShard, "release"),
+            (HostShard, "publish"),
         ]
     ]
     exchange = collectives.ExchangeGroup
     at_once = {name: getattr(exchange, name) for name in ("all_gather", "reduce_scatter", "all_reduce")}
-    let_go_at_once, send_away_at_once = GradientBucket.let_go, Zero.send_away
+    release_at_once, publish_at_once = HostShard.release, HostShard.publish
 
     def pending(group, name: str, *arguments) -> Pending:
         done = device.collective(group, lambda: at_once[name](group, *arguments).wait())
@@ -187,23 +187,22 @@ def late_device(seed: int, seconds: float, reads_at_once: bool = False) -> Itera
 
         return Pending((wait,), arguments[:2], arguments[-1])
 
-    def all_gather_alone(group, full, piece, label) -> Pending:
-        if piece.data_ptr() != full.data_ptr():
-            device.copy(full, piece)
+    def all_gather_alone(group, full, shard, label) -> Pending:
+        if shard.data_ptr() != full.data_ptr():
+            device.copy(full, shard)
         return Pending()
 
-    def send_away(zero, buckets) -> None:
-        for bucket in buckets:
-            if bucket.flat.is_resident:
-                device.use_later(bucket.flat.full)
-        send_away_at_once(zero, buckets)
+    def publish(shard) -> None:
+        if shard.state is ShardState.STEPPING and shard.parameters.stays_unsharded:
+            device.use_later(shard.parameters.unsharded)
+        publish_at_once(shard)
 
-    def let_go(bucket) -> None:
-        device.is_letting_go = True
+    def release(shard):
+        device.is_releasing = True
         try:
-            let_go_at_once(bucket)
+            return release_at_once(shard)
         finally:
-            device.is_letting_go = False
+            device.is_releasing = False
 
     devices.of = lambda torch_device: device
     Group.all_gather = all_gather_alone
@@ -212,7 +211,7 @@ def late_device(seed: int, seconds: float, reads_at_once: bool = False) -> Itera
     exchange.all_reduce = lambda group, tensor: device.collective(
         group, lambda: at_once["all_reduce"](group, tensor)
     ).result()
-    GradientBucket.let_go, Zero.send_away = let_go, send_away
+    HostShard.release, HostShard.publish = release, publish
     try:
         yield device
     finally:

@@ -71,16 +71,16 @@ def full(model: nn.Module) -> dict[str, Tensor]:
 
 def state(model: nn.Module, optimizer) -> dict[str, Tensor]:
     """All that this rank holds, as tensors to compare bit by bit."""
-    zero = model._zerolite
-    zero.settle()
+    engine = model._zerolite
+    engine.fetch()
     found: dict[str, Tensor] = {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
-    for unit in zero.units:
+    for unit in engine.units:
         for index, bucket in enumerate(unit.buckets):
-            key = f"{unit.name} {int(unit.buckets[0].flat.is_trainable)} {index}"
-            found[f"{key} owned"] = bucket.flat.owned.clone()
-            found[f"{key} stepped"] = bucket.flat.values().clone()
-            if bucket.flat.is_resident:
-                found[f"{key} full"] = bucket.flat.full.clone()
+            key = f"{unit.name} {int(bucket.gradients is not None)} {index}"
+            found[f"{key} owned"] = bucket.shard.owned.clone()
+            found[f"{key} stepped"] = bucket.shard.values().clone()
+            if bucket.parameters.stays_unsharded:
+                found[f"{key} full"] = bucket.parameters.unsharded.clone()
             for name in optimizer.rule.state_names if bucket.gradients is not None else ():
                 found[f"{key} {name}"] = optimizer.read_state(bucket, name).clone()
     description = optimizer.describe()
@@ -89,8 +89,8 @@ def state(model: nn.Module, optimizer) -> dict[str, Tensor]:
     for index, group in enumerate(description["groups"]):
         numbers = [group["lr"], *group["betas"], group["weight_decay"], group.get("eps", 0.0)]
         found[f"group {index}"] = torch.tensor(numbers, dtype=torch.float64)
-    if zero.loss_scale is not None:
-        found["loss scale"] = torch.tensor([zero.loss_scale.value, zero.loss_scale.num_good_steps])
+    if engine.loss_scale is not None:
+        found["loss scale"] = torch.tensor([engine.loss_scale.value, engine.loss_scale.num_good_steps])
     return found
 
 

@@ -85,31 +85,28 @@ def mesh_of(trial: Trial):
 @contextmanager
 def buckets_of(numel: int | None) -> Iterator[None]:
     """Buckets of at most so many elements; None: as they are."""
-    from zerolite.engine import engine as zero
+    from zerolite.shards import units
 
-    before, zero.BUCKET_NUMEL = zero.BUCKET_NUMEL, numel or zero.BUCKET_NUMEL
+    before, units.BUCKET_NUMEL = units.BUCKET_NUMEL, numel or units.BUCKET_NUMEL
     try:
         yield
     finally:
-        zero.BUCKET_NUMEL = before
+        units.BUCKET_NUMEL = before
 
 
 def budget_for_half(trial: Trial, stage: int) -> int:
     """On a rank: the device bytes that hold the model and half of what could leave it."""
     import zerolite
-    from zerolite.offload.placement import device_bytes
+    from zerolite.offload.placement import Policy, device_bytes
     from zerolite.shards.units import plan_units
 
     def dtype_of(parameter):
         return trial.dtype
 
-    model = make(trial)
-    plans = plan_units(model, None, dtype_of)
-    zero = zerolite.shard(make(trial), stage=stage)._zerolite
-    zero.precision = precision_of(trial)
-    least, most = (
-        sum(device_bytes(zero, plan, dtype_of, offload) for plan in plans) for offload in (zerolite.Offload(), None)
-    )
+    plans = plan_units(make(trial), None, dtype_of)
+    engine = zerolite.shard(make(trial), stage=stage)._zerolite
+    policy = Policy(engine.partition, engine.mesh.shard.size, precision_of(trial), dtype_of)
+    least, most = (sum(device_bytes(plan, policy, offload) for plan in plans) for offload in (zerolite.Offload(), None))
     return (least + most) // 2
 
 
@@ -151,7 +148,7 @@ def train(trial: Trial, stage: int) -> Result:
         scheduler.step()
         norms.append(optimizer.grad_norm)
         optimizer.zero_grad()
-    on_host = [bucket.flat.is_on_host for bucket in model._zerolite.reduction_order]
+    on_host = [bucket.shard.steps_in_background for bucket in model._zerolite.reducer.order]
     with zerolite.full_params(model):
         return Result(whole(model), tuple(norms), (sum(on_host), len(on_host)))
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from zerolite.adapters import lora_files, prompt_files
 from zerolite.adapters.lora import LoraConfig
 from zerolite.adapters.state import Adapter, adapter_of
-from zerolite.adapters.walk import in_turn
+from zerolite.adapters.walk import unsharded_parameters
+from zerolite.engine.engine import find_engine
 from zerolite.errors import ZeroliteError
 from zerolite.runtime import atomic_dir as files
 from zerolite.runtime import safetensors_file
@@ -39,19 +40,19 @@ def save(model: nn.Module, folder, name: str | None = None) -> None:
     where a value is not finite, or where the file is not what it should be; what stood there then still stands.
     A model that is not sharded raises what went wrong as it is.
     """
-    zero = getattr(model, "_zerolite", None)
+    engine = find_engine(model)
     adapter = adapter_of(model, name)
     folder = Path(folder).resolve()
-    if zero is not None:
-        zero.settle()
+    if engine is not None:
+        engine.fetch()
     # On every rank: an encoder's forward is one of the model's, which hooks may answer with collectives.
     kind = lora_files if isinstance(adapter.config, LoraConfig) else prompt_files
     content = kind.to_peft(model, adapter)
-    if zero is None:
+    if engine is None:
         _write(adapter, folder, *content)
         return
-    work = partial(_write, adapter, folder, *content) if zero.rank == 0 else lambda: None
-    on_all_ranks(zero, f"saving adapter {adapter.name!r} to {folder}", ZeroliteError, work)
+    work = partial(_write, adapter, folder, *content) if engine.mesh.rank == 0 else lambda: None
+    on_all_ranks(engine, f"saving adapter {adapter.name!r} to {folder}", ZeroliteError, work)
 
 
 @torch.no_grad()
@@ -65,21 +66,21 @@ def load(model: nn.Module, folder, name: str = "default") -> nn.Module:
     tensors that are missing, left over or of another shape, and a configuration that asks for what is not supported.
     """
     folder = Path(folder)
-    zero = getattr(model, "_zerolite", None)
-    if zero is None:
+    engine = find_engine(model)
+    if engine is None:
         config, tensors = _read(folder)
         FORMATS[config["peft_type"]].from_peft(model, name, config, tensors)
         return model
     adapter = adapter_of(model, name)
     values: dict[str, Tensor] = {}
     on_all_ranks(
-        zero,
+        engine,
         f"loading adapter {name!r} from {folder}",
         ZeroliteError,
         lambda: values.update(_values_for(model, adapter, *_read(folder))),
     )
     by_id = {id(adapter.parameters[key]): value for key, value in values.items()}
-    for parameters in in_turn(model, [adapter.parameters[key] for key in values], edits=True):
+    for parameters in unsharded_parameters(model, [adapter.parameters[key] for key in values], writeback=True):
         for parameter in parameters:
             parameter.copy_(by_id[id(parameter)])
     return model

@@ -3,9 +3,9 @@
 from torch import nn
 
 from zerolite.adapters.state import adapter_of
-from zerolite.api import engine_of
+from zerolite.engine.engine import engine_of
 from zerolite.errors import ZeroliteError
-from zerolite.optim.grad_stats import agree, slot_norms
+from zerolite.optim.grad_stats import reduce_grad_stats, slot_norms
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -15,10 +15,11 @@ def check_gradients(model: nn.Module) -> None:
     zero; all else must. ZeroliteError on every rank, with names, where a gradient is missing or zero everywhere: the
     forward does not reach the adapter, or nothing after it depends on what it adds.
     """
-    zero = engine_of(model)
+    engine = engine_of(model)
     adapter = adapter_of(model, None)
-    agree(zero, [[True] * len(bucket.layout.slots) for bucket in zero.reduction_order])  # reduces what is late
-    norms = slot_norms(zero)
+    everything = [[True] * len(bucket.layout.slots) for bucket in engine.reducer.order]
+    reduce_grad_stats(engine, everything)  # reduces what is late
+    norms = slot_norms(engine)
     silent = [name for name in adapter.parameters if name.rpartition(".")[2] != "lora_A" and not norms.get(name)]
     if silent:
         raise ZeroliteError(

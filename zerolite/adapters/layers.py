@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from zerolite_kernels.lora import MAX_RANK, lora_linears
 
 from zerolite.adapters.state import Adapters
+from zerolite.engine.engine import info_of
 
 ROWS_NUMEL = 4 * 1024 * 1024  # elements of a weight that are widened to fp32 at once
 
@@ -239,5 +240,5 @@ def _key(layer: nn.Module, x: torch.Tensor) -> tuple:
 
 def _unit_of(layer: nn.Module):
     """The ZeRO unit whose gather makes the layer's weight whole; None where nothing is sharded."""
-    place = getattr(layer.weight, "_zerolite_place", None)
-    return None if place is None else place[1].unit
+    info = info_of(layer.weight)
+    return None if info is None else info.bucket.unit

@@ -17,7 +17,7 @@ from zerolite.adapters import targets as naming
 from zerolite.adapters.layers import LoraLayer, LowRank, Together, adapted_class
 from zerolite.adapters.state import Adapter, adapters_of, adopt, begin
 from zerolite.adapters.targets import Targets
-from zerolite.adapters.walk import in_turn
+from zerolite.adapters.walk import unsharded_parameters
 
 # Children of one module that usually read the same tensor.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
@@ -86,7 +86,7 @@ def add_lora(
     name: of the adapter. A model can have several; `use` chooses one, `disabled` switches them off.
 
     Call it before `zerolite.shard`. Values are drawn from torch's default generator on each rank, and `shard` takes
-    rank 0's. On a base without values (meta device) adapters are made on the CPU; see `settle_initial_values`.
+    rank 0's. On a base without values (meta device) adapters are made on the CPU; see `compute_initial_values`.
     With reentrant activation checkpointing call `model.enable_input_require_grads()`: it gives no gradients where no
     input needs one. ValueError where nothing matches, the name is taken or the model is sharded.
     """
@@ -101,7 +101,7 @@ def attach(model: nn.Module, name: str, config: LoraConfig, layers: Mapping[str,
         _check(layer_name, layer)
     if hasattr(nn.ModuleDict, name):
         raise ValueError(f"an adapter cannot be called {name!r}: torch.nn.ModuleDict has a method of that name")
-    adapter = begin(model, name, config)
+    adapter = begin(model, name, config, compute_initial_values)
     for layer_name, layer in layers.items():
         if not isinstance(layer, LoraLayer):
             layer.__class__ = adapted_class(type(layer))
@@ -159,7 +159,7 @@ def layers_of(model: nn.Module, name: str) -> dict[str, LoraLayer]:
 
 
 @torch.no_grad()
-def settle_initial_values(model: nn.Module) -> None:
+def compute_initial_values(model: nn.Module) -> None:
     """Give DoRA's magnitudes that were made before the base had values theirs: the norms of W's rows. Collective.
 
     To be called once the base is loaded, before the first forward; until then they are NaN. On a sharded model one
@@ -173,12 +173,12 @@ def settle_initial_values(model: nn.Module) -> None:
         if low_rank.is_magnitude_missing
     }
     norms: dict[nn.Parameter, torch.Tensor] = {}  # by magnitude
-    for whole in in_turn(model, [layer.weight for layer in waiting.values()], edits=False):
-        here = {id(weight) for weight in whole}
+    for weights in unsharded_parameters(model, [layer.weight for layer in waiting.values()], writeback=False):
+        here = {id(weight) for weight in weights}
         for low_rank, layer in waiting.items():
             if id(layer.weight) in here:
                 norms[low_rank.magnitude] = low_rank.row_norms(layer)
                 low_rank.is_magnitude_missing = False
-    for magnitudes in in_turn(model, norms, edits=True):
+    for magnitudes in unsharded_parameters(model, norms, writeback=True):
         for magnitude in magnitudes:
             magnitude.copy_(norms[magnitude])

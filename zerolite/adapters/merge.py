@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from zerolite.adapters.lora import LoraConfig, layers_of
 from zerolite.adapters.state import Adapters, adapter_of, adapters_of, evaluating
-from zerolite.adapters.walk import in_turn
+from zerolite.adapters.walk import unsharded_parameters
+from zerolite.engine.engine import find_engine
 from zerolite.errors import ZeroliteError
 
 ROWS, LENGTH = 2, 16  # of the default batch
@@ -30,9 +31,9 @@ def merge(model: nn.Module, name: str | None = None, batch: dict[str, Tensor] | 
         raise ValueError(f"adapter {adapter.name!r} is a prompt, which has no place in weights: only LoRA is merged")
     if adapter.is_merged:
         raise ValueError(f"adapter {adapter.name!r} is merged already")
-    zero = getattr(model, "_zerolite", None)
-    if zero is not None:
-        zero.settle()
+    engine = find_engine(model)
+    if engine is not None:
+        engine.fetch()
     layers = layers_of(model, adapter.name)
     _refuse_tied(model, layers)
     if not all(parameter.isfinite().all() for parameter in adapter.parameters.values()):
@@ -41,13 +42,13 @@ def merge(model: nn.Module, name: str | None = None, batch: dict[str, Tensor] | 
     with evaluating(model), _only(adapters, adapter.name):
         adapted = _logits(model, batch)
         by_weight = {id(layer.weight): layer for layer in layers.values()}
-        for weights in in_turn(model, [layer.weight for layer in layers.values()], edits=True):
+        for weights in unsharded_parameters(model, [layer.weight for layer in layers.values()], writeback=True):
             for weight in weights:
                 layer = by_weight[id(weight)]
                 layer.lora[adapter.name].merge_into(layer)
         adapter.is_merged = True
         difference = (_logits(model, batch) - adapted).abs().max().double()
-    return difference.item() if zero is None else zero.gather_facts(difference.view(1)).max().item()
+    return difference.item() if engine is None else engine.all_gather_scalars(difference.view(1)).max().item()
 
 
 def _refuse_tied(model: nn.Module, layers: dict[str, nn.Module]) -> None:

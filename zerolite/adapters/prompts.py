@@ -44,7 +44,7 @@ def add_prompt(
     PEFT's do: labels are extended here, and `logits_to_keep` counts from the end. Position ids that the caller gives
     are not used then, but counted from 0 over virtual and real tokens.
     Parameters are fp32, or fp64 where the model is. On a model whose parameters lie on the meta device, values that
-    the model gives are postponed: see `settle_initial_values`.
+    the model gives are postponed: see `compute_initial_values`.
     """
     config = _resolved(kind, tokens, init, text_ids, encoder, encoder_hidden, shape_of_supported(model))
     source_ids = _source_ids(model, config, text_ids) if config.init in ("vocabulary", "text") else None
@@ -52,7 +52,7 @@ def add_prompt(
     if source_ids is not None:
         virtual_tokens.source_ids = source_ids.to(virtual_tokens.embedding.device)
         if not any(parameter.is_meta for parameter in model.parameters()):
-            settle_initial_values(model)
+            compute_initial_values(model)
     return model
 
 
@@ -98,7 +98,7 @@ def attach(model: nn.Module, config: PromptConfig, name: str) -> VirtualTokens:
     shape = shape_of_supported(model)
     base = model.base_model
     attentions = attentions_of(base, shape.layers) if config.is_deep else []
-    adapter = begin(model, name, config)
+    adapter = begin(model, name, config, compute_initial_values)
     if not hasattr(model, "prompts"):
         model.prompts = Prompts(adapters_of(model))
         model.register_forward_pre_hook(model.prompts.before_model, with_kwargs=True)
@@ -218,7 +218,7 @@ def _source_ids(model: nn.Module, config: PromptConfig, text_ids: Sequence[int] 
 
 
 @torch.no_grad()
-def settle_initial_values(model: nn.Module) -> None:
+def compute_initial_values(model: nn.Module) -> None:
     """Give virtual tokens the initial values that the base model had none of, being on meta, when they were added.
 
     Call it when the weights, and the model's buffers, are there, and before anything is trained. Collective on a

@@ -1,9 +1,15 @@
-"""Which adapters a model has, and which of them its forwards use."""
+"""Which adapters a model has, which of them its forwards use, and what they ask of the engine."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
+
+from zerolite.adapters.walk import unsharded_parameters
+from zerolite.engine import extensions
+from zerolite.engine.engine import find_engine
 
 
 @dataclass
@@ -12,6 +18,8 @@ class Adapter:
 
     name: str
     config: object  # LoraConfig or PromptConfig
+    # Gives parameters of this kind the values that a base on the meta device could not give. Collective.
+    compute_initial_values: Callable[[nn.Module], None] = lambda model: None
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     is_merged: bool = False  # it is part of the base's weights, so forwards leave it out
 
@@ -52,14 +60,14 @@ def adapter_of(model: nn.Module, name: str | None) -> Adapter:
     return adapters.by_name[name]
 
 
-def begin(model: nn.Module, name: str, config) -> Adapter:
+def begin(model: nn.Module, name: str, config, compute_initial_values: Callable[[nn.Module], None]) -> Adapter:
     """Register a new adapter, without parameters yet, as the active one; everything that was there is frozen.
 
     Raises ValueError for a model that is sharded already, and for a name that is taken or no identifier.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapters are added to a torch.nn.Module, got {type(model).__name__}")
-    if hasattr(model, "_zerolite"):
+    if find_engine(model) is not None:
         raise ValueError(
             "adapters are added before zerolite.shard, which lays all parameters out; this model is sharded"
         )
@@ -68,11 +76,12 @@ def begin(model: nn.Module, name: str, config) -> Adapter:
     adapters = getattr(model, "_zerolite_adapters", None)
     if adapters is None:
         adapters = model._zerolite_adapters = Adapters()
+        extensions.register(model, AdapterExtension())
     if name in adapters.by_name:
         raise ValueError(f"the model has an adapter {name!r} already: choose another name")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    adapter = adapters.by_name[name] = Adapter(name, config)
+    adapter = adapters.by_name[name] = Adapter(name, config, compute_initial_values)
     adapters.active = name
     return adapter
 
@@ -80,7 +89,7 @@ def begin(model: nn.Module, name: str, config) -> Adapter:
 def adopt(model: nn.Module, adapter: Adapter) -> None:
     """Give an adapter all parameters that have been added to the model since `begin`: those that are in no other.
 
-    They train, and at stage 3 they stay whole on every rank: too small to be worth a gather.
+    They train, and at stage 3 they stay unsharded: too small to be worth a gather.
     """
     taken = {id(p) for other in adapters_of(model).by_name.values() for p in other.parameters.values()}
     for name, parameter in model.named_parameters():
@@ -114,3 +123,28 @@ def evaluating(model: nn.Module):
     finally:
         for module in in_training:
             module.training = True
+
+
+@dataclass(frozen=True)
+class AdapterExtension:
+    """The hooks of engine.extensions.Extension; registered with a model's first adapter."""
+
+    def stays_unsharded(self, model: nn.Module) -> list[nn.Parameter]:
+        return [p for adapter in adapters_of(model).by_name.values() for p in adapter.parameters.values()]
+
+    @torch.no_grad()
+    def after_sharding(self, model: nn.Module) -> None:
+        """Compute initial values that come from the base, where it had none when adapters were added. Collective."""
+        for compute in dict.fromkeys(a.compute_initial_values for a in adapters_of(model).by_name.values()):
+            compute(model)
+        for _ in unsharded_parameters(model, self.stays_unsharded(model), writeback=True):
+            pass  # what was written reaches the shards
+
+    def before_export(self, model: nn.Module) -> None:
+        """ValueError while an adapter is on and not merged."""
+        current = adapters_of(model).current
+        if current is not None:
+            raise ValueError(
+                f"adapter {current.name!r} is on, and an export holds the base alone: call adapters.merge first, "
+                "or adapters.save for the adapter, or export inside `with zerolite.adapters.disabled(model)`"
+            )

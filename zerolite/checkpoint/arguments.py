@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from zerolite.engine.engine import Zero
+from zerolite.engine.engine import Engine, sharded_info
 from zerolite.optim.base import ShardedOptimizer
 
 
@@ -31,9 +31,10 @@ def model_and_folder(name: str, model, folder) -> tuple[nn.Module, Path]:
     return model, Path(folder).resolve()
 
 
-def check_optimizer(zero: Zero, optimizer) -> None:
+def check_optimizer(engine: Engine, optimizer: object) -> None:
+    """TypeError or ValueError for what is no optimizer of this model; None passes."""
     if not isinstance(optimizer, ShardedOptimizer | None):
         raise TypeError(f"checkpoints take a zerolite optimizer, got {type(optimizer).__name__}")
     groups = optimizer.param_groups if optimizer is not None else []
-    if any(parameter._zerolite_place[0] is not zero for group in groups for parameter in group["params"]):
+    if any(sharded_info(parameter).engine is not engine for group in groups for parameter in group["params"]):
         raise ValueError("the optimizer is of another model: give the one that was built on this model's parameters")

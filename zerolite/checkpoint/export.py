@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from zerolite.api import engine_of
 from zerolite.checkpoint.slices import buffers_of
 from zerolite.checkpoint.weight_files import INDEX, SINGLE
+from zerolite.engine.engine import engine_of
+from zerolite.engine.extensions import extensions_of
 from zerolite.errors import ZeroliteError
 from zerolite.runtime import atomic_dir as files
 from zerolite.runtime.rank_errors import on_all_ranks
+from zerolite.shards.bucket import Unit
 
 FILE_BYTES = 2 << 30  # a file of an export, and so the host memory that writing it takes
 
@@ -32,41 +34,41 @@ def export(model: nn.Module, folder) -> None:
     stay. ZeroliteError on every rank where rank 0 cannot write; what stood there then still stands. Adapters are left
     out: ValueError while one is on and not merged, since the folder would not be the model that runs.
     """
-    zero = engine_of(model)
-    adapters = getattr(model, "_zerolite_adapters", None)
-    if adapters is not None and adapters.current is not None:
-        raise ValueError(
-            f"adapter {adapters.current.name!r} is on, and an export holds the base alone: call adapters.merge first, "
-            "or adapters.save for the adapter, or export inside `with zerolite.adapters.disabled(model)`"
-        )
-    zero.settle()
+    engine = engine_of(model)
+    for extension in extensions_of(model):
+        extension.before_export(model)
     folder = Path(folder).resolve()
-    together = partial(on_all_ranks, zero, f"exporting to {folder}", ZeroliteError)
-    writer = _Writer(folder) if zero.rank == 0 else None
+    together = partial(on_all_ranks, engine, f"exporting to {folder}", ZeroliteError)
+    writer = _Writer(folder) if engine.mesh.rank == 0 else None
     together(lambda: writer.open() if writer is not None else None)
     buffers = buffers_of(model)
     try:
-        for unit in zero.units:
-            unit.unshard()
+        for unit in engine.units:
+            engine.unshard(unit)
             unit.wait()
-            together(lambda unit=unit: writer.add(model, _whole(model, unit)) if writer is not None else None)
-            if zero.full_depth == 0:
-                unit.reshard()
+            together(partial(_add, writer, model, unit))
+            engine.free(unit)
         together(lambda: writer.finish(model, buffers) if writer is not None else None)
     except ZeroliteError:
-        zero.before_step()  # frees the unit that was gathered
+        engine.before_step()  # frees the unit that was gathered
         if writer is not None:
             writer.discard()
         raise
 
 
-def _whole(model: nn.Module, unit) -> dict[str, torch.Tensor]:
+def _add(writer: "_Writer | None", model: nn.Module, unit: Unit) -> None:
+    if writer is not None:
+        writer.add(model, _unsharded(model, unit))
+
+
+def _unsharded(model: nn.Module, unit: Unit) -> dict[str, torch.Tensor]:
+    """Copies of the unit's parameters on the host, by the names that transformers ties from; without adapters'."""
     ties = getattr(model, "all_tied_weights_keys", {})
     return {
-        ties.get(slot.name, slot.name): bucket.flat.full[slot.offset : slot.stop].view(slot.shape).to("cpu", copy=True)
+        ties.get(slot.name, slot.name): parameter.detach().to("cpu", copy=True)
         for bucket in unit.buckets
-        if not bucket.stays_whole
-        for slot in bucket.layout.slots
+        if not bucket.group.stays_unsharded
+        for slot, parameter in bucket.slots()
     }
 
 

@@ -3,22 +3,23 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from zerolite.api import engine_of
 from zerolite.checkpoint.arguments import check_optimizer, model_and_folder
 from zerolite.checkpoint.extra_state import unpack
 from zerolite.checkpoint.manifest import read_manifest
-from zerolite.checkpoint.slices import buffers_of, flats_of, put_back
+from zerolite.checkpoint.slices import buffers_of, entries_of
 from zerolite.checkpoint.verify import verify
-from zerolite.engine.engine import Zero
+from zerolite.engine.engine import Engine, engine_of
 from zerolite.errors import CheckpointError
 from zerolite.optim.base import ShardedOptimizer
 from zerolite.runtime import atomic_dir as files
 from zerolite.runtime.rank_errors import on_all_ranks
+from zerolite.shards.layout import Range
 
 
 def load(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None):
@@ -35,27 +36,26 @@ def load(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None):
         WorkerError: a worker died or stopped.
     """
     model, folder = model_and_folder("load", model, folder)
-    zero = engine_of(model)
-    check_optimizer(zero, optimizer)
-    if zero.full_depth > 0:
+    engine = engine_of(model)
+    check_optimizer(engine, optimizer)
+    if engine.full_depth > 0:
         raise ValueError("load changes what full_params has gathered: call it outside of `with zerolite.full_params`")
-    zero.settle()
-    together = partial(on_all_ranks, zero, f"loading {folder}", CheckpointError)
-    together(lambda: files.restore(folder) if zero.rank == 0 else None)
-    together(lambda: verify(zero, optimizer, folder))
+    together = partial(on_all_ranks, engine, f"loading {folder}", CheckpointError)
+    together(lambda: files.restore(folder) if engine.mesh.rank == 0 else None)
+    together(lambda: verify(engine, optimizer, folder))
     manifest = read_manifest(folder)
-    zero.before_step()
+    engine.before_step()
     with _Slices(folder, manifest) as slices:
-        together(lambda: _fill(zero, optimizer, slices, manifest.get("frozen", True)))
-        extra = slices.extra(zero.rank)
-    for unit in zero.units:
+        together(lambda: _fill(engine, optimizer, slices, manifest.get("frozen", True)))
+        extra = slices.extra(engine.mesh.rank)
+    for unit in engine.units:
         for bucket in unit.buckets:
-            bucket.flat.republish()
-            bucket.flat.wait()
+            bucket.shard.publish()
+            bucket.parameters.wait()
     if optimizer is not None:
         _restore_optimizer(optimizer, manifest["optimizer"])
-    if zero.loss_scale is not None and manifest["loss_scale"] is not None:
-        zero.loss_scale.load_state_dict(manifest["loss_scale"])
+    if engine.loss_scale is not None and manifest["loss_scale"] is not None:
+        engine.loss_scale.load_state_dict(manifest["loss_scale"])
     return extra
 
 
@@ -64,10 +64,10 @@ class _Slices:
 
     def __init__(self, folder: Path, manifest: dict):
         self.handles = [safe_open(folder / name, framework="pt") for name in sorted(manifest["files"])]
-        self.index: dict[str, list[tuple[int, int, object]]] = {}
+        self.index: dict[str, list[tuple[Range, Any]]] = {}
         for handle in self.handles:
             for key, (start, stop) in json.loads(handle.metadata()["slices"]).items():
-                self.index.setdefault(key, []).append((start, stop, handle))
+                self.index.setdefault(key, []).append((Range(start, stop), handle))
 
     def __enter__(self):
         return self
@@ -76,16 +76,18 @@ class _Slices:
         for handle in self.handles:
             handle.__exit__(*exception)
 
-    def read(self, key: str, start: int, stop: int, out: torch.Tensor) -> None:
-        """out (stop - start,) = elements [start, stop) of a flat parameter or state, in out's dtype."""
+    def read(self, key: str, wanted: Range, out: torch.Tensor) -> None:
+        """out (numel,) = the wanted elements of a flat parameter or state, in out's dtype."""
         covered = 0
-        for low, high, handle in self.index.get(key, ()):
-            first, last = max(low, start), min(high, stop)
-            if first < last:
-                out[first - start : last - start].copy_(handle.get_slice(key)[first - low : last - low])
-                covered += last - first
-        if covered != stop - start:
-            raise CheckpointError(f"{key} has {covered} of the elements [{start}, {stop}) in the checkpoint")
+        for saved, handle in self.index.get(key, ()):
+            part = wanted.intersect(saved)
+            if part.numel > 0:
+                part.of(out, wanted).copy_(part.of(handle.get_slice(key), saved))
+                covered += part.numel
+        if covered != wanted.numel:
+            raise CheckpointError(
+                f"{key} has {covered} of the elements [{wanted.start}, {wanted.stop}) in the checkpoint"
+            )
 
     def of_rank(self, rank: int):
         """A rank's own file, or rank 0's for one beyond the saved world."""
@@ -97,18 +99,17 @@ class _Slices:
 
 
 @torch.no_grad()
-def _fill(zero: Zero, optimizer: ShardedOptimizer | None, slices: _Slices, frozen: bool) -> None:
+def _fill(engine: Engine, optimizer: ShardedOptimizer | None, slices: _Slices, frozen: bool) -> None:
     """Read this rank's ranges and buffers; what other ranks' ranges are gathered into is still the old."""
-    for bucket, kind, read, slots in flats_of(zero, optimizer, frozen):
-        values = read()
+    for bucket, kind, slots, read, write in entries_of(engine, optimizer, frozen):
+        owned, values = bucket.shard.range, read()
         for slot in slots:
-            first, last = bucket.layout.overlap(slot, bucket.flat.start, bucket.flat.stop)
-            if first < last:
-                out = values[first - bucket.flat.start : last - bucket.flat.start]
-                slices.read(f"{kind}/{slot.name}", first - slot.offset, last - slot.offset, out)
-        put_back(optimizer, bucket, kind, values)
-    handle = slices.of_rank(zero.rank)
-    for name, buffer in buffers_of(zero.model).items():
+            part = slot.range.intersect(owned)
+            if part.numel > 0:
+                slices.read(f"{kind}/{slot.name}", part.relative_to(slot.range), part.of(values, owned))
+        write(values)
+    handle = slices.of_rank(engine.mesh.rank)
+    for name, buffer in buffers_of(engine.model).items():
         buffer.copy_(handle.get_tensor(f"buffer/{name}"))
 
 

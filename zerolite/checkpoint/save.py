@@ -12,18 +12,18 @@ No pickle is written or read.
 import json
 import shutil
 import uuid
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from zerolite.api import engine_of
 from zerolite.checkpoint.arguments import check_optimizer, model_and_folder
 from zerolite.checkpoint.extra_state import pack
 from zerolite.checkpoint.manifest import is_complete, write_manifest
 from zerolite.checkpoint.slices import buffers_of, shapes_of, slices_of
-from zerolite.engine.engine import Zero
+from zerolite.engine.engine import Engine, engine_of
 from zerolite.errors import CheckpointError
 from zerolite.optim.base import ShardedOptimizer
 from zerolite.runtime import atomic_dir as files
@@ -51,25 +51,24 @@ def save(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None, ex
         WorkerError: a worker died or stopped, so that states on the host are not whole.
     """
     model, folder = model_and_folder("save", model, folder)
-    zero = engine_of(model)
-    check_optimizer(zero, optimizer)
-    zero.settle()
-    together = partial(on_all_ranks, zero, f"saving {folder}", CheckpointError)
-    token = together(lambda: _prepare(zero, folder))[0]
+    engine = engine_of(model)
+    check_optimizer(engine, optimizer)
+    together = partial(on_all_ranks, engine, f"saving {folder}", CheckpointError)
+    token = together(lambda: _prepare(engine, folder))[0]
     written = files.beside(folder, token)
     try:
-        path = written / f"rank-{zero.rank:05d}.safetensors"
-        facts = together(lambda: _write_rank(zero, optimizer, extra, frozen, path))
-        together(lambda: _commit(zero, optimizer, facts, frozen, written, folder))
+        path = written / f"rank-{engine.mesh.rank:05d}.safetensors"
+        written_files = together(lambda: _write_rank(engine, optimizer, extra, frozen, path))
+        together(lambda: _commit(engine, optimizer, written_files, frozen, written, folder))
     except CheckpointError:
-        if zero.rank == 0:
+        if engine.mesh.rank == 0:
             shutil.rmtree(written, ignore_errors=True)
         raise
 
 
-def _prepare(zero: Zero, folder: Path) -> str:
+def _prepare(engine: Engine, folder: Path) -> str:
     token = uuid.uuid4().hex[:12]
-    if zero.rank == 0:
+    if engine.mesh.rank == 0:
         if folder.exists() and not is_complete(folder) and any(folder.iterdir()):
             raise CheckpointError(f"{folder} exists and is no checkpoint: name a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -79,41 +78,48 @@ def _prepare(zero: Zero, folder: Path) -> str:
     return token
 
 
-def _write_rank(zero: Zero, optimizer: ShardedOptimizer | None, extra, frozen: bool, path: Path) -> str:
+def _write_rank(engine: Engine, optimizer: ShardedOptimizer | None, extra, frozen: bool, path: Path) -> str:
     """Stream this rank's file: what is decoded or copied from the device is held a bucket at a time."""
-    slices, entries, reads = {}, [], []
-    for key, start, stop, dtype, read in slices_of(zero, optimizer, frozen):
-        slices[key] = [start, stop]
-        entries.append((key, dtype, (stop - start,)))
+    slices: dict[str, list[int]] = {}
+    entries: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    reads: list[Callable[[], torch.Tensor]] = []
+    for key, elements, dtype, read in slices_of(engine, optimizer, frozen):
+        slices[key] = [elements.start, elements.stop]
+        entries.append((key, dtype, (elements.numel,)))
         reads.append(read)
     tensors: dict[str, torch.Tensor] = {}
-    for name, buffer in buffers_of(zero.model).items():
+    for name, buffer in buffers_of(engine.model).items():
         tensors[f"buffer/{name}"] = buffer
     metadata = {"slices": json.dumps(slices), "extra": json.dumps(pack(extra, "extra", tensors))}
     entries += [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
-    reads += [lambda tensor=tensor: tensor for tensor in tensors.values()]
+    reads += [tensor.detach for tensor in tensors.values()]
     safetensors_file.write_safetensors(path, entries, (read() for read in reads), metadata)
     files.sync_file(path)
     return f"{path.stat().st_size} {files.sha256_of(path)}"
 
 
 def _commit(
-    zero: Zero, optimizer: ShardedOptimizer | None, facts: list[str], frozen: bool, written: Path, folder: Path
+    engine: Engine,
+    optimizer: ShardedOptimizer | None,
+    written_files: list[str],
+    frozen: bool,
+    written: Path,
+    folder: Path,
 ) -> None:
-    if zero.rank != 0:
+    if engine.mesh.rank != 0:
         return
     entries = {}
-    for rank, fact in enumerate(facts):
-        size, digest = fact.split()
+    for rank, size_and_digest in enumerate(written_files):
+        size, digest = size_and_digest.split()
         entries[f"rank-{rank:05d}.safetensors"] = {"bytes": int(size), "sha256": digest}
     content = {
-        "stage": zero.stage,
-        "world_size": len(facts),
+        "stage": engine.partition.stage,
+        "world_size": len(written_files),
         "frozen": frozen,
         "files": entries,
-        **shapes_of(zero),
+        **shapes_of(engine),
         "optimizer": optimizer.describe() if optimizer is not None else None,
-        "loss_scale": zero.loss_scale.state_dict() if zero.loss_scale is not None else None,
+        "loss_scale": engine.loss_scale.state_dict() if engine.loss_scale is not None else None,
     }
     write_manifest(written, content)
     files.commit_folder(written, folder)

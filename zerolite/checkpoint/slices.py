@@ -1,58 +1,82 @@
 """What of a model and its optimizer is saved, and under which key."""
 
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from zerolite.engine.engine import Zero
+from zerolite.engine.engine import Engine
 from zerolite.optim.base import ShardedOptimizer
+from zerolite.shards.bucket import Bucket
+from zerolite.shards.layout import Range, Slot
 
 
-def flats_of(zero: Zero, optimizer: ShardedOptimizer | None, frozen: bool):
-    """(bucket, kind, read, the slots that have it) of parameters and of every state; see `put_back`.
+class Entry(NamedTuple):
+    """One kind of values of one bucket: the parameters, or one optimizer state; this rank's range of them."""
 
-    `read()` gives this rank's 1D range; where the host encodes it, it is decoded then, after waiting for the workers.
-    """
-    for unit in zero.units:
+    bucket: Bucket
+    kind: str  # "parameter" or a state's name
+    slots: list[Slot]  # that have it
+    read: Callable[[], torch.Tensor]  # 1D, the range; waits for the workers, and decodes what they encode
+    write: Callable[[torch.Tensor], None]  # stores what `read` gave and somebody changed
+
+
+class Slice(NamedTuple):
+    """Part of one parameter, or of one state of it, that this rank saves."""
+
+    key: str  # "<kind>/<parameter>"
+    elements: Range  # of the flat parameter
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]  # 1D
+
+
+def entries_of(engine: Engine, optimizer: ShardedOptimizer | None, frozen: bool) -> Iterator[Entry]:
+    for unit in engine.units:
         for bucket in unit.buckets:
             if bucket.gradients is None and not frozen:
                 continue
-            slots = list(zip(bucket.layout.slots, bucket.flat.parameters, strict=True))
-            yield bucket, "parameter", bucket.flat.values, [slot for slot, _ in slots]
-            stepped = [slot for slot, parameter in slots if optimizer is not None and parameter in optimizer.state]
+            shard = bucket.shard
+            yield Entry(bucket, "parameter", list(bucket.layout.slots), shard.values, shard.set_values)
+            if optimizer is None:
+                continue
+            stepped = [slot for slot, parameter in bucket.slots() if optimizer.is_stepped(parameter)]
             for kind in optimizer.rule.state_names if stepped else ():
-                yield bucket, kind, partial(optimizer.read_state, bucket, kind), stepped
+                read, write = partial(optimizer.read_state, bucket, kind), partial(optimizer.write_state, bucket, kind)
+                yield Entry(bucket, kind, stepped, read, write)
 
 
-def put_back(optimizer: ShardedOptimizer | None, bucket, kind: str, values: torch.Tensor) -> None:
-    if kind == "parameter":
-        bucket.flat.set_values(values)
-    else:
-        optimizer.write_state(bucket, kind, values)
-
-
-def slices_of(zero: Zero, optimizer: ShardedOptimizer | None, frozen: bool):
-    """(key, start, stop, dtype, read) of everything that this rank is the one to save; `read()` gives 1D values."""
-    if zero.replicate_group.rank != 0:
+def slices_of(engine: Engine, optimizer: ShardedOptimizer | None, frozen: bool) -> Iterator[Slice]:
+    """Everything that this rank is the one to save: its shard, also where it owns all."""
+    if engine.mesh.replicas.rank != 0:
         return
-    for bucket, kind, read, slots in flats_of(zero, optimizer, frozen):
-        flat = bucket.flat
-        low, high = bucket.layout.piece(zero.shard_group.rank)  # its piece, also where it owns all
-        held: list[torch.Tensor] = []  # decoded once for all slots, and dropped with the last
-        here = [(slot, *bucket.layout.overlap(slot, low, high)) for slot in slots]
-        here = [(slot, first, last) for slot, first, last in here if first < last]
-        for slot, first, last in here:
+    for bucket, kind, slots, read, _ in entries_of(engine, optimizer, frozen):
+        spec = bucket.shard.spec
+        parts = [(slot, slot.range.intersect(spec.shard_range)) for slot in slots]
+        parts = [(slot, part) for slot, part in parts if part.numel > 0]
+        read_part = _read_once(read, spec.range, len(parts))
+        for slot, part in parts:
+            elements = part.relative_to(slot.range)
+            yield Slice(f"{kind}/{slot.name}", elements, spec.stepped_dtype, partial(read_part, part))
 
-            def read_slot(read=read, held=held, flat=flat, first=first, last=last, is_last=slot is here[-1][0]):
-                if not held:
-                    held.append(read())
-                values = held[0][first - flat.start : last - flat.start]
-                if is_last:
-                    held.clear()
-                return values
 
-            yield f"{kind}/{slot.name}", first - slot.offset, last - slot.offset, flat.stepped_dtype, read_slot
+def _read_once(read: Callable[[], torch.Tensor], owned: Range, num_parts: int) -> Callable[[Range], torch.Tensor]:
+    """Read parts of what `read()` gives: it is decoded with the first, and dropped with the last of `num_parts`."""
+    values: list[torch.Tensor] = []
+    parts_left = num_parts
+
+    def read_part(part: Range) -> torch.Tensor:
+        nonlocal parts_left
+        if not values:
+            values.append(read())
+        found = part.of(values[0], owned)
+        parts_left -= 1
+        if parts_left == 0:
+            values.clear()
+        return found
+
+    return read_part
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -64,9 +88,9 @@ def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def shapes_of(zero: Zero) -> dict[str, dict[str, list[int]]]:
-    slots = [slot for unit in zero.units for bucket in unit.buckets for slot in bucket.layout.slots]
+def shapes_of(engine: Engine) -> dict[str, dict[str, list[int]]]:
+    slots = [slot for unit in engine.units for bucket in unit.buckets for slot in bucket.layout.slots]
     return {
         "parameters": {slot.name: list(slot.shape) for slot in slots},
-        "buffers": {name: list(buffer.shape) for name, buffer in buffers_of(zero.model).items()},
+        "buffers": {name: list(buffer.shape) for name, buffer in buffers_of(engine.model).items()},
     }

@@ -4,16 +4,16 @@ from pathlib import Path
 
 from zerolite.checkpoint.manifest import read_manifest
 from zerolite.checkpoint.slices import shapes_of
-from zerolite.engine.engine import Zero
+from zerolite.engine.engine import Engine
 from zerolite.errors import CheckpointError
 from zerolite.optim.base import ShardedOptimizer
 from zerolite.runtime import atomic_dir as files
 
 
-def verify(zero: Zero, optimizer: ShardedOptimizer | None, folder: Path) -> None:
+def verify(engine: Engine, optimizer: ShardedOptimizer | None, folder: Path) -> None:
     """Everything that can be wrong; each rank hashes its share of the files."""
     manifest = read_manifest(folder)
-    for what, shapes in shapes_of(zero).items():
+    for what, shapes in shapes_of(engine).items():
         _compare(what.removesuffix("s"), manifest[what], shapes)
     if optimizer is not None:
         if manifest["optimizer"] is None:
@@ -42,7 +42,7 @@ def verify(zero: Zero, optimizer: ShardedOptimizer | None, folder: Path) -> None
                 f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: it was truncated or "
                 "altered, use another checkpoint"
             )
-        if index % zero.world_size == zero.rank and files.sha256_of(path) != entry["sha256"]:
+        if index % engine.mesh.world_size == engine.mesh.rank and files.sha256_of(path) != entry["sha256"]:
             raise CheckpointError(f"{path} was altered (its SHA-256 is not the manifest's): use another checkpoint")
 
 

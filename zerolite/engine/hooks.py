@@ -13,30 +13,30 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from zerolite.engine.engine import Bucket, Unit, Zero, is_in_backward
-from zerolite.shards.units import UnitPlan
+from zerolite.engine.engine import Engine, is_in_backward
+from zerolite.shards.bucket import TrainableBucket, Unit
 
 
-def install(zero: Zero, unit: Unit, plan: UnitPlan) -> None:
+def install(engine: Engine, unit: Unit) -> None:
     """Hook one unit's module and its trainable parameters."""
     uses: list[_Use] = []
-    for module in _entrances(unit, plan):
-        module.register_forward_pre_hook(_BeforeForward(zero, unit, uses), with_kwargs=True, prepend=True)
-        module.register_forward_hook(_AfterForward(zero, unit, uses), always_call=True)
+    for module in _entrances(unit):
+        module.register_forward_pre_hook(_BeforeForward(engine, unit, uses), with_kwargs=True, prepend=True)
+        module.register_forward_hook(_AfterForward(engine, unit, uses), always_call=True)
     for bucket in unit.buckets:
-        if bucket.gradients is not None:
-            for index, parameter in enumerate(bucket.flat.parameters):
-                parameter.register_post_accumulate_grad_hook(_AfterGradient(zero, bucket, index))
+        if isinstance(bucket, TrainableBucket):
+            for index, parameter in enumerate(bucket.parameters.tensors):
+                parameter.register_post_accumulate_grad_hook(_AfterGradient(engine, bucket, index))
 
 
-def _entrances(unit: Unit, plan: UnitPlan) -> list[nn.Module]:
+def _entrances(unit: Unit) -> list[nn.Module]:
     """The unit's module and, for the root, every module that owns some of its parameters.
 
     Those may be called from outside the root's forward: `generate` of an encoder-decoder calls the encoder alone.
     """
     if not unit.is_root:
         return [unit.module]
-    own = {id(parameter) for group in plan.groups for parameter in group.parameters}
+    own = {id(parameter) for bucket in unit.buckets for parameter in bucket.parameters.tensors}
     owners = [m for m in unit.module.modules() if any(id(p) in own for p in m.parameters(recurse=False))]
     return [unit.module, *(module for module in owners if module is not unit.module)]
 
@@ -44,54 +44,56 @@ def _entrances(unit: Unit, plan: UnitPlan) -> list[nn.Module]:
 class _Use:
     """One forward of a unit and the backward through it, which may begin at several outputs and ends once."""
 
-    def __init__(self, zero: Zero, unit: Unit):
-        self.zero, self.unit = zero, unit
+    def __init__(self, engine: Engine, unit: Unit):
+        self.engine, self.unit = engine, unit
         self.has_begun = False
 
     def begin(self, gradients) -> None:
         is_first, self.has_begun = not self.has_begun, True
-        self.zero.pre_backward(self.unit, is_first)
+        self.engine.pre_backward(self.unit, is_first)
 
     def end(self) -> None:
         self.has_begun = False
-        self.zero.post_backward(self.unit)
+        self.engine.post_backward(self.unit)
 
 
 class _BeforeForward:
-    def __init__(self, zero: Zero, unit: Unit, uses: list[_Use]):
-        self.zero, self.unit, self.uses = zero, unit, uses
+    def __init__(self, engine: Engine, unit: Unit, uses: list[_Use]):
+        self.engine, self.unit, self.uses = engine, unit, uses
 
     def __call__(self, module: nn.Module, args, kwargs):
-        self.uses.append(_Use(self.zero, self.unit))
-        self.zero.pre_forward(self.unit)
+        self.uses.append(_Use(self.engine, self.unit))
+        self.engine.pre_forward(self.unit)
         if self.unit.is_root or not torch.is_grad_enabled():
             return None
         return _view_inputs(args, kwargs, self.uses[-1].end)
 
 
 class _AfterForward:
-    def __init__(self, zero: Zero, unit: Unit, uses: list[_Use]):
-        self.zero, self.unit, self.uses = zero, unit, uses
+    def __init__(self, engine: Engine, unit: Unit, uses: list[_Use]):
+        self.engine, self.unit, self.uses = engine, unit, uses
 
     def __call__(self, module: nn.Module, args, output):
-        zero, unit, use = self.zero, self.unit, self.uses.pop()
+        engine, unit, use = self.engine, self.unit, self.uses.pop()
         nodes = {}
         if torch.is_grad_enabled() and unit.forward_depth == 1:  # not an owner of the root's inside the root's forward
             nodes = {id(t.grad_fn): t.grad_fn for t in tensors_of(output) if t.grad_fn is not None}
         for node in nodes.values():
             node.register_prehook(use.begin)
-        zero.post_forward(unit, bool(nodes))
+        engine.post_forward(unit, bool(nodes))
 
 
 class _AfterGradient:
-    """Held by the parameter in C++, where the garbage collector does not look: it must not keep the engine alive."""
+    """The parameter owns it in C++, where the garbage collector does not look: it must not keep the engine alive."""
 
-    def __init__(self, zero: Zero, bucket: Bucket, index: int):
-        self.zero, self.bucket, self.index = weakref.ref(zero), weakref.ref(bucket), index
+    def __init__(self, engine: Engine, bucket: TrainableBucket, index: int):
+        self.engine, self.bucket, self.index = weakref.ref(engine), weakref.ref(bucket), index
 
     @torch.no_grad()
     def __call__(self, parameter: nn.Parameter) -> None:
-        self.zero().take_gradient(self.bucket(), self.index, parameter)
+        engine, bucket = self.engine(), self.bucket()
+        if engine is not None and bucket is not None:  # a parameter that outlives its model is plain torch's again
+            engine.accumulate_gradient(bucket, self.index, parameter)
 
 
 def tensors_of(tree) -> list[torch.Tensor]:
@@ -141,59 +143,59 @@ class _Views(torch.autograd.Function):
 # Root-only hooks #
 
 
-def scale_loss(zero: Zero) -> None:
-    """fp16: what the model returns carries the loss scale into backward; what it is given gets it taken out again.
+def scale_loss(engine: Engine) -> None:
+    """fp16: what the model returns carries the loss scale into backward; gradients of its inputs are divided by it.
 
     Outputs come out in fp32, so that a loss computed from them is scaled before its gradient is rounded to fp16.
     """
 
     def enter(module, args, kwargs):
         if torch.is_grad_enabled() and not is_in_backward():
-            return pytree.tree_map(lambda leaf: _map_floating(leaf, _Unscale, zero), (args, kwargs))
+            return pytree.tree_map(lambda leaf: _map_floating(leaf, _Unscale, engine), (args, kwargs))
         return None
 
     def leave(module, args, output):
         if torch.is_grad_enabled():
-            return pytree.tree_map(lambda leaf: _map_floating(leaf, _Scale, zero), output)
+            return pytree.tree_map(lambda leaf: _map_floating(leaf, _Scale, engine), output)
         return None
 
-    zero.model.register_forward_pre_hook(enter, with_kwargs=True)
-    zero.model.register_forward_hook(leave)
+    engine.model.register_forward_pre_hook(enter, with_kwargs=True)
+    engine.model.register_forward_hook(leave)
 
 
-def _map_floating(leaf, function, zero: Zero):
-    return function.apply(leaf, zero) if _needs_gradient(leaf) else leaf
+def _map_floating(leaf, function, engine: Engine):
+    return function.apply(leaf, engine) if _needs_gradient(leaf) else leaf
 
 
 class _Scale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output, zero):
-        ctx.zero, ctx.dtype = zero, output.dtype
+    def forward(ctx, output: torch.Tensor, engine: Engine):
+        ctx.engine, ctx.dtype = engine, output.dtype
         return output.to(torch.float32, copy=True)
 
     @staticmethod
     def backward(ctx, gradient):
-        ctx.zero.mark_loss_scaled()
-        return (gradient * ctx.zero.loss_scale.value).to(ctx.dtype), None
+        ctx.engine.mark_loss_scaled()
+        return (gradient * ctx.engine.loss_scale.value).to(ctx.dtype), None
 
 
 class _Unscale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value, zero):
-        ctx.zero = zero
+    def forward(ctx, value: torch.Tensor, engine: Engine):
+        ctx.engine = engine
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient / ctx.zero.loss_scale.value, None
+        return gradient / ctx.engine.loss_scale.value, None
 
 
-def cast_inputs(zero: Zero, dtype: torch.dtype) -> None:
+def cast_inputs(engine: Engine, dtype: torch.dtype) -> None:
     """Floating inputs of the model arrive in the parameters' dtype."""
 
     def cast(leaf):
         return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
-    zero.model.register_forward_pre_hook(
+    engine.model.register_forward_pre_hook(
         lambda module, args, kwargs: pytree.tree_map(cast, (args, kwargs)), with_kwargs=True
     )

@@ -1,29 +1,17 @@
 """Values for parameters that have none yet: modules built on the meta device are initialised one at a time."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from zerolite.runtime import device as devices
 from zerolite.shards.units import UnitPlan
 
-
-def target_device(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
-    """Where a model trains: where its parameters lie if that is a GPU, else this rank's default for the mesh."""
-    kinds = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-    on_gpu = {device for device in kinds if device.type == "cuda"}
-    if len(on_gpu) > 1:
-        raise ValueError(f"the model lies on several GPUs {sorted(map(str, on_gpu))}: move it to one, or to the CPU")
-    if on_gpu:
-        return on_gpu.pop()
-    if isinstance(mesh, DeviceMesh) and mesh.device_type == "cpu":
-        return torch.device("cpu")
-    return devices.default()
+M = TypeVar("M", bound=nn.Module)
 
 
-def parameters_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+def parameters_on_meta(build: Callable[[], M]) -> M:
     """Run `build` with parameters on the meta device and buffers, which no checkpoint may hold, computed for real."""
     register = nn.Module.register_parameter
 
@@ -32,21 +20,21 @@ def parameters_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         if parameter is not None and not parameter.is_meta:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    nn.Module.register_parameter = register_on_meta
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         return build()
     finally:
-        nn.Module.register_parameter = register
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def materialize(model: nn.Module, plans: list[UnitPlan], device: torch.device) -> None:
+def materialize(model: nn.Module, plan: UnitPlan, device: torch.device) -> None:
     """Give the parameters of one unit's module that lie on meta, and the buffers beside them, initial values.
 
     By `model._init_weights` (transformers) or the owning module's `reset_parameters` (torch); ValueError where a tensor
     has neither. Parameters keep their identity.
     """
-    own = {id(parameter) for plan in plans for group in plan.groups for parameter in group.parameters}
-    modules = [m for m in plans[0].module.modules() if _has_meta(m, own)]
+    own = {id(parameter) for group in plan.groups for parameter in group.parameters}
+    modules = [m for m in plan.module.modules() if _has_meta(m, own)]
     if not modules:
         return
     for module in modules:
@@ -59,11 +47,11 @@ def materialize(model: nn.Module, plans: list[UnitPlan], device: torch.device) -
                 module._buffers[name] = unset_like(buffer, device)
     with torch.no_grad():
         # Parents after children: some architectures initialise a submodule's weights from the module above it.
-        for module in reversed([m for m in plans[0].module.modules() if _is_inside(m, own)]):
+        for module in reversed([m for m in plan.module.modules() if _is_inside(m, own)]):
             if hasattr(model, "_init_weights"):
-                model._init_weights(module)
+                model._init_weights(module)  # type: ignore[operator]
             elif module in modules and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+                module.reset_parameters()  # type: ignore[operator]
     for module in modules:
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.numel() > 0 and not tensor.is_meta and is_unset(tensor):
@@ -73,13 +61,12 @@ def materialize(model: nn.Module, plans: list[UnitPlan], device: torch.device) -
                 )
 
 
-def leave_meta(model: nn.Module, plans: list[UnitPlan], device: torch.device) -> None:
-    """Take the parameters of one unit's module off the meta device without memory or values of their own."""
-    for plan in plans:
-        for group in plan.groups:
-            for parameter in group.parameters if group.is_on_meta else ():
-                nothing = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
-                torch.utils.swap_tensors(parameter, nn.Parameter(nothing, requires_grad=parameter.requires_grad))
+def leave_meta(model: nn.Module, plan: UnitPlan, device: torch.device) -> None:
+    """Move the parameters of one unit's module off the meta device without memory or values of their own."""
+    for group in plan.groups:
+        for parameter in group.parameters if group.is_on_meta else ():
+            nothing = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+            torch.utils.swap_tensors(parameter, nn.Parameter(nothing, requires_grad=parameter.requires_grad))
 
 
 def _has_meta(module: nn.Module, own: set[int]) -> bool:

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zerolite.api import engine_of
+from zerolite.engine.engine import engine_of
 from zerolite.optim.base import ShardedOptimizer
-from zerolite.shards.layout import BucketLayout
+from zerolite.shards.layout import BucketLayout, Range
 
 
 @dataclass(frozen=True)
 class Usage:
     """Bytes on this rank, padding included: unique storages of live tensors, not a formula.
 
-    A gathered unit counts as parameters, a gradient that no reduction has taken yet as gradients.
+    A gathered unit counts as parameters, an unreduced gradient as gradients.
     """
 
     parameters_bytes: int
@@ -27,33 +27,25 @@ class Usage:
 
 def measure(model: nn.Module, optimizer: ShardedOptimizer | None = None) -> Usage:
     """Count this rank's model states now; `gradients_bytes` is largest at the end of backward. Not collective."""
-    zero = engine_of(model)
-    parameters, gradients, states = _Count(), _Count(), _Count()
-    for unit in zero.units:
+    engine = engine_of(model)
+    counts = {"parameters": _Count(), "gradients": _Count(), "optimizer": _Count()}
+    for unit in engine.units:
         for bucket in unit.buckets:
-            flat, layout = bucket.flat, bucket.layout
-            owned = (flat.start, flat.stop)
-            parameters.add(flat.full, layout, 0, layout.numel)
-            if not flat.streams:
-                parameters.add(flat.owned, layout, *owned)
-            if flat.master is not None:
-                states.add(flat.master, layout, *owned)
-            if optimizer is not None:
-                for values in optimizer.states_of(bucket).values():
-                    states.add(values, layout, *owned)
-            if bucket.gradients is not None:
-                gradients.add(bucket.gradients.local, layout, 0, layout.numel)
-                gradients.add(bucket.gradients.whole, layout, 0, layout.numel)
-                gradients.add(bucket.gradients.reduced, layout, *owned)
-    padding = parameters.padding_bytes + gradients.padding_bytes + states.padding_bytes
-    host = zero.host
+            layout, owned = bucket.layout, bucket.shard.range
+            counts["parameters"].add(bucket.parameters.unsharded, layout, layout.range)
+            for kind, tensor, covered in bucket.shard.device_tensors():
+                counts[kind].add(tensor, layout, covered)
+            for values in optimizer.resident_states(bucket) if optimizer is not None else ():
+                counts["optimizer"].add(values, layout, owned)
+            if bucket.gradients is not None and bucket.gradients.local is not None:
+                counts["gradients"].add(bucket.gradients.local, layout, layout.range)
     return Usage(
-        parameters.total_bytes,
-        gradients.total_bytes,
-        states.total_bytes,
-        padding,
-        host.arena.nbytes if host is not None else 0,
-        host.states_bytes if host is not None else 0,
+        counts["parameters"].total_bytes,
+        counts["gradients"].total_bytes,
+        counts["optimizer"].total_bytes,
+        sum(count.padding_bytes for count in counts.values()),
+        engine.placement.host_bytes,
+        engine.placement.file_bytes,
     )
 
 
@@ -63,15 +55,12 @@ class _Count:
         self.padding_bytes = 0
         self._seen: set[int] = set()
 
-    def add(self, tensor: torch.Tensor | None, layout: BucketLayout, start: int, stop: int) -> None:
-        """Count a tensor that covers [start, stop) of a bucket, unless its storage was counted or is freed."""
-        if tensor is None:
-            return
+    def add(self, tensor: torch.Tensor, layout: BucketLayout, covered: Range) -> None:
+        """Count a tensor that covers a range of a bucket, unless its storage was counted or is freed."""
         storage = tensor.untyped_storage()
         if storage.nbytes() == 0 or storage.data_ptr() in self._seen:
             return
         self._seen.add(storage.data_ptr())
         self.total_bytes += storage.nbytes()
-        overlaps = [layout.overlap(slot, start, stop) for slot in layout.slots]
-        covered = sum(last - first for first, last in overlaps)
-        self.padding_bytes += (stop - start - covered) * tensor.element_size()
+        used = sum(slot.range.intersect(covered).numel for slot in layout.slots)
+        self.padding_bytes += (covered.numel - used) * tensor.element_size()

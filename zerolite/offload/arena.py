@@ -1,4 +1,4 @@
-"""Host memory that trainer and workers share: one anonymous file, grown a field at a time, gone with its processes."""
+"""Host memory that trainer and workers share: one anonymous file, grown a tensor at a time, gone with its processes."""
 
 import mmap
 import os
@@ -9,12 +9,12 @@ import psutil
 import torch
 
 from zerolite.errors import ZeroliteError
-from zerolite.runtime.device import Cpu, Cuda
+from zerolite.runtime.device import Device
 
 PAGE_BYTES = mmap.PAGESIZE
 
 
-class Field:
+class SharedTensor:
     """One tensor of the arena."""
 
     offset: int  # bytes from the arena's start, a multiple of the page size
@@ -25,7 +25,7 @@ class Field:
 
     @property
     def key(self) -> tuple[int, torch.dtype]:
-        """What another field must share to take over its memory."""
+        """What another tensor must have in common to take over its memory."""
         return self.values.numel(), self.values.dtype
 
     @property
@@ -38,9 +38,9 @@ class Field:
 
 
 class Arena:
-    """Fields in the order of their allocation; every byte asked for is a byte taken, up to the end of its page."""
+    """Tensors in the order of their allocation; every byte asked for is a byte used, up to the end of its page."""
 
-    def __init__(self, device: Cpu | Cuda):
+    def __init__(self, device: Device):
         self.device = device
         self.fd = os.memfd_create("zerolite", os.MFD_CLOEXEC)
         self.nbytes = 0
@@ -48,25 +48,27 @@ class Arena:
         self._pinned_offsets: set[int] = set()
         self.close = weakref.finalize(self, _close, os.getpid(), self.fd, self._pinned, device)
 
-    def allocate(self, numel: int, dtype: torch.dtype) -> Field:
-        """A field of undefined values. Its pages are placed by whoever touches them first."""
+    def allocate(self, numel: int, dtype: torch.dtype) -> SharedTensor:
+        """A tensor of undefined values. Its pages are placed by whoever touches them first."""
         nbytes = max(numel, 1) * dtype.itemsize
         offset = self.nbytes
         self.nbytes += -(-nbytes // PAGE_BYTES) * PAGE_BYTES
         os.ftruncate(self.fd, self.nbytes)
         memory = mmap.mmap(self.fd, self.nbytes - offset, offset=offset)
-        return Field(offset, torch.frombuffer(memory, dtype=dtype, count=max(numel, 1))[:numel])  # keeps `memory` alive
+        return SharedTensor(
+            offset, torch.frombuffer(memory, dtype=dtype, count=max(numel, 1))[:numel]
+        )  # keeps `memory` alive
 
-    def pin(self, field: Field) -> None:
-        """Lock a field for copies to and from the device, once its pages are placed."""
-        if field.values.numel() and field.offset not in self._pinned_offsets:
-            self._pinned_offsets.add(field.offset)
-            whole = field.values.view(torch.uint8)
+    def pin(self, shared: SharedTensor) -> None:
+        """Lock a tensor for copies to and from the device, once its pages are placed."""
+        if shared.values.numel() and shared.offset not in self._pinned_offsets:
+            self._pinned_offsets.add(shared.offset)
+            whole = shared.values.view(torch.uint8)
             self.device.pin(whole)
             self._pinned.append(whole)
 
 
-def _close(trainer: int, fd: int, pinned: list[torch.Tensor], device: Cpu | Cuda) -> None:
+def _close(trainer: int, fd: int, pinned: list[torch.Tensor], device: Device) -> None:
     if os.getpid() != trainer:
         return  # a fork of the trainer, which has no CUDA
     for memory in pinned:

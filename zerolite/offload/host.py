@@ -13,10 +13,11 @@ from zerolite_kernels.cpu.command import FILL, PARTIAL_NUMEL, Command
 
 from zerolite.config import Offload
 from zerolite.errors import ZeroliteError
-from zerolite.offload.arena import Arena, Field, check_available
+from zerolite.offload.arena import Arena, SharedTensor, check_available
 from zerolite.offload.cores import cores_of
+from zerolite.offload.fetch import FetchQueue
 from zerolite.offload.pool import Pool
-from zerolite.runtime.device import Cpu, Cuda
+from zerolite.runtime.device import Device
 
 
 class Host:
@@ -25,7 +26,7 @@ class Host:
     def __init__(
         self,
         offload: Offload,
-        device: Cpu | Cuda,
+        device: Device,
         local_rank: int,
         num_local_ranks: int,
         name: str,
@@ -45,12 +46,12 @@ class Host:
             )
         self.offload, self.device = offload, device
         self.num_local_ranks = num_local_ranks
-        self.down_stream, self.up_stream = device.new_stream(), device.new_stream()
+        self.d2h_stream, self.h2d_stream = device.new_stream(), device.new_stream()
         self.arena = Arena(device)
         # Memory of optimizers that are gone, for the next one.
-        self.free_fields: defaultdict[tuple[int, torch.dtype], list[Field]] = defaultdict(list)
+        self.free_tensors: defaultdict[tuple[int, torch.dtype], list[SharedTensor]] = defaultdict(list)
         self.free_offsets: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-        self._scratch: Field | None = None
+        self._scratch: SharedTensor | None = None
         self.states_fd, self.states_bytes = -1, 0
         if offload.path is not None:
             self.states_fd = _open_direct(Path(offload.path))
@@ -60,26 +61,33 @@ class Host:
         cores = cores_of(local_rank, num_local_ranks, num_lanes)
         if len(cores) < num_workers:
             cores = cores_of(local_rank, num_local_ranks, num_workers)
-        self.pool = Pool(self.arena.fd, num_workers, cores, self.states_fd, name, on_failure)
+        self.fetch_queue = queue = FetchQueue()
+
+        def fail(message: str) -> None:
+            queue.has_failed = True
+            on_failure(message)
+
+        self.pool = Pool(self.arena.fd, num_workers, cores, self.states_fd, name, fail)
 
     def check_memory(self, needed_bytes: int, what: str) -> None:
         """ZeroliteError, with both sizes, where the machine has less than its ranks are about to take."""
         check_available(needed_bytes, self.num_local_ranks, what)
 
-    def allocate(self, numel: int, dtype: torch.dtype) -> Field:
-        """Zeros whose pages are placed by the lanes that will work on them, pinned where there is a GPU."""
-        free = self.free_fields[numel, dtype]
+    def allocate(self, numel: int, dtype: torch.dtype) -> SharedTensor:
+        """Zeros whose pages are placed by the threads that will work on them, pinned where there is a GPU."""
+        free = self.free_tensors[numel, dtype]
         if free:
-            self.wait(self.pool.submitted)  # for other memory of its kind, lanes need no order
-        field = free.pop() if free else self.arena.allocate(numel, dtype)
-        fill = Command(op=FILL, numel=field.nbytes, last=field.nbytes, gradient=field.offset)
+            # Reused memory may still be the target of queued commands. Fresh memory cannot, so it needs no wait.
+            self.wait(self.pool.submitted)
+        shared = free.pop() if free else self.arena.allocate(numel, dtype)
+        fill = Command(op=FILL, numel=shared.nbytes, last=shared.nbytes, gradient=shared.offset)
         self.wait(self.submit([fill], "placing memory"))
-        self.arena.pin(field)
-        return field
+        self.arena.pin(shared)
+        return shared
 
     @property
     def free_bytes(self) -> int:
-        return sum(field.nbytes for fields in self.free_fields.values() for field in fields)
+        return sum(shared.nbytes for tensors in self.free_tensors.values() for shared in tensors)
 
     def allocate_in_file(self, numel: int, itemsize: int) -> int:
         """Offset of a page-aligned range of the file of states, with room for whole partial blocks."""
@@ -98,17 +106,19 @@ class Host:
             ) from error
         return offset
 
-    def scratch(self, numel: int) -> Field:
+    def scratch(self, numel: int) -> SharedTensor:
         """fp64 that workers leave results in; the same memory each time."""
         if self._scratch is None or self._scratch.values.numel() < numel:
             self._scratch = self.allocate(max(numel, PARTIAL_NUMEL), torch.float64)
         return self._scratch
 
     def submit(self, commands: list[Command], label: str) -> int:
+        """Hand commands to the workers; the fence behind them."""
         return self.pool.submit(commands, label, self.arena.nbytes)
 
-    def wait(self, number: int) -> None:
-        self.pool.wait(number)
+    def wait(self, fence: int) -> None:
+        """Sleep until the workers have passed the fence; WorkerError where one cannot."""
+        self.pool.wait(fence)
 
 
 def _open_direct(folder: Path) -> int:

@@ -1,202 +1,279 @@
-"""One bucket's owned range in host memory: gradient, master, parameter and states, and the commands that step them.
+"""A `Shard` in host memory: workers step it, copies to and from the device run on streams of their own.
 
-How a parameter is kept follows from its dtype. fp32 and fp64: stepped in place. bf16: its 16 bits, which are what goes
-back to the device, beside the 16 bits that its fp32 master has more; together they are the master, exactly, in 4 bytes
-instead of 6. The bf16 parameter is the nearest one to its master as on the device, but for exact ties (one in 65,536),
-which round away from zero: with ties to even, 16 more bits could not tell the two masters apart that lie half-way.
-fp16: an fp32 master beside it.
+    accumulate  D2H      the reduced range is copied to the pinned gradient on the D2H stream; a second one before the
+                         step makes the workers add the first into an fp32 sum
+    step        STEPPING commands go to the workers, `fence` counts behind them; old parameters read as NaN
+    fetch       FETCHING behind the fence, the H2D copy of the stepped parameters; then the all-gather, where ranks
+                         exchange what they stepped
+
+[Note: when the gradient's device memory is freed]
+The D2H copy reads the reduced range while backward goes on. `release`, called one bucket later, makes the compute
+stream wait for that copy before the memory is used again.
 """
 
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from zerolite_kernels.cpu import command as abi
-from zerolite_kernels.cpu.command import PARTIAL_NUMEL, Command
 
-from zerolite.config import LOW_PRECISION, master_dtype
-from zerolite.offload.arena import Field
+from zerolite.offload.arena import SharedTensor
 from zerolite.offload.host import Host
-from zerolite.offload.states import State
-from zerolite.runtime.cpu_kernels import GRADIENT_DTYPES
-from zerolite.shards.layout import BucketLayout, Run
-
-PARAMETER_KINDS = {
-    torch.float32: abi.IN_PLACE_FP32,
-    torch.float64: abi.IN_PLACE_FP64,
-    torch.bfloat16: abi.SPLIT_BF16,
-    torch.float16: abi.MASTER_FP16,
-}
-STATE_FORMATS = {"fp32": abi.STATES_FP32, "bf16": abi.STATES_BF16, "int8": abi.STATES_INT8}
+from zerolite.offload.shard_memory import ShardMemory, rounded
+from zerolite.offload.states import HostStates
+from zerolite.runtime import trace
+from zerolite.runtime.collectives import Pending
+from zerolite.shards.grad_norm import add_up, sum_of_squares
+from zerolite.shards.layout import Range
+from zerolite.shards.parameters import FlatParameters
+from zerolite.shards.shard import BucketSpec, Rule, ShardStates, Update
+from zerolite.shards.states import ShardState, check
 
 
-class HostBucket:
-    """The host side of one bucket. Tensors are (numel,), the owned range [start, stop) of the bucket."""
+class HostShard:
+    """This rank's range in host memory."""
+
+    owned: torch.Tensor  # 1D, the range in the parameters' dtype: on the device, or in the arena where that is streamed
+    parameters: FlatParameters
+    steps_in_background = True
 
     def __init__(
-        self,
-        host: Host,
-        layout: BucketLayout,
-        start: int,
-        stop: int,
-        dtype: torch.dtype,
-        gradient_dtype: torch.dtype | None,
+        self, spec: BucketSpec, host: Host, staging: torch.Tensor, unsharded: torch.Tensor, stays_unsharded: bool
     ):
-        """gradient_dtype: None for a frozen bucket, which has a parameter and nothing else."""
-        self.host, self.layout, self.dtype = host, layout, dtype
-        self.start, self.stop = start, stop
-        self.label = layout.name
-        self.number = 0  # when the pool has done this many commands, all that was asked for is done
-        self.parameter = host.allocate(self.numel, dtype)
-        self.master: Field | None = None
-        self.gradient: Field | None = None  # where a reduced gradient lands
-        self.sum: Field | None = None  # fp32, made when a second gradient comes before the step
-        if gradient_dtype is not None:
-            # Kernels step fp64 on fp64 gradients; the copy down widens those of a narrower reduction.
-            self.gradient = host.allocate(self.numel, torch.float64 if dtype == torch.float64 else gradient_dtype)
-            if dtype in LOW_PRECISION:
-                self.master = host.allocate(self.numel, torch.int16 if dtype == torch.bfloat16 else torch.float32)
-
-    @property
-    def numel(self) -> int:
-        return self.stop - self.start
-
-    def wait(self) -> None:
-        """Sleep until the workers have done everything that was asked for this bucket."""
-        self.host.wait(self.number)
-
-    def is_done(self) -> bool:
-        return self.host.pool.is_done(self.number)
+        """staging, unsharded: (layout.numel,), the bucket's values in `spec.stepped_dtype` and rounded to its dtype."""
+        self.spec, self.range, self.host = spec, spec.range, host
+        self.unit_index = -1  # in `Engine.units`; set by `FetchQueue.add`
+        self.memory = ShardMemory(host, spec)
+        self.memory.set_values(spec.range.of(staging))
+        self.is_streamed = host.offload.parameters and not stays_unsharded
+        own = spec.range.of(unsharded)
+        self.owned = self.memory.parameter.values if self.is_streamed else own if stays_unsharded else own.clone()
+        self.label = f"gathering {spec.layout.name}"
+        self.state = ShardState.IDLE
+        self._h2d_event: tuple | None = None  # (event,) behind the last H2D copy; a tuple: on the CPU the event is None
+        self._squares: torch.Tensor | None = None  # () fp64, of this rank's shard of the gradient; None: not known
+        self._is_staged = False  # the pinned gradient is not in the sum
+        self._is_summed = False  # the sum holds gradients
+        self._reduced: torch.Tensor | None = None  # device memory that the D2H copy reads
+        self._buffer: torch.Tensor | None = None  # that `_reduced` is a range of, while lent
+        self._d2h_event = None
 
     # Values #
 
     def values(self) -> torch.Tensor:
-        """The master: the memory itself where it is plain, else joined; `set_values` takes it back."""
-        self.wait()
-        if self.master is None:
-            return self.parameter.values
-        if self.dtype == torch.float16:
-            return self.master.values
-        return join_bf16(self.parameter.values, self.master.values)
+        return self.memory.values()
 
     def set_values(self, values: torch.Tensor) -> None:
-        """Take a master, and round it to the parameter."""
-        self.wait()
-        if self.dtype == torch.bfloat16 and self.master is not None:
-            split_bf16(values.to("cpu", torch.float32), self.parameter.values, self.master.values)
-            return
-        for field in (self.parameter, self.master):
-            if field is not None and field.values.data_ptr() != values.data_ptr():
-                field.values.copy_(values)
+        self._finish_h2d()
+        self.memory.set_values(values)
+        if not self.is_streamed:
+            self.owned.copy_(self.memory.parameter.values)
 
-    def state_bytes(self, names: Iterable[str]) -> int:
-        """Host memory that states of these names take."""
-        if self.host.states_fd >= 0:
-            return 0
-        widths = {"fp32": master_dtype(self.dtype).itemsize, "bf16": 2, "int8": 1 + 4 / abi.BLOCK_NUMEL}
-        return int(len(tuple(names)) * self.numel * widths[self.state_format])
+    def round(self, values: torch.Tensor) -> torch.Tensor:
+        return rounded(values, self.spec.dtype)
+
+    def gather(self, unsharded: torch.Tensor) -> Pending:
+        """Start the all-gather, behind the H2D copy of what is streamed. Collective."""
+        if self.state is not ShardState.IDLE:
+            self.fetch()
+        with self.host.device.on(self.host.h2d_stream, after_current=True):
+            own = self.owned
+            if self.is_streamed:
+                self.memory.wait()
+                own = self.range.of(unsharded)
+                with trace.phase("H2D", self.spec.unit_name):
+                    self.host.device.copy(own, self.owned)
+            return self._gather(unsharded, own)
+
+    def _gather(self, unsharded: torch.Tensor, own: torch.Tensor) -> Pending:
+        """All-gather on the current stream; who waits is ordered behind what the stream had before, too. Collective."""
+        device = self.host.device
+        event = device.record()
+        self._h2d_event = (event,)
+        gather = self.spec.mesh.shard.all_gather(unsharded, own, self.label)
+        return Pending((*gather.steps, lambda: device.wait(event)), gather.keepalive, self.label)
+
+    def publish(self) -> None:
+        if self.state is ShardState.STEPPING:
+            self.parameters.invalidate()
+            self.host.fetch_queue.push(self, self.host.device.record())
+        elif self.parameters.stays_unsharded and not self.spec.owns_all:
+            self.parameters.start_gather()
+
+    # Fetch #
+
+    def start_h2d(self, readers_done) -> None:
+        """Wait for the workers, and start the H2D copy of what they stepped. Idempotent.
+
+        readers_done: event behind the last use of the old values on the device.
+        """
+        if self.state is ShardState.FETCHING:
+            return
+        self.memory.wait()
+        with self.host.device.on(self.host.h2d_stream):
+            self.host.device.wait(readers_done)
+            if not self.is_streamed:  # else the next gather begins on the host
+                with trace.phase("H2D", self.spec.unit_name):
+                    self.host.device.copy(self.owned, self.memory.parameter.values)
+            self._h2d_event = (self.host.device.record(),)
+        self._set_state(ShardState.FETCHING)
+
+    def fetch(self) -> None:
+        self.host.fetch_queue.fetch_until(self.unit_index)
+
+    def start_fetch(self, readers_done) -> None:
+        """Start moving the stepped values to every rank that needs them. Collective where parameters stay unsharded."""
+        self.start_h2d(readers_done)
+        self._set_state(ShardState.IDLE)
+        if not self.parameters.stays_unsharded:
+            return  # the next gather reads `owned`
+        if self.spec.owns_all:
+            event = self._h2d_event
+            assert event is not None
+            self.parameters.expect(Pending((lambda: self.host.device.wait(*event),), (), self.label))
+        else:
+            with self.host.device.on(self.host.h2d_stream):
+                self.parameters.expect(self._gather(self.parameters.unsharded, self.owned))
+
+    def _finish_h2d(self) -> None:
+        """Make the host wait for the last H2D copy, before what it reads is written."""
+        if self._h2d_event is not None:
+            self.host.device.synchronize(*self._h2d_event)
+            self._h2d_event = None
+
+    def _set_state(self, after: ShardState) -> None:
+        check(self.state, after, self.spec.layout.name)
+        self.state = after
+
+    # Gradient #
+
+    def accumulate(self, reduced: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor | None:
+        is_first = not self.has_gradient
+        if self._is_staged:
+            self._add_staged()
+        self.memory.wait()  # the last step has read the gradient, or the sum has
+        self._squares = None
+        shard = self.spec.shard_range
+        if is_first:
+            squares: torch.Tensor | None = None
+            for part, _ in self.spec.layout.segments(shard, [True] * len(self.spec.layout.slots)):
+                term = sum_of_squares(part.of(reduced, self.range), part.start - shard.start)
+                squares = term if squares is None else squares + term
+            self._squares = squares
+        device = self.host.device
+        with device.on(self.host.d2h_stream, after_current=True), trace.phase("D2H", self.spec.unit_name):
+            device.copy(self.memory.gradient.values, reduced)
+            self._d2h_event = device.record()
+        self._is_staged = True
+        self._reduced, self._buffer = reduced, buffer
+        return None
+
+    def release(self) -> torch.Tensor | None:
+        """See [Note: when the gradient's device memory is freed]."""
+        if self._reduced is None:
+            return None
+        self.host.device.wait(self._d2h_event)
+        buffer, self._reduced, self._buffer = self._buffer, None, None
+        return buffer
+
+    def reclaim_buffer(self) -> torch.Tensor | None:
+        return None
+
+    def begin_backward(self) -> None:
+        if self._is_staged:
+            self._add_staged()
+
+    def _add_staged(self) -> None:
+        """Make the workers add the pinned gradient into the sum, so that the next one can be copied there."""
+        self.host.device.synchronize(self._d2h_event)
+        self.memory.accumulate(is_first=not self._is_summed)
+        self._is_staged, self._is_summed = False, True
+        self._squares = None
 
     @property
-    def state_format(self) -> str:
-        return "fp32" if self.dtype == torch.float64 else self.host.offload.states
+    def has_gradient(self) -> bool:
+        return self._is_staged or self._is_summed
 
-    def make_states(self, names: Iterable[str]) -> dict[str, State]:
-        """Zeros for an optimizer, which owns them; their memory serves the next one when it is gone."""
-        dtype, piece_numel = master_dtype(self.dtype), self.layout.piece_numel
-        return {name: State(self.host, name, self.numel, piece_numel, dtype, self.state_format) for name in names}
+    def gradient(self) -> torch.Tensor | None:
+        if not self.has_gradient:
+            return None
+        values = self._gradient().values
+        self.memory.wait()
+        return values
 
-    # Commands #
+    def _gradient(self) -> SharedTensor:
+        """What the workers are to read: the sum, or the one gradient; zeros where no rank brought one."""
+        if self._is_summed and self.memory.sum is not None:
+            if self._is_staged:
+                self._add_staged()
+            return self.memory.sum
+        if not self._is_staged:
+            self.memory.wait()
+            self.memory.gradient.values.zero_()
+            self._is_staged, self._d2h_event = True, self.host.device.record()
+        else:
+            self.host.device.synchronize(self._d2h_event)
+        return self.memory.gradient
 
-    def command(
-        self,
-        op: int,
-        run: Run,
-        gradient: Field | None = None,
-        states: Mapping[str, State] = MappingProxyType({}),
-        **numbers: float,
-    ) -> Command:
-        """One command on a run of the bucket; `gradient` is what it reads, `numbers` the rule's."""
-        piece_numel = self.layout.piece_numel
-        piece_start = run.start // piece_numel * piece_numel
-        index = piece_start - self.start  # of the piece's first element in the owned range
-        gradient = gradient or self.gradient
-        addresses = {}
-        for name, state in states.items():
-            addresses[name] = state.address(index // piece_numel)
-            addresses[f"{name}_scale"] = state.scale_address(index // piece_numel)
-        return Command(
-            op=op,
-            numel=piece_numel,
-            first=run.start - piece_start,
-            last=run.stop - piece_start,
-            states=STATE_FORMATS[self.state_format],
-            gradient_dtype=GRADIENT_DTYPES[gradient.values.dtype],
-            parameter_kind=PARAMETER_KINDS[self.dtype],
-            gradient=gradient.address(index),
-            parameter=self.parameter.address(index),
-            master=self.master.address(index) if self.master is not None else 0,
-            position=piece_start,
-            file=int(bool(states) and self.host.states_fd >= 0),
-            **addresses,
-            **numbers,
-        )
+    def drop_gradient(self) -> None:
+        self._squares = None
+        self._is_staged = self._is_summed = False
 
-    def accumulate(self, is_first: bool) -> None:
-        """Have the landed gradient added into the fp32 sum, or stored as its first term."""
-        if self.sum is None:
-            needed = self.numel * torch.float32.itemsize
-            self.host.check_memory(needed, f"accumulating gradients of {self.label}")
-            self.sum = self.host.allocate(self.numel, torch.promote_types(self.gradient.values.dtype, torch.float32))
-        commands = []
-        for start in range(self.start, self.stop, self.layout.piece_numel):
-            whole = Run(start, start + self.layout.piece_numel, None)
-            command = self.command(abi.ACCUMULATE, whole, flags=abi.STORE if is_first else 0)
-            command.parameter_kind = PARAMETER_KINDS[self.sum.values.dtype]
-            command.parameter = self.sum.address(start - self.start)
-            commands.append(command)
-        self.submit(commands, "accumulating")
+    def zero_gradient(self, slots: Sequence[int]) -> None:
+        values = self.gradient()
+        if values is not None:
+            for index in slots:
+                self.spec.layout.slots[index].range.intersect(self.range).of(values, self.range).zero_()
+            self._squares = None
 
-    def submit(self, commands: list[Command], label: str) -> None:
-        """Hand commands to the workers and go on."""
-        if commands:
-            self.number = self.host.submit(commands, f"{label} {self.label}")
+    def sum_of_squares(self, counts: Sequence[bool | None], is_exact: bool) -> torch.Tensor | float:
+        """What came with the gradient or, where other slots count, what the workers sum."""
+        if not self.has_gradient:
+            return 0.0
+        if self._squares is not None and all(counts) and not is_exact:
+            return self._squares
+        gradient = self._gradient()
+        parts = [part for part, _ in self.spec.layout.segments(self.spec.shard_range, counts)]
+        return sum(map(add_up, self.memory.sums(abi.NORM, parts, gradient)), 0.0)
 
-    def sums(self, op: int, runs: list[Run], gradient: Field, states=None, numbers=None) -> list[list[float]]:
-        """Have NORM or PREPARE done and wait; for each run the fp64 entries of its partial blocks.
+    # States and steps #
 
-        states, numbers: of a rule, `numbers` for each run; NORM needs none.
-        """
-        width = 2 if op == abi.PREPARE else 1
-        counts = [width * num_partials(run, self.layout.piece_numel) for run in runs]
-        results = self.host.scratch(sum(counts))
-        commands, offset = [], 0
-        for run, count, extra in zip(runs, counts, numbers or [{}] * len(runs), strict=True):
-            commands.append(self.command(op, run, gradient, states or {}, result=results.address(offset), **extra))
-            offset += count
-        self.submit(commands, "adding up squares of")
-        self.wait()
-        entries = results.values[: sum(counts)].tolist()
-        ends = [sum(counts[: index + 1]) for index in range(len(counts))]
-        return [entries[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    def state_bytes(self, names: Iterable[str]) -> int:
+        return self.memory.state_bytes(names)
 
+    def new_states(self, names: Iterable[str]) -> HostStates:
+        return HostStates(self.host, self.memory, tuple(names))
 
-def num_partials(run: Run, piece_numel: int) -> int:
-    first, last = run.start % piece_numel, (run.stop - 1) % piece_numel
-    return last // PARTIAL_NUMEL - first // PARTIAL_NUMEL + 1
+    def step(self, rule: Rule, states: ShardStates, updates: Sequence[Update]) -> None:
+        assert isinstance(states, HostStates)  # of `new_states`
+        gradient = self._gradient()
+        self._finish_h2d()
+        commands = [
+            self.memory.command(abi.STEP, update.range, gradient, states.encoded, **rule.numbers(update))
+            for update in updates
+        ]
+        self.memory.submit(commands, "stepping")
+        self._set_state(ShardState.STEPPING)
 
+    def prepare(self, rule: Rule, states: ShardStates, updates: Sequence[Update], num_slots: int) -> torch.Tensor:
+        layout, device = self.spec.layout, self.host.device.device
+        rows = torch.zeros(layout.world_size, num_slots, 2, dtype=torch.float64)
+        assert isinstance(states, HostStates)
+        gradient = self._gradient()
+        parts = [update.range for update in updates]
+        numbers = [rule.numbers(update) for update in updates]
+        sums = self.memory.sums(abi.PREPARE, parts, gradient, states.encoded, numbers)
+        for update, entries in zip(updates, sums, strict=True):
+            squares = torch.tensor([add_up(entries[0::2]), add_up(entries[1::2])], dtype=torch.float64)
+            rows[update.range.start // layout.shard_numel, update.slot] += squares
+        return rows.to(device)
 
-def join_bf16(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """fp32 whose nearest bf16, ties away from zero, is `high`, and whose low 16 bits are `low` (int16)."""
-    return high.view(torch.int16).to(torch.int32).mul_(1 << 16).add_(low).view(torch.float32)
+    def resident_master(self) -> torch.Tensor | None:
+        return None
 
-
-def split_bf16(values: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> None:
-    """The inverse of `join_bf16`, into `high` and `low`."""
-    bits = values.view(torch.int32)
-    low.copy_(((bits & 0xFFFF) ^ 0x8000) - 0x8000)
-    high.view(torch.int16).copy_((bits - low) >> 16)
-
-
-def round_bf16(values: torch.Tensor) -> torch.Tensor:
-    """The `high` of `split_bf16`: nearest bf16, ties away from zero; of fp32 on any device."""
-    return ((values.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+    def device_tensors(self) -> Iterator[tuple[str, torch.Tensor, Range]]:
+        if not self.is_streamed:
+            yield "parameters", self.owned, self.range
+        if self._buffer is not None:
+            yield "gradients", self._buffer, self.spec.layout.range
+        if self._reduced is not None:
+            yield "gradients", self._reduced, self.range

@@ -1,88 +1,161 @@
-"""Which units' states go to the host, what that takes, and the start of the workers that will step them."""
+"""Which units' shards lie on the host, what that costs, and the start of the workers that step them."""
 
 import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from zerolite.config import Offload, master_dtype, parse_bytes, reduce_dtype
-from zerolite.engine.engine import Zero
+from zerolite.config import Offload, Precision, master_dtype, parse_bytes, reduce_dtype
+from zerolite.offload.fetch import FetchQueue
 from zerolite.offload.host import Host
-from zerolite.runtime import abort as alarm
-from zerolite.shards.units import UnitPlan
+from zerolite.offload.host_shard import HostShard
+from zerolite.offload.shard_memory import rounded
+from zerolite.runtime import abort
+from zerolite.runtime.device import Device
+from zerolite.runtime.mesh import RankMesh
+from zerolite.shards.layout import Partition
+from zerolite.shards.shard import BucketSpec, DeviceShard, Shard
+from zerolite.shards.units import ParameterGroup, UnitPlan, layouts_of
+
+DtypeOf = Callable[[nn.Parameter], torch.dtype]  # the dtype that a parameter is to have
 
 
-def place(zero: Zero, plans: list[UnitPlan], dtype_of, offload: Offload) -> set[int]:
-    """Numbers of the plans that go to the host; where there are any, the host is started. Collective.
+@dataclass(frozen=True)
+class Policy:
+    """What decides the bytes of a unit: how the model is cut, and into which dtypes."""
 
-    dtype_of(parameter): the dtype that it is to have. ZeroliteError where the machine has not the memory.
+    partition: Partition
+    world_size: int  # ranks that shard
+    precision: Precision | None
+    dtype_of: DtypeOf
+
+
+@dataclass
+class Placement:
+    """Where the shards of one model lie; without offload all on the device."""
+
+    host: Host | None = None
+    units: frozenset[int] = frozenset()  # whose trainable shards lie on the host
+    fetch_queue: FetchQueue = field(default_factory=FetchQueue)
+
+    def streams(self, group: ParameterGroup) -> bool:
+        """Whether the group's parameters lie on the host too, and each gather begins there."""
+        return self.host is not None and self.host.offload.parameters and not group.stays_unsharded
+
+    def keeps_gradient_on_device(self, unit_index: int, group: ParameterGroup) -> bool:
+        return not (group.is_trainable and unit_index in self.units)
+
+    def new_shard(
+        self, unit_index: int, group: ParameterGroup, spec: BucketSpec, staging: torch.Tensor, stays_unsharded: bool
+    ) -> tuple[Shard, torch.Tensor]:
+        """The bucket's shard, and the unsharded buffer in the parameters' dtype.
+
+        staging: (layout.numel,), the bucket's values in `spec.stepped_dtype`.
+        """
+        is_stepped_here = self.keeps_gradient_on_device(unit_index, group)
+        if self.host is None or (is_stepped_here and not self.streams(group)):
+            unsharded = staging.to(spec.dtype)
+            return DeviceShard(spec, staging, unsharded, stays_unsharded), unsharded
+        unsharded = rounded(staging, spec.dtype)
+        shard = HostShard(spec, self.host, staging, unsharded, stays_unsharded)
+        self.fetch_queue.add(shard, unit_index)
+        return shard, unsharded
+
+    def check_memory(self, needed_bytes: int, what: str) -> None:
+        """ZeroliteError, with both sizes, where this machine cannot give its ranks so much host memory each."""
+        if self.host is not None:
+            self.host.check_memory(max(needed_bytes - self.host.free_bytes, 0), what)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that is offloaded to: gradients, parameters, masters, states, and what workers need beside."""
+        return self.host.arena.nbytes if self.host is not None else 0
+
+    @property
+    def file_bytes(self) -> int:
+        return self.host.states_bytes if self.host is not None else 0
+
+
+def place(
+    plans: Sequence[UnitPlan], policy: Policy, offload: Offload | None, device: Device, mesh: RankMesh
+) -> Placement:
+    """Choose the units that go to the host and, where there are any, start its workers. Collective.
+
+    ValueError for a budget that the parameters alone exceed; ZeroliteError where the machine has not the memory.
     """
-    on_host = choose_host_units(zero, plans, dtype_of, offload)
-    if on_host:
-        zero.host = _start_host(zero, offload)
-        needed = sum(host_bytes(zero, plans[index], dtype_of) for index in on_host)
-        zero.host.check_memory(needed, "offloading gradients and parameters")
-    return on_host
+    if offload is None:
+        return Placement()
+    units = choose_host_units(plans, policy, offload)
+    if not units:
+        return Placement()
+    host = _start_host(offload, device, mesh)
+    needed = sum(host_bytes(plans[index], policy, offload) for index in units)
+    host.check_memory(needed, "offloading gradients and parameters")
+    return Placement(host, units, host.fetch_queue)
 
 
-def choose_host_units(zero: Zero, plans: list[UnitPlan], dtype_of, offload: Offload) -> set[int]:
+def choose_host_units(plans: Sequence[UnitPlan], policy: Policy, offload: Offload) -> frozenset[int]:
     """Units whose states go to the host: all or, with a budget, those that do not fit, first units fitting first."""
     if offload.budget is None:
-        return {index for index, plan in enumerate(plans) if plan.is_trainable or offload.parameters}
+        return frozenset(index for index, plan in enumerate(plans) if plan.is_trainable or offload.parameters)
     budget = parse_bytes(offload.budget)
-    used = sum(device_bytes(zero, plan, dtype_of, offload) for plan in plans)
+    used = sum(device_bytes(plan, policy, offload) for plan in plans)
     if used > budget:
         raise ValueError(
-            f"the parameters alone take {used:,} bytes on each rank at stage {zero.stage}, the budget is "
+            f"the parameters alone take {used:,} bytes on each rank at stage {policy.partition.stage}, the budget is "
             f"{budget:,} bytes: raise it, use a higher stage, or Offload(parameters=True) at stage 3"
         )
     on_host: set[int] = set()
     for index, plan in enumerate(plans):
-        more = device_bytes(zero, plan, dtype_of, None) - device_bytes(zero, plan, dtype_of, offload)
+        more = device_bytes(plan, policy, None) - device_bytes(plan, policy, offload)
         if used + more <= budget:
             used += more
         elif plan.is_trainable:
             on_host.add(index)
-    return on_host
+    return frozenset(on_host)
 
 
-def device_bytes(zero: Zero, plan: UnitPlan, dtype_of, offload: Offload | None, num_states: int = 2) -> int:
-    """What a unit's model states take on the device; gathered units and gradients on their way left out."""
+def device_bytes(plan: UnitPlan, policy: Policy, offload: Offload | None, num_states: int = 2) -> int:
+    """A unit's model states on the device; gathered units and gradients in flight are left out."""
     total = 0
-    is_away = offload is not None and plan.is_trainable
     for group in plan.groups:
-        dtype = dtype_of(group.parameters[0])
-        for layout in zero.layouts_of(group):
-            owned = zero.owned_numel(layout)
+        dtype = policy.dtype_of(group.parameters[0])
+        for layout in layouts_of(group, policy.world_size):
+            owned = policy.partition.owned_numel(layout)
             if not (offload is not None and offload.parameters):
-                total += (layout.numel if zero.stage <= 2 or group.stays_whole else owned) * dtype.itemsize
-            if plan.is_trainable and not is_away:
+                stays = group.stays_unsharded or not policy.partition.shards_parameters
+                total += (layout.numel if stays else owned) * dtype.itemsize
+            if group.is_trainable and offload is None:
                 master = master_dtype(dtype)
-                gradients = layout.numel if zero.stage <= 1 else owned
-                total += gradients * reduce_dtype(zero.precision, dtype).itemsize
+                gradients = owned if policy.partition.shards_gradients else layout.numel
+                total += gradients * reduce_dtype(policy.precision, dtype).itemsize
                 total += owned * master.itemsize * (num_states + (master != dtype))
     return total
 
 
-def host_bytes(zero: Zero, plan: UnitPlan, dtype_of) -> int:
+def host_bytes(plan: UnitPlan, policy: Policy, offload: Offload) -> int:
     """Host memory of a unit that workers step, the optimizer's states left out."""
     total = 0
-    for group in plan.groups if plan.is_trainable or zero.host.offload.parameters else ():
-        dtype = dtype_of(group.parameters[0])
+    for group in plan.groups:
+        if not (group.is_trainable or offload.parameters):
+            continue
+        dtype = policy.dtype_of(group.parameters[0])
         width = dtype.itemsize
-        if plan.is_trainable:
-            width += max(reduce_dtype(zero.precision, dtype).itemsize, 8 if dtype == torch.float64 else 0)
+        if group.is_trainable:
+            width += max(reduce_dtype(policy.precision, dtype).itemsize, 8 if dtype == torch.float64 else 0)
             width += {torch.bfloat16: 2, torch.float16: 4}.get(dtype, 0)
-        total += width * sum(zero.owned_numel(layout) for layout in zero.layouts_of(group))
+        total += width * sum(policy.partition.owned_numel(layout) for layout in layouts_of(group, policy.world_size))
     return total
 
 
-def _start_host(zero: Zero, offload: Offload) -> Host:
+def _start_host(offload: Offload, device: Device, mesh: RankMesh) -> Host:
     """This rank's arena and workers, with its share of the cores of this machine. Collective."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    machines = (
-        zero.gather_facts(torch.tensor([float(zlib.crc32(boot.encode()))], dtype=torch.float64)).view(-1).tolist()
-    )
-    here = [rank for rank, machine in enumerate(machines) if machine == machines[zero.rank]]
-    alarm.listen()
-    return Host(offload, zero.device, here.index(zero.rank), len(here), f"rank {zero.rank}", alarm.ring)
+    machine = torch.tensor([float(zlib.crc32(boot.encode()))], dtype=torch.float64, device=device.device)
+    machines = mesh.all_gather_scalars(machine).view(-1).tolist()
+    here = [rank for rank, other in enumerate(machines) if other == machines[mesh.rank]]
+    abort.listen()
+    return Host(offload, device, here.index(mesh.rank), len(here), f"rank {mesh.rank}", abort.publish)

@@ -1,4 +1,4 @@
-"""One optimizer state of one bucket as the host keeps it: fp32, bf16 or int8 blocks; in the arena or on a drive.
+"""Optimizer states of one shard as the host keeps them: fp32, bf16 or int8 blocks; in the arena or on a drive.
 
     format   bytes an element            how it is rounded when a step writes it
     fp32     4                           not at all (fp64 parameters: 8 bytes of fp64)
@@ -10,60 +10,87 @@ Decoded values encode to the very same bytes again, so a checkpoint in fp32 lose
 
 import mmap
 import weakref
+from collections.abc import Mapping, Sequence
 
 import torch
 from zerolite_kernels import cpu
 from zerolite_kernels.cpu import state_file
 from zerolite_kernels.cpu.command import BLOCK_NUMEL, PARTIAL_NUMEL
 
-from zerolite.offload.arena import Field
+from zerolite.config import master_dtype
+from zerolite.offload.arena import SharedTensor
 from zerolite.offload.host import Host
+from zerolite.offload.shard_memory import ShardMemory
 
 CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
 
 
-class State:
-    """`numel` elements in pieces of `piece_numel`; zeros at first."""
+class HostStates:
+    """One optimizer's states of one shard; their memory serves the next optimizer when this one is gone."""
 
-    def __init__(self, host: Host, name: str, numel: int, piece_numel: int, dtype: torch.dtype, format: str):
+    def __init__(self, host: Host, memory: ShardMemory, names: Sequence[str]):
+        self.memory = memory
+        layout, dtype = memory.layout, master_dtype(memory.dtype)
+        self.encoded = {
+            name: State(host, name, memory.numel, layout.shard_numel, dtype, memory.state_format) for name in names
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        self.memory.wait()
+        return self.encoded[name].read()
+
+    def write(self, name: str, values: torch.Tensor) -> None:
+        for gap in self.memory.layout.gaps:  # what padding was left with would spoil a block's scale
+            gap.intersect(self.memory.range).of(values, self.memory.range).zero_()
+        self.memory.wait()
+        self.encoded[name].write(values)
+
+    def resident(self) -> Mapping[str, torch.Tensor]:
+        return {}
+
+
+class State:
+    """One of them: `numel` elements in shards of `shard_numel`; zeros at first."""
+
+    def __init__(self, host: Host, name: str, numel: int, shard_numel: int, dtype: torch.dtype, format: str):
         """dtype: of the decoded values."""
         self.host, self.name, self.format, self.dtype = host, name, format, dtype
-        self.numel, self.piece_numel = numel, piece_numel
+        self.numel, self.shard_numel = numel, shard_numel
         self.encoded_dtype = {"fp32": dtype, "bf16": torch.bfloat16, "int8": CODES[name]}[format]
-        self.scale: Field | None = None  # fp32, one a block
+        self.scale: SharedTensor | None = None  # fp32, one a block
         if format == "int8":
             self.scale = host.allocate(numel // BLOCK_NUMEL, torch.float32)
-        self.field: Field | None = None
-        self.file_offsets: list[int] = []  # of each piece, where states lie on a drive
+        self.memory: SharedTensor | None = None
+        self.file_offsets: list[int] = []  # of each shard, where states lie on a drive
         if host.states_fd >= 0:
             width = self.encoded_dtype.itemsize
-            num_pieces = numel // piece_numel if piece_numel else 0
-            self.file_offsets = [host.allocate_in_file(piece_numel, width) for _ in range(num_pieces)]
+            num_shards = numel // shard_numel if shard_numel else 0
+            self.file_offsets = [host.allocate_in_file(shard_numel, width) for _ in range(num_shards)]
             self._write_encoded(torch.zeros(numel, dtype=self.encoded_dtype))
         else:
-            self.field = host.allocate(numel, self.encoded_dtype)
-        for field in (self.scale, self.field):
-            if field is not None:
-                weakref.finalize(self, host.free_fields[field.key].append, field)
+            self.memory = host.allocate(numel, self.encoded_dtype)
+        for shared in (self.scale, self.memory):
+            if shared is not None:
+                weakref.finalize(self, host.free_tensors[shared.key].append, shared)
         for offset in self.file_offsets:
-            weakref.finalize(self, host.free_offsets[piece_numel, width].append, offset)
+            weakref.finalize(self, host.free_offsets[shard_numel, width].append, offset)
 
     @property
     def nbytes(self) -> int:
         scales = self.scale.values.nbytes if self.scale is not None else 0
         return self.numel * self.encoded_dtype.itemsize + scales
 
-    def address(self, piece: int) -> int:
-        """Bytes from the start of the arena, or of the file, to a piece's first element."""
-        return self.file_offsets[piece] if self.field is None else self.field.address(piece * self.piece_numel)
+    def address(self, shard: int) -> int:
+        """Bytes from the start of the arena, or of the file, to a shard's first element."""
+        return self.file_offsets[shard] if self.memory is None else self.memory.address(shard * self.shard_numel)
 
-    def scale_address(self, piece: int) -> int:
-        return self.scale.address(piece * self.piece_numel // BLOCK_NUMEL) if self.scale is not None else 0
+    def scale_address(self, shard: int) -> int:
+        return self.scale.address(shard * self.shard_numel // BLOCK_NUMEL) if self.scale is not None else 0
 
     def read(self) -> torch.Tensor:
         """(numel,) decoded; the memory itself where that is plain."""
         encoded = self._read_encoded()
-        if self.format != "int8":
+        if self.scale is None:
             return encoded.to(self.dtype)
         values = torch.empty(self.numel, dtype=torch.float32)
         decode = getattr(cpu.load(), f"zl_decode_{self.name}")
@@ -73,31 +100,31 @@ class State:
     def write(self, values: torch.Tensor) -> None:
         """Encode (numel,) values, to the nearest."""
         values = values.to("cpu", self.dtype).contiguous()
-        encoded = torch.empty(self.numel, dtype=self.encoded_dtype) if self.field is None else self.field.values
-        if self.format == "int8":
+        encoded = torch.empty(self.numel, dtype=self.encoded_dtype) if self.memory is None else self.memory.values
+        if self.scale is not None:
             encode = getattr(cpu.load(), f"zl_encode_{self.name}")
             encode(values.data_ptr(), encoded.data_ptr(), self.scale.values.data_ptr(), self.numel)
         elif values.data_ptr() != encoded.data_ptr():
             encoded.copy_(values)
-        if self.field is None:
+        if self.memory is None:
             self._write_encoded(encoded)
 
     def _read_encoded(self) -> torch.Tensor:
-        if self.field is not None:
-            return self.field.values
+        if self.memory is not None:
+            return self.memory.values
         encoded = torch.empty(self.numel, dtype=self.encoded_dtype)
-        for offset, piece, buffer in self._pieces(encoded):
+        for offset, shard, buffer in self._shards(encoded):
             state_file.read(self.host.states_fd, memoryview(buffer), offset)
-            piece.copy_(torch.frombuffer(buffer, dtype=piece.dtype, count=piece.numel()))
+            shard.copy_(torch.frombuffer(buffer, dtype=shard.dtype, count=shard.numel()))
         return encoded
 
     def _write_encoded(self, encoded: torch.Tensor) -> None:
-        for offset, piece, buffer in self._pieces(encoded):
-            torch.frombuffer(buffer, dtype=piece.dtype, count=piece.numel()).copy_(piece)
+        for offset, shard, buffer in self._shards(encoded):
+            torch.frombuffer(buffer, dtype=shard.dtype, count=shard.numel()).copy_(shard)
             state_file.write(self.host.states_fd, memoryview(buffer), offset)
 
-    def _pieces(self, encoded: torch.Tensor):
-        """(offset in the file, its elements of `encoded`, a page-aligned buffer of whole pages) of every piece."""
-        nbytes = -(-self.piece_numel // PARTIAL_NUMEL) * PARTIAL_NUMEL * encoded.element_size()
+    def _shards(self, encoded: torch.Tensor):
+        """(offset in the file, its elements of `encoded`, a page-aligned buffer of whole pages) of every shard."""
+        nbytes = -(-self.shard_numel // PARTIAL_NUMEL) * PARTIAL_NUMEL * encoded.element_size()
         for index, offset in enumerate(self.file_offsets):
-            yield offset, encoded[index * self.piece_numel : (index + 1) * self.piece_numel], mmap.mmap(-1, nbytes)
+            yield offset, encoded[index * self.shard_numel : (index + 1) * self.shard_numel], mmap.mmap(-1, nbytes)

@@ -1,201 +1,184 @@
 """A torch.optim.Optimizer whose states cover only the range of each parameter that this rank owns.
 
 `step`, phase by phase:
-1. agree    one small all-gather gives every rank the global norm, whether it is finite, and which parameters were used;
-2. decide   a norm that is not finite skips the step on every rank; else the clip factor, with the loss scale taken out;
-3. update   the rule runs over the owned range, a run of equal hyperparameters and step count at a time;
-4. publish  ranks that hold full parameters exchange their ranges, a bucket's exchange behind the next one's update.
+1. stats    one small all-gather tells every rank the global norm, whether it is finite, and which slots were used;
+2. decide   a norm that is not finite skips the step on every rank; else the clip factor, less the loss scale;
+3. update   each bucket's shard steps its segments, those of equal hyperparameters and step count at a time;
+4. publish  ranks that hold unsharded parameters exchange their ranges, a bucket's exchange behind the next one's step.
 
-What is offloaded is handed to the workers in phase 3, before the rest is updated here, and `step` returns without
-waiting for it: parameters come back when somebody needs them (zero.py, [Note: just-in-time return]).
+Shards that workers step get their commands first, and `step` returns without waiting for them: parameters are fetched
+when somebody needs them (offload/fetch.py, [Note: just-in-time fetch]).
+
+What torch.optim has and this has not: sparse gradients, complex parameters, `capturable`, `differentiable`, states of
+whole parameters (`state[p]` holds this rank's part).
 """
 
 import math
 import warnings
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from zerolite_kernels.cpu.command import STEP
 
-from zerolite.offload.states import State
-from zerolite.optim.grad_stats import Verdict, agree
-from zerolite.optim.offloaded_states import Held
-from zerolite.optim.rules import Rule, Run
-from zerolite.shards import layout
+from zerolite.engine.engine import Engine, ParameterInfo, sharded_info
+from zerolite.optim.grad_stats import GradStats, reduce_grad_stats
+from zerolite.optim.rules import Rule
+from zerolite.runtime import trace
+from zerolite.shards.bucket import Bucket
+from zerolite.shards.shard import ShardStates, Update
 
 
-class Key(NamedTuple):
+class StepKey(NamedTuple):
     """Elements of equal keys are stepped together."""
 
     group: int  # in param_groups
     step: int  # this step's number for the parameter, from 1
-    index: int | None  # the slot, where the rule works a parameter at a time
+    slot: int  # where the rule works a parameter at a time, else 0
+
+
+class Work(NamedTuple):
+    """What one step does to one bucket; `keys`, a slot each, are the same on every rank, `updates` are this rank's."""
+
+    bucket: Bucket
+    keys: list[StepKey | None]
+    updates: list[Update]
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Base of AdamW, Adam, Lamb and Lion; every method but the properties is collective.
+    """Base of AdamW, Adam, Lamb and Lion.
+
+    Collective: `step`, `clip_grad_norm_` and, where gradients wait for their reduction, `zero_grad`. All else reads or
+    writes this rank's own states.
 
     params: parameters or param groups of one model that `zerolite.shard` has sharded.
     max_grad_norm: clip the global norm in `step`; None: do not.
     """
 
     rule: Rule  # set by the subclass
+    _engine: Engine  # of the parameters
 
     def __init__(self, params, defaults: dict, max_grad_norm: float | None = None):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is a positive number, or None not to clip; got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
         self.step_was_skipped = False
-        self._zero = None
-        self.places: dict[torch.nn.Parameter, tuple[object, int]] = {}  # parameter -> (bucket, slot index)
-        self._group_of: dict[torch.nn.Parameter, int] = {}
-        # bucket -> state name -> 1D, the owned range
-        self._states: dict[object, dict[str, torch.Tensor]] = {}
-        self._host_states: dict[object, dict[str, State]] = {}  # of buckets that workers step
-        self._verdict: tuple[int, Verdict] | None = None  # with the gradient version that it was taken of
+        self._infos: dict[torch.nn.Parameter, ParameterInfo] = {}  # of the parameters that are stepped
+        self._group_of: dict[torch.nn.Parameter, int] = {}  # of those
+        self._states: dict[Bucket, ShardStates] = {}
+        self._stats: tuple[int, GradStats] | None = None  # with the version of the gradients that they are of
         self._clip_factor = 1.0  # of clip_grad_norm_, for the next step
+        self._grad_norm: float | None = None
         super().__init__(params, defaults)
 
     # Param groups and states #
 
     def add_param_group(self, param_group: dict) -> None:
+        """As torch's. ValueError for parameters of no sharded model, of another one, or unfrozen after sharding."""
         super().add_param_group(param_group)
-        group_index = len(self.param_groups) - 1
         parameters = self.param_groups[-1]["params"]
-        self._check_host_memory(parameters)
-        for parameter in parameters:
-            self._adopt(parameter, group_index)
+        infos = [self._check(parameter) for parameter in parameters]
+        # Frozen parameters are in their group as in torch, and never stepped.
+        stepped = [(p, info) for p, info in zip(parameters, infos, strict=True) if info.bucket.gradients is not None]
+        self._check_host_memory({info.bucket for _, info in stepped} - self._states.keys())
+        for parameter, info in stepped:
+            self._infos[parameter] = info
+            self._group_of[parameter] = len(self.param_groups) - 1
+            self.state[parameter] = {"step": torch.tensor(0.0), **self._resident(parameter, info.bucket)}
 
-    def _check_host_memory(self, parameters) -> None:
-        places = [parameter._zerolite_place for parameter in parameters if hasattr(parameter, "_zerolite_place")]
-        new = {bucket for _, bucket, _ in places if bucket.flat.is_on_host and bucket not in self._host_states}
-        hosts = [bucket.flat.host for bucket in new]
-        if hosts:
-            needed = sum(host.state_bytes(self.rule.state_names) for host in hosts) - hosts[0].host.free_bytes
-            hosts[0].host.check_memory(max(needed, 0), f"{type(self).__name__}'s states")
-
-    def _adopt(self, parameter: torch.nn.Parameter, group_index: int) -> None:
-        place = getattr(parameter, "_zerolite_place", None)
-        shape = tuple(parameter.shape)
-        if place is None:
-            raise ValueError(
-                f"a parameter of shape {shape} belongs to no sharded model: call zerolite.shard(model, stage=...) "
-                "first, then build the optimizer from model.parameters()"
-            )
-        zero, bucket, index = place
-        if self._zero is not None and zero is not self._zero:
+    def _check(self, parameter: torch.nn.Parameter) -> ParameterInfo:
+        info = sharded_info(parameter)
+        self._engine = getattr(self, "_engine", info.engine)
+        if info.engine is not self._engine:
             raise ValueError("the parameters belong to two sharded models: build one optimizer for each")
-        self._zero = zero
-        if bucket.gradients is None:
-            if not parameter.requires_grad:
-                self._group_of[parameter] = group_index  # frozen: in its group as in torch, and never stepped
-                return
+        if info.bucket.gradients is None and parameter.requires_grad:
             raise ValueError(
-                f"{bucket.layout.slots[index].name} was frozen when the model was sharded and requires a gradient now: "
+                f"{info.name} was frozen when the model was sharded and requires a gradient now: "
                 "set requires_grad before zerolite.shard"
             )
-        self.places[parameter] = (bucket, index)
-        self._group_of[parameter] = group_index
-        flat = bucket.flat
+        return info
+
+    def _check_host_memory(self, buckets: Iterable[Bucket]) -> None:
+        """ZeroliteError where new states need more host memory than there is."""
+        needed = sum(bucket.shard.state_bytes(self.rule.state_names) for bucket in buckets)
+        if needed > 0:
+            self._engine.placement.check_memory(needed, f"{type(self).__name__}'s states")
+
+    def _resident(self, parameter: torch.nn.Parameter, bucket: Bucket) -> dict[str, torch.Tensor]:
+        """The parameter's part of the states, new if need be, and of the master, where they lie in this process."""
         if bucket not in self._states:
-            self._states[bucket] = {}
-            if flat.is_on_host:
-                self._host_states[bucket] = flat.host.make_states(self.rule.state_names)
-            else:
-                stepped = flat.values()
-                self._states[bucket] = {name: torch.zeros_like(stepped) for name in self.rule.state_names}
-        held = {**self._states[bucket], **({} if flat.master is None else {"master": flat.master})}
-        mine = {name: self.slice_of(parameter, values) for name, values in held.items()}
-        self.state[parameter] = {"step": torch.tensor(0.0), **mine}
+            self._states[bucket] = bucket.shard.new_states(self.rule.state_names)
+        resident = dict(self._states[bucket].resident())
+        master = bucket.shard.resident_master()
+        if master is not None:
+            resident["master"] = master
+        return {name: slice_of(parameter, values) for name, values in resident.items()}
 
-    def slice_of(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
-        """A parameter's part of an owned range: in its shape where all of it is here, else 1D."""
-        bucket, index = self.places[parameter]
-        slot, flat = bucket.layout.slots[index], bucket.flat
-        first, last = bucket.layout.overlap(slot, flat.start, flat.stop)
-        mine = values[first - flat.start : last - flat.start]
-        return mine.view(slot.shape) if last - first == slot.numel else mine
+    def is_stepped(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether the parameter is one of this optimizer's and not frozen."""
+        return parameter in self._infos
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """As torch's; states that workers hold are decoded, for reading. Waits for the workers. Not collective."""
         packed = super().state_dict()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        held = Held(self)
+        states = _StatesByParameter(self)
         packed["state"] = {
-            index: {**state, **held.of(parameters[index])} if index < len(parameters) else state
+            index: {**state, **states.of(parameters[index])} if index < len(parameters) else state
             for index, state in packed["state"].items()
         }
         return packed
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of the same layout (stage and world size) gave; `zerolite.load` takes any other.
 
-        States hold this rank's range only, of 16-bit parameters with the fp32 "master". Where full parameters stay, the
-        model's own state dict brings the ranges of the other ranks.
+        States hold this rank's range only, of 16-bit parameters with the fp32 "master". Where unsharded parameters
+        stay, the model's own state dict brings the ranges of the other ranks. Not collective.
+        ValueError for param groups of other sizes, or states of other shapes.
         """
         saved = dict(state_dict["state"])
         groups = state_dict["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError("loaded state_dict has param groups of other sizes than this optimizer's")
-        self._zero.settle()
-        held = Held(self)
+        states = _StatesByParameter(self)
         for group, saved_group in zip(self.param_groups, groups, strict=True):
             for parameter, identity in zip(group["params"], saved_group["params"], strict=True):
-                for name, value in {**self.state.get(parameter, {}), **held.of(parameter)}.items():
+                for name, value in {**self.state.get(parameter, {}), **states.of(parameter)}.items():
                     loaded = saved[identity][name]
                     if loaded.shape != value.shape:
                         raise ValueError(
-                            f"{name} of {self._name(parameter)} has shape {tuple(loaded.shape)} in the state_dict and "
+                            f"{name} of {_name(parameter)} has shape {tuple(loaded.shape)} in the state_dict and "
                             f"{tuple(value.shape)} here: it was saved at another stage or world size; "
                             "use zerolite.save and zerolite.load"
                         )
                     value.copy_(loaded)
-                if parameter in self.places:
-                    self.places[parameter][0].flat.refresh_from_master()
             group.update({key: value for key, value in saved_group.items() if key != "params"})
-        held.write_back()
+        states.write_back()
 
-    def _name(self, parameter: torch.nn.Parameter) -> str:
-        _, bucket, index = parameter._zerolite_place
-        return bucket.layout.slots[index].name
+    def read_state(self, bucket: Bucket, name: str) -> torch.Tensor:
+        """One state of a bucket, 1D, this rank's range; give changed values to `write_state`. Waits for the workers."""
+        return self._states[bucket].read(name)
 
-    def states_of(self, bucket) -> dict[str, torch.Tensor]:
-        """The states of a bucket that lie here: name -> 1D, the owned range; none where workers step it."""
-        return self._states.get(bucket, {})
+    def write_state(self, bucket: Bucket, name: str, values: torch.Tensor) -> None:
+        """Store values that `read_state` gave and somebody changed. Waits for the workers."""
+        self._states[bucket].write(name, values)
 
-    def read_state(self, bucket, name: str) -> torch.Tensor:
-        """One state of a bucket, 1D, the owned range: the memory itself, but where the host encodes it.
+    def resident_states(self, bucket: Bucket) -> Iterable[torch.Tensor]:
+        """The states of a bucket that lie in this process as plain tensors, 1D, this rank's range."""
+        return self._states[bucket].resident().values() if bucket in self._states else ()
 
-        Give changed values to `write_state`. Waits for the workers.
-        """
-        if bucket not in self._host_states:
-            return self._states[bucket][name]
-        bucket.flat.host.wait()
-        return self._host_states[bucket][name].read()
-
-    def write_state(self, bucket, name: str, values: torch.Tensor) -> None:
-        """Take values that `read_state` gave and somebody changed."""
-        if bucket in self._host_states:
-            flat = bucket.flat
-            for start, stop in bucket.layout.gaps():  # what padding was left with would spoil a block's scale
-                low, high = max(start, flat.start), min(stop, flat.stop)
-                values[low - flat.start : max(low, high) - flat.start].zero_()
-            flat.host.wait()
-            self._host_states[bucket][name].write(values)
-
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """Class, param groups by parameter name, and steps taken, as JSON values."""
         groups = []
         for group in self.param_groups:
             hyper = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-            groups.append({**hyper, "params": [self._name(parameter) for parameter in group["params"]]})
-        steps = {self._name(parameter): int(state["step"]) for parameter, state in self.state.items()}
+            groups.append({**hyper, "params": [_name(parameter) for parameter in group["params"]]})
+        steps = {_name(parameter): int(state["step"]) for parameter, state in self.state.items()}
         return {"class": type(self).__name__, "groups": groups, "steps": steps}
 
     def set_steps(self, steps: dict[str, int]) -> None:
         """Set how many steps each parameter has taken, by name."""
         for parameter, state in self.state.items():
-            state["step"].fill_(steps[self._name(parameter)])
+            state["step"].fill_(steps[_name(parameter)])
 
     # Gradients #
 
@@ -204,158 +187,168 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Global norm of the last step's gradients before clipping, the same on every rank; None before a step."""
         return self._grad_norm
 
-    _grad_norm: float | None = None
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the optimizer's parameters."""
-        slots: dict[object, list[int]] = {}
-        for bucket, index in self.places.values():
-            slots.setdefault(bucket, []).append(index)
-        self._zero.clear_gradients(set_to_none, slots)
+        """Drop the gradients of the optimizer's parameters."""
+        slots: dict[Bucket, list[int]] = {}
+        for info in self._infos.values():
+            slots.setdefault(info.bucket, []).append(info.index)
+        self._engine.clear_gradients(set_to_none, slots)
         self._clip_factor = 1.0
 
     def clip_grad_norm_(self, max_norm: float) -> float:
-        """Have the next step clip the global norm to `max_norm`; returns the norm before clipping."""
-        self._zero.settle()
-        norm = self._unscaled_norm(self._agree())
+        """Have the next step clip the global norm to `max_norm`; returns the norm before clipping. Collective.
+
+        WorkerError where a worker failed.
+        """
+        norm = self._unscaled_norm(self._reduce_grad_stats())
         self._clip_factor = _clip_factor(norm, max_norm)
         self._grad_norm = norm
         return norm
 
-    def _agree(self) -> Verdict:
-        if self._verdict is None or self._verdict[0] != self._zero.gradient_version:
-            keys = [[True if p in self.places else None for p in b.flat.parameters] for b in self._zero.reduction_order]
-            verdict = agree(self._zero, keys)  # it may reduce, which is a new version
-            self._verdict = (self._zero.gradient_version, verdict)
-        return self._verdict[1]
+    def _reduce_grad_stats(self) -> GradStats:
+        reducer = self._engine.reducer
+        if self._stats is None or self._stats[0] != reducer.version:
+            counts = [[True if p in self._infos else None for p in b.parameters.tensors] for b in reducer.order]
+            stats = reduce_grad_stats(self._engine, counts)  # it may reduce, which is a new version
+            self._stats = (reducer.version, stats)
+        return self._stats[1]
 
-    def _unscaled_norm(self, verdict: Verdict) -> float:
-        return verdict.norm / (self._zero.loss_scale.value if self._zero.loss_scale is not None else 1.0)
+    def _unscaled_norm(self, stats: GradStats) -> float:
+        return stats.norm / (self._engine.loss_scale.value if self._engine.loss_scale is not None else 1.0)
 
     # Step #
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of the owned range and, where full parameters stay, their exchange. Returns the closure's loss."""
+        """One update of this rank's range, and its publication. Returns the closure's loss. Collective.
+
+        A step whose gradients hold Inf or NaN changes nothing on any rank; `step_was_skipped` tells. WorkerError where
+        a worker failed, ZeroliteError where ranks have run other modules.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        zero = self._zero
-        zero.before_step()
-        verdict = self._agree()
-        loss_scale = zero.loss_scale
-        norm = self._unscaled_norm(verdict)
+        engine = self._engine
+        engine.before_step()
+        stats = self._reduce_grad_stats()
+        loss_scale = engine.loss_scale
+        norm = self._unscaled_norm(stats)
         self._grad_norm = norm
-        self.step_was_skipped = not verdict.is_finite
+        self.step_was_skipped = not stats.is_finite
         if self.step_was_skipped:
-            self._say_skipped(verdict)
+            _warn_skipped(engine, stats)
         else:
             factor = self._clip_factor
             if self.max_grad_norm is not None:
                 factor *= _clip_factor(norm, self.max_grad_norm)
-            self._update(verdict, factor / (loss_scale.value if loss_scale is not None else 1.0))
+            self._update(stats, factor / (loss_scale.value if loss_scale is not None else 1.0))
         self._clip_factor = 1.0
         if loss_scale is not None:
             loss_scale.update(overflowed=self.step_was_skipped)
-            self._verdict = None  # the norm was of gradients under the old scale
+            self._stats = None  # the norm was of gradients under the old scale
         return loss
 
-    def _say_skipped(self, verdict: Verdict) -> None:
-        if self._zero.loss_scale is not None:
-            return  # an overflow is how a loss scale finds its height; step_was_skipped tells
-        buckets = zip(self._zero.reduction_order, verdict.squares, strict=True)
-        names = sorted({bucket.unit.name for bucket, squares in buckets if not math.isfinite(squares)})
-        warnings.warn(
-            f"step skipped on every rank, nothing changed: gradients of {', '.join(names[:4])}"
-            f"{' and others' if len(names) > 4 else ''} hold Inf or NaN",
-            stacklevel=3,
-        )
+    def _update(self, stats: GradStats, multiplier: float) -> None:
+        """Step the used slots of every bucket on gradients times `multiplier`, first units first, and publish."""
+        used: dict[Bucket, list[bool]] = dict(zip(self._engine.reducer.order, stats.was_used, strict=True))
+        buckets = [bucket for unit in self._engine.units for bucket in unit.buckets if bucket in self._states]
+        work = [self._plan(bucket, used[bucket], multiplier) for bucket in buckets]
+        self._prepare(work)
+        for bucket, keys, updates in sorted(work, key=lambda item: not item.bucket.shard.steps_in_background):
+            if any(keys):
+                with trace.phase("optimizer step", bucket.unit.name):
+                    bucket.shard.step(self.rule, self._states[bucket], updates)
+                bucket.shard.publish()
+        for bucket in buckets:
+            bucket.parameters.wait()
 
-    def _update(self, verdict: Verdict, multiplier: float) -> None:
-        """Step the used slots of every bucket on gradients times `multiplier`, first units first."""
-        used = dict(zip(self._zero.reduction_order, verdict.was_used, strict=True))
-        buckets = [bucket for unit in self._zero.units for bucket in unit.buckets if bucket in self._states]
-        work = [(bucket, self._count_up(bucket, used[bucket])) for bucket in buckets]
-        self._prepare(work, multiplier)
-        away = [(bucket, keys) for bucket, keys in work if bucket.flat.is_on_host and any(keys)]
-        for bucket, keys in away:
-            self._step_on_host(bucket, keys, multiplier)
-        self._zero.send_away([bucket for bucket, _ in away])
-        work = [(bucket, keys) for bucket, keys in work if not bucket.flat.is_on_host]
-        for bucket, keys in work:
-            for chunk in self._chunks(bucket, keys):
-                self._step_chunk(bucket, chunk, multiplier)
-            bucket.flat.refresh_from_master()
-            bucket.flat.republish()
-        for bucket, _ in work:
-            bucket.flat.wait()
-
-    def _count_up(self, bucket, was_used: list[bool]) -> list[Key | None]:
-        """Count the used slots' steps; a slot's key, None where it is not stepped."""
-        keys: list[Key | None] = []
-        for index, (parameter, is_used) in enumerate(zip(bucket.flat.parameters, was_used, strict=True)):
-            if parameter not in self.places or not is_used or not parameter.requires_grad:
+    def _plan(self, bucket: Bucket, was_used: Sequence[bool], multiplier: float) -> Work:
+        """Count the used slots' steps, and cut this rank's range into segments that are stepped alike."""
+        keys: list[StepKey | None] = []
+        for index, (parameter, is_used) in enumerate(zip(bucket.parameters.tensors, was_used, strict=True)):
+            if parameter not in self._infos or not is_used or not parameter.requires_grad:
                 keys.append(None)
                 continue
             state = self.state[parameter]
             state["step"] += 1
-            keys.append(
-                Key(self._group_of[parameter], int(state["step"]), index if self.rule.is_per_parameter else None)
-            )
-        return keys
+            slot = index if self.rule.is_per_parameter else 0
+            keys.append(StepKey(self._group_of[parameter], int(state["step"]), slot))
+        updates = []
+        for segment, (group, step, slot) in bucket.layout.segments(bucket.shard.range, keys):
+            seed = step << 24 | bucket.position  # of stochastic rounding: the same on every rank and after a resume
+            updates.append(Update(segment, self.param_groups[group], step, multiplier, seed, slot))
+        return Work(bucket, keys, updates)
 
-    def _prepare(self, work: list, multiplier: float) -> None:
+    def _prepare(self, work: list[Work]) -> None:
         """What a rule must know of all buckets before it steps the first."""
 
-    def _step_on_host(self, bucket, keys: list[Key | None], multiplier: float) -> None:
-        """Hand one bucket's runs to the workers."""
-        host, held, states = bucket.flat.host, bucket.gradients.on_host(), self._host_states[bucket]
-        bucket.flat.finish_ascent()
-        commands = [
-            host.command(
-                STEP, run, held, states, **self._numbers(bucket, run.key, multiplier), **self._extra(bucket, run.key)
-            )
-            for run in bucket.layout.runs(bucket.flat.start, bucket.flat.stop, keys)
-        ]
-        host.submit(commands, "stepping")
 
-    def _numbers(self, bucket, key: Key, multiplier: float) -> dict[str, float]:
-        seed = key.step << 24 | bucket.position  # of stochastic rounding: the same on every rank and after a resume
-        return {**self.rule.numbers(self.param_groups[key.group], key.step, multiplier), "seed": seed}
+class _StatesByParameter:
+    """States and masters as a state dict has them: read once a bucket, by parameter; `write_back` stores changes."""
 
-    def _extra(self, bucket, key: Key) -> dict[str, float]:
-        """What the rule's step takes beside a run."""
-        return {}
+    def __init__(self, optimizer: ShardedOptimizer):
+        self.optimizer = optimizer
+        self._read: dict[Bucket, dict[str, torch.Tensor]] = {}
 
-    def _step_chunk(self, bucket, chunk: layout.Run, multiplier: float) -> None:
-        self.rule.step(self._run(bucket, chunk, multiplier), **self._extra(bucket, chunk.key))
+    def of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        if not self.optimizer.is_stepped(parameter):
+            return {}
+        bucket = sharded_info(parameter).bucket
+        if bucket not in self._read:
+            states = {name: self.optimizer.read_state(bucket, name) for name in self.optimizer.rule.state_names}
+            values = bucket.shard.values()
+            if values.dtype != bucket.shard.spec.dtype:
+                states["master"] = values
+            self._read[bucket] = states
+        return {name: slice_of(parameter, values) for name, values in self._read[bucket].items()}
 
-    def _chunks(self, bucket, keys: list[Key | None]):
-        """The owned range as runs of one key, cut where the scratch that a run needs would be large."""
-        flat = bucket.flat
-        for run in bucket.layout.runs(flat.start, flat.stop, keys):
-            chunk_numel = self._zero.device.chunk_numel
-            if self._run(bucket, run, 1.0).is_native:
-                chunk_numel = run.stop - run.start  # one pass, no scratch
-            for start in range(run.start, run.stop, chunk_numel):
-                yield layout.Run(start, min(start + chunk_numel, run.stop), run.key)
+    def write_back(self) -> None:
+        for bucket, states in self._read.items():
+            for name, values in states.items():
+                if name == "master":
+                    bucket.shard.set_values(values)
+                else:
+                    self.optimizer.write_state(bucket, name, values)
 
-    def _run(self, bucket, chunk: layout.Run, multiplier: float) -> Run:
-        flat = bucket.flat
-        mine = slice(chunk.start - flat.start, chunk.stop - flat.start)
-        states = {name: values[mine] for name, values in self._states[bucket].items()}
-        return Run(
-            flat.values()[mine],
-            bucket.gradients.require()[mine],
-            states,
-            chunk.key.step,
-            self.param_groups[chunk.key.group],
-            multiplier,
-            chunk.start % bucket.layout.piece_numel,
-        )
+
+def _warn_skipped(engine: Engine, stats: GradStats) -> None:
+    if engine.loss_scale is not None:
+        return  # an overflow is how a loss scale finds its height; step_was_skipped tells
+    buckets = zip(engine.reducer.order, stats.squares, strict=True)
+    names = sorted({bucket.unit.name for bucket, squares in buckets if not math.isfinite(squares)})
+    warnings.warn(
+        f"step skipped on every rank, nothing changed: gradients of {', '.join(names[:4])}"
+        f"{' and others' if len(names) > 4 else ''} hold Inf or NaN",
+        stacklevel=3,
+    )
+
+
+def slice_of(parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
+    """A parameter's part of a range that this rank owns: in its shape where all of it is here, else 1D."""
+    info = sharded_info(parameter)
+    slot, owned = info.bucket.layout.slots[info.index], info.bucket.shard.range
+    part = slot.range.intersect(owned)
+    own = part.of(values, owned)
+    return own.view(slot.shape) if part.numel == slot.numel else own
+
+
+def _name(parameter: torch.Tensor) -> str:
+    return sharded_info(parameter).name
 
 
 def _clip_factor(norm: float, max_norm: float) -> float:
     """torch.nn.utils.clip_grad_norm_'s factor."""
     return min(1.0, max_norm / (norm + 1e-6))
+
+
+def check_hyperparameters(lr, betas, eps, weight_decay) -> None:
+    """ValueError as torch.optim's constructors raise it."""
+    if not lr >= 0:
+        raise ValueError(f"lr is a number of at least 0, got {lr}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas are two numbers in [0, 1), got {betas}")
+    if not eps >= 0:
+        raise ValueError(f"eps is a number of at least 0, got {eps}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay is a number of at least 0, got {weight_decay}")

@@ -1,18 +1,19 @@
-"""What all ranks must agree on before a step: the global gradient norm, and which parameters have a gradient."""
+"""Grad stats: what all ranks exchange before a step. The global gradient norm, and which parameters have a gradient."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from zerolite_kernels.cpu.command import NORM
 
+from zerolite.engine.engine import Engine
 from zerolite.errors import ZeroliteError
-from zerolite.shards.grad_norm import add_up, exact_sum_of_squares, sum_of_squares
+from zerolite.shards.bucket import Bucket
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GradStats:
     """The same on every rank."""
 
     squares: list[float]  # a bucket, summed over ranks in rank order; of the gradients as they lie, loss scale included
@@ -27,86 +28,101 @@ class Verdict:
         return math.isfinite(sum(self.squares))
 
 
-def agree(zero, keys: Sequence[Sequence[bool | None]]) -> Verdict:
+class BucketStats(NamedTuple):
+    """One rank's word on one bucket."""
+
+    squares: torch.Tensor | float  # () fp64, of this rank's shard of the reduced gradient
+    has_unreduced: bool
+    was_used: Sequence[bool]  # a slot: it has a gradient
+
+    def pack(self) -> list[torch.Tensor | float]:
+        return [self.squares, float(self.has_unreduced), *map(float, self.was_used)]
+
+    @classmethod
+    def width(cls, num_slots: int) -> int:
+        return 2 + num_slots
+
+    @classmethod
+    def unpack(cls, row: Sequence[float]) -> "BucketStats":
+        return cls(row[0], bool(row[1]), [bool(number) for number in row[2:]])
+
+
+def reduce_grad_stats(engine: Engine, counts: Sequence[Sequence[bool | None]]) -> GradStats:
     """Norms and use over all ranks, after reducing gradients that some rank still holds unreduced. Collective.
 
-    keys: a bucket of `zero.reduction_order` and slot: True where the slot counts, None where not.
+    counts: a bucket of `engine.reducer.order` and slot: True where the slot counts, None where not.
+    ZeroliteError on every rank where ranks have gathered other units since the last step, or in another order.
     """
-    buckets = zero.reduction_order
-    verdict, unreduced = _exchange(zero, keys, sum_of_squares)
+    buckets = engine.reducer.order
+    stats, unreduced = _exchange(engine, counts, is_exact=False)
     if any(unreduced):
-        zero.reduce_late([bucket for bucket, is_late in zip(buckets, unreduced, strict=True) if is_late])
-        verdict, _ = _exchange(zero, keys, sum_of_squares)
-    total = sum(verdict.squares)
+        engine.reducer.reduce_late([bucket for bucket, is_late in zip(buckets, unreduced, strict=True) if is_late])
+        stats, _ = _exchange(engine, counts, is_exact=False)
+    total = sum(stats.squares)
     if total == 0 or not math.isfinite(total):
-        verdict, _ = _exchange(zero, keys, exact_sum_of_squares)
-    return verdict
+        stats, _ = _exchange(engine, counts, is_exact=True)
+    return stats
 
 
-def _exchange(zero, keys, squares_of) -> tuple[Verdict, list[bool]]:
-    """One small all-gather: [digest of gathers], then a bucket's [squares, has unreduced, used slots ...]."""
-    numbers: list[torch.Tensor | float] = [float(zero.gather_digest)]
-    for bucket, bucket_keys in zip(zero.reduction_order, keys, strict=True):
+def _exchange(engine: Engine, counts: Sequence[Sequence[bool | None]], is_exact: bool) -> tuple[GradStats, list[bool]]:
+    """One small all-gather: the hash of this rank's gathers, then a `BucketStats` a bucket. Collective.
+
+    The stats, and for each bucket whether some rank has unreduced gradients.
+    """
+    buckets = engine.reducer.order
+    numbers: list[torch.Tensor | float] = [float(engine.gather_order_hash)]
+    for bucket, bucket_counts in zip(buckets, counts, strict=True):
         gradients = bucket.gradients
-        squares: torch.Tensor | float = 0.0
-        if bucket.flat.is_on_host:
-            squares = _squares_on_host(zero, bucket, bucket_keys, squares_of)
-        elif gradients.reduced is not None:
-            low, high = bucket.layout.piece(zero.shard_group.rank)
-            for run in bucket.layout.runs(low, high, bucket_keys):
-                mine = gradients.reduced[run.start - gradients.start : run.stop - gradients.start]
-                squares = squares + squares_of(mine, run.start - low)
-        numbers += [squares, float(gradients.has_unreduced), *map(float, gradients.was_used)]
-    facts = torch.tensor([float("nan") if isinstance(n, torch.Tensor) else n for n in numbers], dtype=torch.float64)
-    facts = facts.to(zero.device.device)
-    where = [i for i, number in enumerate(numbers) if isinstance(number, torch.Tensor)]
-    if where:
-        facts[torch.tensor(where, device=facts.device)] = torch.stack([numbers[i] for i in where])
-    replicas = zero.gather_facts(facts).tolist()
+        squares = bucket.shard.sum_of_squares(bucket_counts, is_exact)
+        numbers += BucketStats(squares, gradients.has_unreduced, gradients.was_used).pack()
+    replicas = engine.all_gather_scalars(_as_tensor(numbers, engine.device.device)).tolist()
 
     if len({row[0] for replica in replicas for row in replica}) > 1:
         raise ZeroliteError(
             "ranks gathered other parameters, or in another order, since the last step: at stage 3 every rank must run "
             "the same modules in the same order; use a lower stage, or units= whose choice does not depend on the data"
         )
-    zero.gather_digest = 0
-    squares, unreduced, was_used = [], [], []
+    engine.gather_order_hash = 0
+    sums: list[float] = []
+    unreduced: list[bool] = []
+    was_used: list[list[bool]] = []
     column = 1
-    for bucket in zero.reduction_order:
-        num_slots = len(bucket.layout.slots)
-        squares.append(sum(row[column] for row in replicas[0]))
-        rows = [row[column + 1 : column + 2 + num_slots] for replica in replicas for row in replica]
-        unreduced.append(any(row[0] for row in rows))
-        was_used.append([any(row[1 + index] for row in rows) for index in range(num_slots)])
-        column += 2 + num_slots
-    return Verdict(squares, was_used), unreduced
+    for bucket in buckets:
+        end = column + BucketStats.width(len(bucket.layout.slots))
+        ranks = [[BucketStats.unpack(row[column:end]) for row in replica] for replica in replicas]
+        sums.append(sum(float(rank.squares) for rank in ranks[0]))
+        everyone = [rank for replica in ranks for rank in replica]
+        unreduced.append(any(rank.has_unreduced for rank in everyone))
+        was_used.append([any(flags) for flags in zip(*(rank.was_used for rank in everyone), strict=True)])
+        column = end
+    return GradStats(sums, was_used), unreduced
 
 
-def _squares_on_host(zero, bucket, keys, squares_of) -> torch.Tensor | float:
-    """Of this rank's piece: what came down with the gradient or, where other slots count, what the workers sum."""
-    gradients = bucket.gradients
-    if not gradients.has_reduced:
-        return 0.0
-    if gradients.squares is not None and all(keys) and squares_of is sum_of_squares:
-        return gradients.squares
-    held = gradients.on_host()
-    runs = list(bucket.layout.runs(*bucket.layout.piece(zero.shard_group.rank), keys))
-    return sum(map(add_up, bucket.flat.host.sums(NORM, runs, held)), 0.0)
+def _as_tensor(numbers: list[torch.Tensor | float], device: torch.device) -> torch.Tensor:
+    """(n,) fp64 on the device; 0-dim tensors are put in there, so that the host does not wait for them."""
+    packed = torch.tensor([math.nan if isinstance(n, torch.Tensor) else n for n in numbers], dtype=torch.float64)
+    packed = packed.to(device)
+    tensors = {index: number for index, number in enumerate(numbers) if isinstance(number, torch.Tensor)}
+    if tensors:
+        packed[torch.tensor(list(tensors), device=device)] = torch.stack(list(tensors.values()))
+    return packed
 
 
-def slot_norms(zero) -> dict[str, float]:
+def slot_norms(engine: Engine) -> dict[str, float]:
     """Norms of the trainable parameters' reduced gradients, by name; 0 where there is none. Collective."""
-    names, squares = [], []
-    for bucket in zero.reduction_order:
-        gradients = bucket.gradients
-        held = None
-        if gradients.has_reduced:
-            held = gradients.on_host().values if bucket.flat.is_on_host else gradients.reduced
-        low, high = bucket.layout.piece(zero.shard_group.rank)
-        for slot in bucket.layout.slots:
-            first, last = bucket.layout.overlap(slot, low, high)
-            mine = None if held is None else held[first - gradients.start : last - gradients.start].double()
-            names.append(slot.name)
-            squares.append(0.0 if mine is None else float(mine.square().sum()))
-    totals = zero.gather_facts(torch.tensor(squares, dtype=torch.float64))[0].sum(dim=0)
+    names: list[str] = []
+    squares: list[float] = []
+    for bucket in engine.reducer.order:
+        names += [slot.name for slot in bucket.layout.slots]
+        squares += _slot_squares(bucket)
+    totals = engine.all_gather_scalars(torch.tensor(squares, dtype=torch.float64))[0].sum(dim=0)
     return dict(zip(names, totals.sqrt().tolist(), strict=True))
+
+
+def _slot_squares(bucket: Bucket) -> list[float]:
+    """Sums of squares of this rank's shard of each slot's gradient."""
+    gradient, spec = bucket.shard.gradient(), bucket.shard.spec
+    if gradient is None:
+        return [0.0] * len(bucket.layout.slots)
+    parts = [slot.range.intersect(spec.shard_range).of(gradient, spec.range) for slot in bucket.layout.slots]
+    return [float(part.double().square().sum()) for part in parts]

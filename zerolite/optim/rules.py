@@ -1,13 +1,11 @@
-"""Update rules on flat runs of elements: each knows its states, its hyperparameters and one step, and nothing else.
+"""Update rules on segments of elements: each knows its states, its hyperparameters and one step, and nothing else.
 
-A run is 1D and holds elements of parameters that share a param group and a step count; parameter and states are of one
-dtype (fp32 or fp64), the gradient of any, still to be multiplied by `multiplier` (clip factor, loss scale). On a device
-a rule is a few torch operations; on the CPU, and in the workers, the host kernels run the same rule in one pass.
+A rule steps `Operands`, 1D tensors of one segment, by the numbers of an `Update`. On a device a rule is a few torch
+operations; on the CPU, and in the workers, the host kernels run the same rule in one pass.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 from torch.optim.adam import adam
@@ -15,35 +13,16 @@ from torch.optim.adamw import adamw
 from zerolite_kernels.cpu import command as abi
 from zerolite_kernels.cpu.command import Command
 
-from zerolite.runtime import cpu_kernels as native
+from zerolite.runtime import cpu_kernels
 from zerolite.shards.grad_norm import add_up, sum_of_squares
+from zerolite.shards.shard import Operands, Update
 
-Hyperparameters = Mapping[str, float | tuple[float, float]]
 
-
-@dataclass(frozen=True)
-class Run:
-    """One run of elements to step; all tensors 1D and of one length."""
-
-    parameter: torch.Tensor
-    gradient: torch.Tensor
-    states: dict[str, torch.Tensor]
-    step: int  # this step's number, from 1
-    hyper: Hyperparameters = field(repr=False)
-    multiplier: float = 1.0  # of the gradient
-    position: int = 0  # of its first element in the rank's piece
-
-    def scaled_gradient(self) -> torch.Tensor:
-        """The gradient as a rule takes it; a rule does not write to it."""
-        if self.multiplier == 1.0 and self.gradient.dtype == self.parameter.dtype:
-            return self.gradient
-        return self.gradient.to(self.parameter.dtype, copy=True).mul_(self.multiplier)
-
-    @property
-    def is_native(self) -> bool:
-        """Whether the host kernels serve; they take fp64 parameters with fp64 gradients."""
-        is_mixed = (self.parameter.dtype == torch.float64) != (self.gradient.dtype == torch.float64)
-        return not is_mixed and native.serves(self.parameter, self.gradient)
+def scaled_gradient(operands: Operands, update: Update) -> torch.Tensor:
+    """The gradient times the multiplier, in the parameter's dtype; a rule does not write to it."""
+    if update.multiplier == 1.0 and operands.gradient.dtype == operands.parameter.dtype:
+        return operands.gradient
+    return operands.gradient.to(operands.parameter.dtype, copy=True).mul_(update.multiplier)
 
 
 class Rule:
@@ -53,47 +32,58 @@ class Rule:
     state_names: tuple[str, ...]
     is_per_parameter = False
 
-    def numbers(self, hyper: Hyperparameters, step: int, multiplier: float) -> dict[str, float]:
-        """The fields of a command that the rule decides."""
+    def is_one_pass(self, operands: Operands) -> bool:
+        """Whether the host kernels serve, which need no scratch; they take fp64 parameters with fp64 gradients."""
+        is_mixed = (operands.parameter.dtype == torch.float64) != (operands.gradient.dtype == torch.float64)
+        return not is_mixed and cpu_kernels.serves(operands.parameter, operands.gradient)
+
+    def numbers(self, update: Update) -> dict[str, float]:
+        """The fields of a command that the rule and the update decide."""
+        hyper, step = update.hyper, update.step
         beta1, beta2 = hyper["betas"]
         return {
             "rule": self.name,
-            "multiplier": multiplier,
+            "seed": update.seed,
+            "multiplier": update.multiplier,
             "lr": hyper["lr"],
             "beta1": beta1,
             "beta2": beta2,
             "eps": hyper.get("eps", 0.0),
             "weight_decay": hyper["weight_decay"],
+            "trust_ratio": update.trust_ratio,
             "bias_correction1": 1 - beta1**step,
             "bias_correction2_sqrt": math.sqrt(1 - beta2**step),
         }
 
-    def command(self, op: int, run: Run, **numbers: float) -> Command:
-        """The host kernels' command for a run in this process."""
-        first, numel = run.position, run.parameter.numel()
-        is_fp64 = run.parameter.dtype == torch.float64
+    def command(self, op: int, operands: Operands, update: Update) -> Command:
+        """The host kernels' command for tensors of this process."""
+        first, numel = operands.position, operands.parameter.numel()
+        is_fp64 = operands.parameter.dtype == torch.float64
         return Command(
             op=op,
             numel=first + numel,
             first=first,
             last=first + numel,
-            gradient_dtype=native.GRADIENT_DTYPES[run.gradient.dtype],
+            gradient_dtype=cpu_kernels.GRADIENT_DTYPES[operands.gradient.dtype],
             parameter_kind=abi.IN_PLACE_FP64 if is_fp64 else abi.IN_PLACE_FP32,
-            gradient=native.address(run.gradient, first),
-            parameter=native.address(run.parameter, first),
-            **{name: native.address(values, first) for name, values in run.states.items()},
-            **self.numbers(run.hyper, run.step, run.multiplier),
-            **numbers,
+            gradient=cpu_kernels.address(operands.gradient, first),
+            parameter=cpu_kernels.address(operands.parameter, first),
+            **{name: cpu_kernels.address(values, first) for name, values in operands.states.items()},
+            **self.numbers(update),
         )
 
-    def step(self, run: Run, **numbers: float) -> None:
-        """One update of the run, in place."""
-        if run.is_native:
-            native.execute(self.command(abi.STEP, run, **numbers))
+    def step(self, operands: Operands, update: Update) -> None:
+        """One update of the segment, in place."""
+        if self.is_one_pass(operands):
+            cpu_kernels.execute(self.command(abi.STEP, operands, update))
         else:
-            self.step_in_torch(run, **numbers)
+            self.step_in_torch(operands, update)
 
-    def step_in_torch(self, run: Run) -> None:
+    def prepare(self, operands: Operands, update: Update) -> torch.Tensor:
+        """The first of two passes, for a rule that needs one."""
+        raise NotImplementedError(f"{type(self).__name__} steps in one pass")
+
+    def step_in_torch(self, operands: Operands, update: Update) -> None:
         raise NotImplementedError
 
 
@@ -102,16 +92,17 @@ class AdamRule(Rule):
 
     name = abi.ADAM
     state_names = ("exp_avg", "exp_avg_sq")
-    functional = staticmethod(adam)
+    functional: Callable[..., None] = staticmethod(adam)
 
-    def step_in_torch(self, run: Run) -> None:
-        beta1, beta2 = run.hyper["betas"]
+    def step_in_torch(self, operands: Operands, update: Update) -> None:
+        beta1, beta2 = update.hyper["betas"]
         # The functional form counts the step up itself; the counter lies where the kernel runs.
-        before = torch.full((), float(run.step - 1), device=run.parameter.device)
+        before = torch.full((), float(update.step - 1), device=operands.parameter.device)
+        exp_avg, exp_avg_sq = operands.states["exp_avg"], operands.states["exp_avg_sq"]
         self.functional(
-            [run.parameter], [run.scaled_gradient()], [run.states["exp_avg"]], [run.states["exp_avg_sq"]], [], [before],
-            fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=run.hyper["lr"],
-            weight_decay=run.hyper["weight_decay"], eps=run.hyper["eps"], maximize=False,
+            [operands.parameter], [scaled_gradient(operands, update)], [exp_avg], [exp_avg_sq], [], [before],
+            fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=update.hyper["lr"],
+            weight_decay=update.hyper["weight_decay"], eps=update.hyper["eps"], maximize=False,
         )  # fmt: skip
 
 
@@ -119,7 +110,7 @@ class AdamWRule(AdamRule):
     """AdamW (Loshchilov & Hutter 2019, algorithm 2): weight decay decoupled from the gradient."""
 
     name = abi.ADAMW
-    functional = staticmethod(adamw)
+    functional: Callable[..., None] = staticmethod(adamw)
 
 
 class LionRule(Rule):
@@ -128,11 +119,11 @@ class LionRule(Rule):
     name = abi.LION
     state_names = ("exp_avg",)
 
-    def step_in_torch(self, run: Run) -> None:
-        beta1, beta2 = run.hyper["betas"]
-        momentum, lr, gradient = run.states["exp_avg"], run.hyper["lr"], run.scaled_gradient()
-        update = torch.lerp(gradient, momentum, beta1).sign_()
-        run.parameter.mul_(1 - lr * run.hyper["weight_decay"]).add_(update, alpha=-lr)
+    def step_in_torch(self, operands: Operands, update: Update) -> None:
+        beta1, beta2 = update.hyper["betas"]
+        momentum, lr, gradient = operands.states["exp_avg"], update.hyper["lr"], scaled_gradient(operands, update)
+        direction = torch.lerp(gradient, momentum, beta1).sign_()
+        operands.parameter.mul_(1 - lr * update.hyper["weight_decay"]).add_(direction, alpha=-lr)
         momentum.lerp_(gradient, 1 - beta2)
 
 
@@ -148,25 +139,27 @@ class LambRule(Rule):
     state_names = ("exp_avg", "exp_avg_sq")
     is_per_parameter = True
 
-    def prepare(self, run: Run) -> torch.Tensor:
-        """Update the moments; (2,) fp64: sums of squares of parameter and direction over this run."""
-        if run.is_native:
-            entries = native.sums(self.command(abi.PREPARE, run), width=2)
+    def prepare(self, operands: Operands, update: Update) -> torch.Tensor:
+        """Update the moments; (2,) fp64: sums of squares of parameter and direction over this segment."""
+        if self.is_one_pass(operands):
+            entries = cpu_kernels.sums(self.command(abi.PREPARE, operands, update), width=2)
             return torch.tensor([add_up(entries[0::2]), add_up(entries[1::2])], dtype=torch.float64)
-        beta1, beta2 = run.hyper["betas"]
-        gradient = run.scaled_gradient()
-        run.states["exp_avg"].lerp_(gradient, 1 - beta1)
-        run.states["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        return torch.stack([sum_of_squares(run.parameter), sum_of_squares(self.direction(run))])
+        beta1, beta2 = update.hyper["betas"]
+        gradient = scaled_gradient(operands, update)
+        operands.states["exp_avg"].lerp_(gradient, 1 - beta1)
+        operands.states["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        return torch.stack([sum_of_squares(operands.parameter), sum_of_squares(self.direction(operands, update))])
 
-    def direction(self, run: Run) -> torch.Tensor:
-        beta1, beta2 = run.hyper["betas"]
-        denominator = run.states["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**run.step)).add_(run.hyper["eps"])
-        direction = (run.states["exp_avg"] / (1 - beta1**run.step)).div_(denominator)
-        return direction.add_(run.parameter, alpha=run.hyper["weight_decay"])
+    def direction(self, operands: Operands, update: Update) -> torch.Tensor:
+        beta1, beta2 = update.hyper["betas"]
+        denominator = operands.states["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**update.step))
+        denominator.add_(update.hyper["eps"])
+        direction = (operands.states["exp_avg"] / (1 - beta1**update.step)).div_(denominator)
+        return direction.add_(operands.parameter, alpha=update.hyper["weight_decay"])
 
-    def step_in_torch(self, run: Run, trust_ratio: float) -> None:
-        run.parameter.add_(self.direction(run), alpha=-run.hyper["lr"] * trust_ratio)
+    def step_in_torch(self, operands: Operands, update: Update) -> None:
+        alpha = -update.hyper["lr"] * update.trust_ratio
+        operands.parameter.add_(self.direction(operands, update), alpha=alpha)
 
 
 def trust_ratio(parameter_squares: float, direction_squares: float) -> float:

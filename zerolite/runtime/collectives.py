@@ -1,20 +1,22 @@
 """Collectives over flat tensors along one mesh dimension, with the transport chosen once.
 
 NCCL runs its own reduce-scatter and all-gather. gloo's are slow (100 MiB fp32, two ranks: reduce-scatter 115 ms,
-an exchange of pieces by isend/irecv plus a sum 30 ms), so on the CPU ranks exchange pieces and sum them in rank
-order, which also makes the sum independent of who owns the piece.
+an exchange of shards by isend/irecv plus a sum 30 ms), so on the CPU ranks exchange shards and sum them in rank
+order, which also makes the sum independent of who owns the shard.
 
 Every method but the properties is collective: every rank of the group must call it, in the same order.
 """
 
 import zlib
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from zerolite.config import LOW_PRECISION
 from zerolite.errors import WorkerError, ZeroliteError
-from zerolite.runtime import abort as alarm
+from zerolite.runtime import abort
+from zerolite.runtime import device as devices
 
 CHUNK_NUMEL = 128 * 1024  # three of them in fp32 lie in a core's second-level cache
 
@@ -33,9 +35,9 @@ class Pending:
             for step in self.steps:
                 step()
         except RuntimeError as error:
-            news = alarm.heard()
-            if news is not None:
-                raise WorkerError(news) from error
+            failure = abort.received()
+            if failure is not None:
+                raise WorkerError(failure) from error
             raise ZeroliteError(
                 f"rank {dist.get_rank()}: {self.label} did not complete: another rank failed, is stuck, or runs other "
                 f"modules or another order of them ({error})"
@@ -50,9 +52,9 @@ class Group:
     size = 1
 
     def reduce_scatter(self, full: torch.Tensor, out: torch.Tensor, divisor: int, label: str) -> Pending:
-        """out (piece_numel,) = sum over ranks of this rank's piece of `full` (size * piece_numel,) / divisor.
+        """out (shard_numel,) = sum over ranks of this rank's shard of `full` (size * shard_numel,) / divisor.
 
-        `out` may be this rank's piece of `full` itself. `label` says in an error what was going on.
+        `out` may be this rank's shard of `full` itself. `label` says in an error what was going on.
         """
         if out.data_ptr() != full.data_ptr():
             out.copy_(full)
@@ -60,10 +62,10 @@ class Group:
             out.div_(divisor)
         return Pending()
 
-    def all_gather(self, full: torch.Tensor, piece: torch.Tensor, label: str) -> Pending:
-        """full (size * piece_numel,) = every rank's `piece`; `piece` may be this rank's piece of `full` itself."""
-        if piece.data_ptr() != full.data_ptr():
-            full.copy_(piece)
+    def all_gather(self, full: torch.Tensor, shard: torch.Tensor, label: str) -> Pending:
+        """full (size * shard_numel,) = every rank's `shard`; `shard` may be this rank's part of `full` itself."""
+        if shard.data_ptr() != full.data_ptr():
+            full.copy_(shard)
         return Pending()
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -72,9 +74,9 @@ class Group:
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Rank 0's values on every rank, in place."""
 
-    def gather_facts(self, facts: torch.Tensor) -> torch.Tensor:
-        """Every rank's few numbers `facts` (n,) as rows (size, n), on the host."""
-        return facts.unsqueeze(0)
+    def all_gather_scalars(self, scalars: torch.Tensor) -> torch.Tensor:
+        """Every rank's few numbers `scalars` (n,) as rows (size, n), on the host."""
+        return scalars.unsqueeze(0)
 
 
 class NcclGroup(Group):
@@ -92,9 +94,9 @@ class NcclGroup(Group):
             return Pending((work.wait,), (full, out), label)
         return Pending((work.wait, lambda: out.div_(divisor)), (full, out), label)
 
-    def all_gather(self, full, piece, label):
-        work = dist.all_gather_into_tensor(full, piece, group=self.process_group, async_op=True)
-        return Pending((work.wait,), (full, piece), label)
+    def all_gather(self, full, shard, label):
+        work = dist.all_gather_into_tensor(full, shard, group=self.process_group, async_op=True)
+        return Pending((work.wait,), (full, shard), label)
 
     def all_reduce(self, tensor):
         dist.all_reduce(tensor, group=self.process_group)
@@ -102,14 +104,14 @@ class NcclGroup(Group):
     def broadcast(self, tensor):
         dist.broadcast(tensor, group=self.process_group, group_src=0)
 
-    def gather_facts(self, facts):
-        rows = facts.new_empty(self.size, facts.numel())
-        dist.all_gather_into_tensor(rows.view(-1), facts, group=self.process_group)
+    def all_gather_scalars(self, scalars):
+        rows = scalars.new_empty(self.size, scalars.numel())
+        dist.all_gather_into_tensor(rows.view(-1), scalars, group=self.process_group)
         return rows.cpu()
 
 
 class ExchangeGroup(Group):
-    """gloo: pieces travel by isend/irecv; sums run on the waiting thread in rank order, a cache-sized chunk a time."""
+    """gloo: shards travel by isend/irecv; sums run on the waiting thread in rank order, a cache-sized chunk a time."""
 
     def __init__(self, process_group: dist.ProcessGroup):
         self.process_group = process_group
@@ -121,27 +123,28 @@ class ExchangeGroup(Group):
     def _exchange(
         self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor], label: str, *then
     ) -> Pending:
-        """Tensors to and from every peer, each announced by what it is; `then`: what is to be done with them.
+        """Send tensors to every peer and receive theirs, each behind a header; `then`: what follows the last receive.
 
-        gloo ends the process when a message is of another size than expected. Tags of what and when keep
-        messages of ranks that fell out of step apart; the announcement, tagged by when alone, tells them at once.
+        gloo ends the process when a message is of another size than expected. Each message's tag is the hash of its
+        label and a sequence number, so messages of ranks that are out of step never match. The header, one element
+        tagged by the sequence number alone, carries the hash: a mismatch raises at once instead of hanging.
         """
         self.count = (self.count + 1) % (1 << 19)
-        what = zlib.crc32(label.encode())
-        announced = torch.tensor([what])
-        heard = {peer: torch.empty_like(announced) for peer in self.peers}
-        announcements = self._post({peer: announced for peer in self.peers}, heard, 2 * self.count)
-        works = self._post(sends, receives, (what & 0x3FF) << 20 | 2 * self.count + 1)
+        label_hash = zlib.crc32(label.encode())
+        header = torch.tensor([label_hash])
+        headers = {peer: torch.empty_like(header) for peer in self.peers}
+        header_works = self._post({peer: header for peer in self.peers}, headers, 2 * self.count)
+        works = self._post(sends, receives, (label_hash & 0x3FF) << 20 | 2 * self.count + 1)
 
         def check() -> None:
-            for peer, other in heard.items():
-                if other.item() != what:
+            for peer, received in headers.items():
+                if received.item() != label_hash:
                     raise RuntimeError(f"rank {peer} of the group is at another collective")
 
-        steps = [*(work.wait for work in announcements), check, *(work.wait for work in works), *then]
-        return Pending(steps, (announced, sends, receives), label)
+        steps = [*(work.wait for work in header_works), check, *(work.wait for work in works), *then]
+        return Pending(steps, (header, sends, receives), label)
 
-    def _post(self, sends, receives, tag: int) -> list[dist.Work]:
+    def _post(self, sends, receives, tag: int) -> list[Any]:
         group = self.process_group
         works = [dist.irecv(receives[peer], group=group, group_src=peer, tag=tag) for peer in self.peers]
         return works + [dist.isend(sends[peer], group=group, group_dst=peer, tag=tag) for peer in self.peers]
@@ -149,18 +152,18 @@ class ExchangeGroup(Group):
     def reduce_scatter(self, full, out, divisor, label):
         if full.numel() == 0:
             return Pending()
-        pieces = dict(enumerate(full.view(self.size, -1).unbind()))
-        received = {peer: torch.empty_like(pieces[peer]) for peer in self.peers}
-        terms = [received.get(rank, pieces[rank]) for rank in range(self.size)]
-        return self._exchange(pieces, received, label, lambda: sum_in_rank_order(terms, out, divisor))
+        shards = dict(enumerate(full.view(self.size, -1).unbind()))
+        received = {peer: torch.empty_like(shards[peer]) for peer in self.peers}
+        terms = [received.get(rank, shards[rank]) for rank in range(self.size)]
+        return self._exchange(shards, received, label, lambda: sum_in_rank_order(terms, out, divisor))
 
-    def all_gather(self, full, piece, label):
+    def all_gather(self, full, shard, label):
         if full.numel() == 0:
             return Pending()
-        pieces = dict(enumerate(full.view(self.size, -1).unbind()))
-        pending = self._exchange({peer: piece for peer in self.peers}, pieces, label)
-        if piece.data_ptr() != pieces[self.rank].data_ptr():
-            pieces[self.rank].copy_(piece)
+        shards = dict(enumerate(full.view(self.size, -1).unbind()))
+        pending = self._exchange({peer: shard for peer in self.peers}, shards, label)
+        if shard.data_ptr() != shards[self.rank].data_ptr():
+            shards[self.rank].copy_(shard)
         return pending
 
     def all_reduce(self, tensor):
@@ -172,9 +175,9 @@ class ExchangeGroup(Group):
     def broadcast(self, tensor):
         dist.broadcast(tensor, group=self.process_group, group_src=0)
 
-    def gather_facts(self, facts):
-        rows = facts.new_empty(self.size * facts.numel())
-        self.all_gather(rows, facts, "the exchange of a few numbers").wait()
+    def all_gather_scalars(self, scalars):
+        rows = scalars.new_empty(self.size * scalars.numel())
+        self.all_gather(rows, scalars, "the exchange of a few numbers").wait()
         return rows.view(self.size, -1)
 
 
@@ -199,4 +202,5 @@ def group_of(process_group: dist.ProcessGroup | None, device: torch.device) -> G
     """The collectives of a process group for tensors on `device`; None or a group of one needs no transport."""
     if process_group is None or dist.get_world_size(process_group) == 1:
         return Group()
-    return NcclGroup(process_group) if device.type == "cuda" else ExchangeGroup(process_group)
+    transports = {"nccl": NcclGroup, "gloo": ExchangeGroup}
+    return transports[devices.of(device).backend](process_group)

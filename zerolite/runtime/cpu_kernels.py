@@ -9,6 +9,8 @@ from zerolite_kernels.cpu import command as abi
 from zerolite_kernels.cpu.command import NORM, PARTIAL_NUMEL, Command
 from zerolite_kernels.cpu_worker import share
 
+from zerolite.runtime.device import on_cpu
+
 GRADIENT_DTYPES = {
     torch.float32: abi.FP32,
     torch.bfloat16: abi.BF16,
@@ -20,7 +22,7 @@ WORTH_A_THREAD_NUMEL = 64 * PARTIAL_NUMEL
 
 def serves(*tensors: torch.Tensor) -> bool:
     """Whether the kernels were built and work on these tensors."""
-    return _library() is not None and all(t.device.type == "cpu" and t.dtype in GRADIENT_DTYPES for t in tensors)
+    return _library() is not None and on_cpu(*tensors) and all(t.dtype in GRADIENT_DTYPES for t in tensors)
 
 
 def address(tensor: torch.Tensor | None, position: int = 0) -> int:

@@ -4,6 +4,8 @@ import contextlib
 import os
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 
 class Cpu:
@@ -83,7 +85,10 @@ class Cuda:
         torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())))
 
 
-def of(device: torch.device) -> Cpu | Cuda:
+Device = Cpu | Cuda
+
+
+def of(device: torch.device) -> Device:
     """The queue-and-memory value for a torch device."""
     if device.type == "cuda":
         return Cuda(device.index if device.index is not None else torch.cuda.current_device())
@@ -97,3 +102,24 @@ def default() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
     return torch.device("cpu")
+
+
+def target(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
+    """Where a model trains: where its tensors lie if that is a GPU, else this rank's default for the mesh.
+
+    ValueError for a model on several GPUs.
+    """
+    kinds = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+    on_gpu = {device for device in kinds if device.type == "cuda"}
+    if len(on_gpu) > 1:
+        raise ValueError(f"the model lies on several GPUs {sorted(map(str, on_gpu))}: move it to one, or to the CPU")
+    if on_gpu:
+        return on_gpu.pop()
+    if isinstance(mesh, DeviceMesh) and mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return default()
+
+
+def on_cpu(*tensors: torch.Tensor) -> bool:
+    """Whether all tensors lie in host memory, where the host kernels can work on them."""
+    return all(tensor.device.type == "cpu" for tensor in tensors)

@@ -14,15 +14,34 @@ from zerolite.runtime.collectives import Group, group_of
 TIMEOUT = datetime.timedelta(minutes=10)
 
 
-def groups_of(mesh: DeviceMesh | None, device: torch.device) -> tuple[Group, Group]:
-    """(shard group, replicate group) for tensors on `device`. Collective.
+class RankMesh:
+    """The ranks of one model: this rank's group to shard over, and its group of replicas."""
+
+    def __init__(self, shard: Group, replicas: Group):
+        self.shard, self.replicas = shard, replicas
+        self.world_size = shard.size * replicas.size
+        self.rank = replicas.rank * shard.size + shard.rank  # shard dimension fastest
+
+    def all_gather_scalars(self, scalars: torch.Tensor) -> torch.Tensor:
+        """Every rank's few fp64 numbers (n,), on this rank's device, as (replicas, shards, n) on the host. Collective.
+
+        Nothing may be in flight that this rank has started and another has not: see `Engine.all_gather_scalars`.
+        """
+        rows = self.shard.all_gather_scalars(scalars)
+        rows = self.replicas.all_gather_scalars(rows.reshape(-1).to(scalars.device))
+        return rows.view(self.replicas.size, self.shard.size, scalars.numel())
+
+
+def mesh_of(mesh: DeviceMesh | None, device: torch.device) -> RankMesh:
+    """The ranks that a model is sharded over, its tensors on `device`. Collective.
 
     Without a mesh the whole world shards; without torch.distributed, but with torchrun's variables, it is started.
+    TypeError or ValueError for a mesh of another kind, number of dimensions, size or device.
     """
     if mesh is None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group(devices.of(device).backend, timeout=TIMEOUT)
-        return group_of(dist.group.WORLD if dist.is_initialized() else None, device), Group()
+        return RankMesh(group_of(dist.group.WORLD if dist.is_initialized() else None, device), Group())
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh= takes a torch.distributed.DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim not in (1, 2):
@@ -39,5 +58,5 @@ def groups_of(mesh: DeviceMesh | None, device: torch.device) -> tuple[Group, Gro
             f"the mesh is of {mesh.device_type} devices and the model goes to {device}: "
             f'use init_device_mesh("{device.type}", ...)'
         )
-    shard_group = group_of(mesh.get_group(mesh.ndim - 1), device)
-    return shard_group, group_of(mesh.get_group(0), device) if mesh.ndim == 2 else Group()
+    shard = group_of(mesh.get_group(mesh.ndim - 1), device)
+    return RankMesh(shard, group_of(mesh.get_group(0), device) if mesh.ndim == 2 else Group())

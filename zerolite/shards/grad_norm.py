@@ -4,22 +4,22 @@ import math
 
 import torch
 
-from zerolite.runtime import cpu_kernels as native
+from zerolite.runtime import cpu_kernels
 
 ROW_NUMEL = 1024
 CHUNK_NUMEL = 1024 * ROW_NUMEL
 
 
 def sum_of_squares(tensor: torch.Tensor, position: int = 0) -> torch.Tensor:
-    """0-dim fp64 sum of squares of a 1D tensor, elements [position, ...) of a rank's piece of a bucket.
+    """0-dim fp64 sum of squares of a 1D tensor, elements [position, ...) of a rank's shard of a bucket.
 
-    On the CPU in fp64 throughout, with partial sums on a grid from the piece's start, as workers make them: the result
+    On the CPU in fp64 throughout, with partial sums on a grid from the shard's start, as workers make them: the result
     does not depend on who computes it. On a device fp32 within rows of 1024 elements, fp64 over rows: relative error
     1e-9, several times as fast. An Inf or NaN stays one. Where squares leave fp32's range (a result of Inf or 0)
     `exact_sum_of_squares` tells.
     """
-    if native.serves(tensor):
-        return torch.tensor(add_up(native.squares(tensor, position)), dtype=torch.float64)
+    if cpu_kernels.serves(tensor):
+        return torch.tensor(add_up(cpu_kernels.squares(tensor, position)), dtype=torch.float64)
     if tensor.dtype == torch.float64:
         return exact_sum_of_squares(tensor)
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
@@ -34,7 +34,7 @@ def sum_of_squares(tensor: torch.Tensor, position: int = 0) -> torch.Tensor:
 
 def exact_sum_of_squares(tensor: torch.Tensor, position: int = 0) -> torch.Tensor:
     """0-dim fp64 sum of squares, in fp64 throughout: beyond the range of no narrower dtype's squares."""
-    if native.serves(tensor):
+    if cpu_kernels.serves(tensor):
         return sum_of_squares(tensor, position)
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
 

@@ -1,16 +1,45 @@
-"""Index arithmetic: parameters -> buckets -> each rank's piece -> the runs that an optimizer steps.
+"""Index arithmetic: parameters -> buckets -> each rank's shard -> the segments that an optimizer steps.
 
-Pure functions and frozen values: no tensors, no processes. Offsets and counts are elements.
+Pure functions and frozen values: no tensors of its own, no processes. Offsets and counts are elements.
 
-A bucket is the flat concatenation of some parameters of one unit. It is cut into `world_size` equal pieces, one a
-rank; the piece is what a rank owns at stages 1 to 3. Parameters start at multiples of ALIGNMENT_NUMEL so that views
-are aligned for kernels, and pieces have a multiple of it so that collectives are.
+A bucket is the flat concatenation of some parameters of one unit. It is cut into `world_size` equal shards, one a
+rank. Parameters start at multiples of ALIGNMENT_NUMEL so that views are aligned for kernels, and shards have a multiple
+of it so that collectives are. A `Partition` turns the stage into the range that a rank owns.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
 
 ALIGNMENT_NUMEL = 128  # 256 bytes of bf16; a block of int8 states, so that no block belongs to two parameters
+
+
+class Range(NamedTuple):
+    """Elements [start, stop) of a bucket; empty where start == stop."""
+
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    def intersect(self, other: "Range") -> "Range":
+        """The part of this range that lies in `other`; where there is none, an empty range inside this one."""
+        start = min(max(self.start, other.start), self.stop)
+        return Range(start, max(start, min(self.stop, other.stop)))
+
+    def relative_to(self, origin: "Range") -> "Range":
+        """The same elements, counted from the start of `origin`."""
+        return Range(self.start - origin.start, self.stop - origin.start)
+
+    def of(self, tensor: torch.Tensor, within: "Range | None" = None) -> torch.Tensor:
+        """A view of these elements of a 1D tensor that holds the range `within` of the bucket; None: all of it."""
+        origin = within.start if within is not None else 0
+        return tensor[self.start - origin : self.stop - origin]
 
 
 @dataclass(frozen=True)
@@ -22,87 +51,123 @@ class Slot:
     numel: int
     offset: int
 
-    @property
-    def stop(self) -> int:
-        return self.offset + self.numel
+    @cached_property
+    def range(self) -> Range:
+        return Range(self.offset, self.offset + self.numel)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Elements [start, stop) of a bucket, inside one piece, that share `key`."""
+class Segment(NamedTuple):
+    """Elements of a bucket, inside one shard, that share `key` and are stepped alike."""
 
-    start: int
-    stop: int
-    key: Hashable
+    range: Range
+    key: Any
 
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """Parameters of one bucket and its cut into pieces; `numel` includes padding."""
+    """Parameters of one bucket and its cut into shards; `numel` includes padding."""
 
     slots: tuple[Slot, ...]
     numel: int
     world_size: int
 
     @property
-    def piece_numel(self) -> int:
+    def range(self) -> Range:
+        return Range(0, self.numel)
+
+    @cached_property
+    def shard_numel(self) -> int:
         return self.numel // self.world_size
 
     @property
     def padding_numel(self) -> int:
         return self.numel - sum(slot.numel for slot in self.slots)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Its parameters, for errors."""
         names = dict.fromkeys((self.slots[0].name, self.slots[-1].name))
         return " ... ".join(names)
 
-    def piece(self, rank: int) -> tuple[int, int]:
-        """[start, stop) of a rank's piece."""
-        return rank * self.piece_numel, (rank + 1) * self.piece_numel
+    def shard_range(self, rank: int) -> Range:
+        return Range(rank * self.shard_numel, (rank + 1) * self.shard_numel)
 
-    def gaps(self) -> Iterator[tuple[int, int]]:
-        """The padding: every [start, stop) that no parameter covers."""
-        end = 0
+    def shard_ranges(self, within: Range) -> Iterator[Range]:
+        """The shards that `within`, a whole number of them, is made of."""
+        for start in range(within.start, within.stop, self.shard_numel or 1):
+            yield Range(start, start + self.shard_numel)
+
+    @cached_property
+    def gaps(self) -> tuple[Range, ...]:
+        """The padding: every range that no parameter covers."""
+        found, end = [], 0
         for slot in self.slots:
             if slot.offset > end:
-                yield end, slot.offset
-            end = max(end, slot.stop)
+                found.append(Range(end, slot.offset))
+            end = max(end, slot.range.stop)
         if self.numel > end:
-            yield end, self.numel
+            found.append(Range(end, self.numel))
+        return tuple(found)
 
-    def overlap(self, slot: Slot, start: int, stop: int) -> tuple[int, int]:
-        """The part of `slot` inside [start, stop) of the bucket, in elements of the bucket; empty: start == stop."""
-        first = min(max(slot.offset, start), slot.stop)
-        return first, max(first, min(slot.stop, stop))
+    def segments(self, within: Range, keys: Sequence[Hashable | None]) -> Iterator[Segment]:
+        """Cut `within` at shards and slots, merge neighbours of equal key; a slot whose key is None is left out.
 
-    def runs(self, start: int, stop: int, keys: Sequence[Hashable | None]) -> Iterator[Run]:
-        """Cut [start, stop) at pieces and slots, merge neighbours of equal key; a slot whose key is None is left out.
-
-        A run takes the padding behind its last slot along (zeros, which every rule leaves zeros), so that its length is
-        a multiple of ALIGNMENT_NUMEL and no vectorised kernel has a remainder loop: that rounds differently, and where
-        an element lies would show in its bits. The cut at pieces does not depend on who owns what, so a rank that owns
-        the whole bucket (stage 0) and ranks that own a piece each run the same kernels on the same elements.
+        A segment includes the padding behind its last slot (zeros, which every rule leaves zeros), so that its length
+        is a multiple of ALIGNMENT_NUMEL and no vectorised kernel has a remainder loop: that rounds differently, and
+        where an element lies would show in its bits. The cut at shards does not depend on who owns what, so a rank that
+        owns the whole bucket (stage 0) and ranks that own a shard each run the same kernels on the same elements.
         """
-        for rank in range(start // self.piece_numel if self.piece_numel else 0, self.world_size):
-            low, high = self.piece(rank)
-            if low >= stop:
+        for rank in range(within.start // self.shard_numel if self.shard_numel else 0, self.world_size):
+            shard = self.shard_range(rank)
+            if shard.start >= within.stop:
                 return
-            run: Run | None = None
+            segment: Segment | None = None
             for slot, key in zip(self.slots, keys, strict=True):
-                first, last = self.overlap(slot, low, high)
-                if first == last:
+                start, stop = slot.range.intersect(shard)
+                if start == stop:
                     continue
-                last = min(align(last), high)
-                if run is not None and run.key == key and key is not None:
-                    run = Run(run.start, last, key)
+                stop = min(align(stop), shard.stop)
+                if segment is not None and segment.key == key and key is not None:
+                    segment = Segment(Range(segment.range.start, stop), key)
                     continue
-                if run is not None and run.key is not None:
-                    yield run
-                run = Run(first, last, key)
-            if run is not None and run.key is not None:
-                yield run
+                if segment is not None and segment.key is not None:
+                    yield segment
+                segment = Segment(Range(start, stop), key)
+            if segment is not None and segment.key is not None:
+                yield segment
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What a stage shards. The only place that asks for the stage: all else asks these methods.
+
+    stage   a rank steps     whole gradients stay   parameters stay unsharded
+    0       the bucket       yes                    yes
+    1       its shard        yes                    yes
+    2       its shard        no                     yes
+    3       its shard        no                     no (adapters: yes)
+    """
+
+    stage: int
+
+    def __post_init__(self):
+        if self.stage not in (0, 1, 2, 3) or isinstance(self.stage, bool):
+            raise ValueError(f"stage is 0, 1, 2 or 3, got {self.stage!r}")
+
+    @property
+    def shards_parameters(self) -> bool:
+        return self.stage == 3
+
+    @property
+    def shards_gradients(self) -> bool:
+        return self.stage >= 2
+
+    def owned_range(self, layout: BucketLayout, rank: int) -> Range:
+        """What a rank owns and steps."""
+        return layout.range if self.stage == 0 else layout.shard_range(rank)
+
+    def owned_numel(self, layout: BucketLayout) -> int:
+        return layout.numel if self.stage == 0 else layout.shard_numel
 
 
 def align(numel: int, multiple: int = ALIGNMENT_NUMEL) -> int:

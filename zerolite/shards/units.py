@@ -1,9 +1,11 @@
 """Which parameters live together: modules -> units -> buckets, in the order of registration."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
+
+from zerolite.shards.layout import BucketLayout, pack
 
 # Buckets of this many elements: 64 MiB in bf16. A transformer block of LLaMA-7B has six, a small one is one.
 BUCKET_NUMEL = 32 * 1024 * 1024
@@ -21,18 +23,21 @@ class ParameterGroup:
     parameters: list[nn.Parameter]
     position: int  # of its first parameter, in the model's order
     is_trainable: bool
-    stays_whole: bool  # at stage 3 too: adapters are too small to be worth a gather
+    stays_unsharded: bool  # at stage 3 too: adapters are too small to be worth a gather
     is_on_meta: bool  # without values when it was planned
 
 
 @dataclass
 class UnitPlan:
-    """One module's own parameters, less those of units inside it, all trainable or all frozen."""
+    """One module's own parameters, less those of units inside it; a group is trainable or frozen."""
 
     name: str
     module: nn.Module
-    is_trainable: bool
     groups: list[ParameterGroup]
+
+    @property
+    def is_trainable(self) -> bool:
+        return any(group.is_trainable for group in self.groups)
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -64,18 +69,26 @@ def unit_modules(model: nn.Module, rule: UnitRule | None) -> list[nn.Module]:
         raise TypeError(f"units= takes module classes or a predicate over modules, got {rule!r}")
     if classes is not None and not all(isinstance(cls, type) for cls in classes):
         raise TypeError(f"units= takes module classes or a predicate over modules, got {rule!r}")
-    is_unit = (lambda module: isinstance(module, tuple(classes))) if classes is not None else rule
+
+    def is_unit(module: nn.Module) -> bool:
+        return isinstance(module, tuple(classes)) if classes is not None else bool(rule(module))  # type: ignore[operator]
+
     chosen = [module for module in model.modules() if module is not model and is_unit(module)]
     if not chosen:
         raise ValueError(f"units={rule!r} matches no module of {type(model).__name__}: name a class that it contains")
     return chosen
 
 
-def plan_units(model: nn.Module, rule: UnitRule | None, dtype_of: Callable[[nn.Parameter], object]) -> list[UnitPlan]:
+def plan_units(
+    model: nn.Module,
+    rule: UnitRule | None,
+    dtype_of: Callable[[nn.Parameter], object],
+    stays_unsharded: Collection[nn.Parameter] = (),
+) -> list[UnitPlan]:
     """Assign every parameter to the innermost unit that holds all its owners; one that several units share to the root.
 
-    `dtype_of` gives the dtype that a parameter will have; units are cut so that a bucket has one. The two plans that a
-    module with trainable and frozen parameters has follow each other.
+    dtype_of: the dtype that a parameter will have; a bucket has one.
+    stays_unsharded: parameters that every rank keeps whole at stage 3 too.
     """
     chosen = {id(module): module for module in [model, *unit_modules(model, rule)]}
     names = {id(module): name for name, module in model.named_modules()}
@@ -92,24 +105,30 @@ def plan_units(model: nn.Module, rule: UnitRule | None, dtype_of: Callable[[nn.P
 
     visit(model, id(model))
 
-    adapters = getattr(model, "_zerolite_adapters", None)  # adapters.state.Adapters
-    of_adapters = {id(p) for a in adapters.by_name.values() for p in a.parameters.values()} if adapters else set()
-    plans: dict[tuple[int, bool], UnitPlan] = {}
+    unsharded = {id(parameter) for parameter in stays_unsharded}
+    plans: dict[int, UnitPlan] = {}
     open_groups: dict[tuple, ParameterGroup] = {}
     last_unit = None
     for position, (name, parameter) in enumerate(model.named_parameters()):
-        unit, is_trainable = home[id(parameter)], parameter.requires_grad
+        unit = home[id(parameter)]
         if unit != last_unit:
             # A bucket never spans parameters of another unit: the output layer's gradients, first in backward, must
             # not wait for the input embedding's, last in backward, though one unit holds both.
             open_groups.clear()
             last_unit = unit
-        plan = plans.setdefault((unit, is_trainable), UnitPlan(names[unit] or "(root)", chosen[unit], is_trainable, []))
-        shared = (is_trainable, id(parameter) in of_adapters, parameter.is_meta)
-        key = (unit, dtype_of(parameter), *shared)
+        plan = plans.setdefault(unit, UnitPlan(names[unit] or "(root)", chosen[unit], []))
+        kind = (parameter.requires_grad, id(parameter) in unsharded, parameter.is_meta)
+        key = (dtype_of(parameter), *kind)
         if key not in open_groups:
-            open_groups[key] = ParameterGroup([], [], position, *shared)
+            open_groups[key] = ParameterGroup([], [], position, *kind)
             plan.groups.append(open_groups[key])
         open_groups[key].names.append(name)
         open_groups[key].parameters.append(parameter)
     return sorted(plans.values(), key=lambda plan: (plan.module is not model, plan.groups[0].position))
+
+
+def layouts_of(group: ParameterGroup, world_size: int) -> list[BucketLayout]:
+    """The buckets of one group, cut for `world_size` ranks."""
+    parameters = zip(group.names, group.parameters, strict=True)
+    bucket_numel = BUCKET_NUMEL if group.is_trainable else FROZEN_BUCKET_NUMEL
+    return pack([(name, tuple(parameter.shape)) for name, parameter in parameters], world_size, bucket_numel)

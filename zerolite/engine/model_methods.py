@@ -1,0 +1,76 @@
+"""Methods of the user's model that would be wrong on sharded state: made right, or refused by name."""
+
+import functools
+from collections.abc import Callable
+
+from torch import nn
+
+from zerolite.engine.engine import Engine, info_of
+from zerolite.errors import ZeroliteError
+
+
+def adapt(engine: Engine) -> None:
+    """Replace on the engine's model what needs it."""
+    model = engine.model
+    own_zero_grad = model.zero_grad
+
+    @functools.wraps(own_zero_grad)
+    def zero_grad(set_to_none: bool = True) -> None:
+        # torch's own asks for model.parameters(), which would wait for the workers; no gradient lives in them.
+        engine.clear_gradients(set_to_none)
+
+    model.zero_grad = zero_grad  # type: ignore[method-assign]
+    if engine.fetch_queue.shards:
+        _fetch_when_read(engine)
+    if all(bucket.parameters.stays_unsharded for unit in engine.units for bucket in unit.buckets):
+        # What was loaded must reach the master, wherever it lies; else the next step would undo it.
+        model.register_load_state_dict_post_hook(lambda module, keys: engine.absorb_edits())
+        return
+    if hasattr(model, "generate"):
+        _generate_together(engine)
+
+    def refuse(module: nn.Module, *args) -> None:
+        if engine.full_depth == 0:
+            raise ZeroliteError(
+                "state dicts of a model at stage 3 hold no whole parameters: use zerolite.save, zerolite.export, "
+                "or call it inside `with zerolite.full_params(model, writeback=...)` on every rank"
+            )
+
+    model.register_state_dict_pre_hook(refuse)
+    model.register_load_state_dict_pre_hook(refuse)
+
+
+def _generate_together(engine: Engine) -> None:
+    """Ranks that finish early go on forwarding, so that every rank gathers as often as the longest one.
+
+    With whole parameters nothing is gathered, and one rank may generate while the others do not.
+    """
+    own_generate: Callable = engine.model.generate  # type: ignore[assignment]
+
+    @functools.wraps(own_generate)
+    def generate(*args, **kwargs):
+        kwargs.setdefault("synced_gpus", engine.full_depth == 0)
+        return own_generate(*args, **kwargs)
+
+    engine.model.generate = generate  # type: ignore[assignment]
+
+
+def _fetch_when_read(engine: Engine) -> None:
+    """Whoever asks the model for parameters gets those that the workers have stepped."""
+    model = engine.model
+    own_parameters = model.named_parameters
+
+    @functools.wraps(own_parameters)
+    def named_parameters(*args, **kwargs):
+        for name, parameter in own_parameters(*args, **kwargs):
+            info = info_of(parameter)  # none for one that was added later
+            if info is not None:
+                engine.fetch(info.bucket.unit)
+            yield name, parameter
+
+    def fetch(module: nn.Module, *args) -> None:
+        engine.fetch()
+
+    model.named_parameters = named_parameters  # type: ignore[method-assign]  # model.parameters() asks this one
+    model.register_state_dict_pre_hook(fetch)
+    model.register_load_state_dict_pre_hook(fetch)

@@ -1,0 +1,46 @@
+"""Which units are gathered next, and walks over a model a unit at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from zerolite.shards.bucket import Bucket, Unit
+
+if TYPE_CHECKING:
+    from zerolite.engine.engine import Engine
+
+
+def neighbour(units: list[Unit], unit: Unit, step: int) -> Unit | None:
+    """The unit to prefetch while `unit` runs: the next one (step 1) or, in backward, the previous one (step -1).
+
+    The root is the first unit. In forward nothing is behind the last unit; in backward the root, whose head runs
+    first, is followed by the last one.
+    """
+    index = unit.index + step
+    if len(units) == 1 or index == len(units):
+        return None
+    return units[index]
+
+
+def unsharded_buckets(engine: Engine, buckets: Iterable[Bucket] | None = None, *, writeback: bool) -> Iterator[Bucket]:
+    """Yield the model's buckets, or some of them, one after the other while they are readable. Collective.
+
+    One unit is gathered at a time, and freed before the next. writeback: what was written into the parameters before
+    the next turn is kept, in this rank's shard and its master; every rank must write the same.
+    """
+    wanted = None if buckets is None else {id(bucket) for bucket in buckets}
+    engine.fetch()
+    for unit in engine.units:
+        chosen = [bucket for bucket in unit.buckets if wanted is None or id(bucket) in wanted]
+        if not chosen:
+            continue
+        engine.unshard(unit)
+        unit.wait()
+        try:
+            for bucket in chosen:
+                yield bucket
+            for bucket in chosen if writeback else ():
+                bucket.parameters.absorb_edits()
+        finally:
+            engine.free(unit)
