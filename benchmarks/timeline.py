@@ -40,7 +40,7 @@ class Recorder:
         self.phase_now = ""
         self._open: dict = {}  # unit -> since when it computes
         self._submitted: list[tuple[int, str, float]] = []  # (number behind the last command, label, when)
-        self._done: list[list[tuple[float, int]]] = []  # of each lane: (when seen, commands done)
+        self._done: list[list[tuple[float, int]]] = []  # of each thread: (when seen, commands done)
         self._patched: list[tuple[object, str]] = []
         self._is_watching = False
 
@@ -148,7 +148,7 @@ class Recorder:
     # Workers #
 
     def _watch(self) -> None:
-        """In a thread of its own: when each lane's count of commands grows."""
+        """In a thread of its own: when each thread's count of commands grows."""
         from zerolite_kernels.cpu_worker import DONE
 
         rows = self.zero.host.pool._rows
@@ -159,15 +159,15 @@ class Recorder:
             time.sleep(SAMPLE_S)
 
     def _worker_spans(self) -> list[Span]:
-        """What each lane worked on: from when it was asked, or had done what came before, until its count says so."""
+        """What each thread worked on: from when it was asked, or had done what came before, until its count says so."""
         spans = []
-        for lane, seen in enumerate(self._done):
+        for thread, seen in enumerate(self._done):
             end = 0.0
             for number, label, asked in self._submitted:
                 done = next((when for when, count in seen if count >= number), None)
                 if done is not None:
                     begin, end = max(asked, end), max(done, asked, end)
-                    spans.append(Span(f"worker {lane}", label, "", begin, end))
+                    spans.append(Span(f"worker {thread}", label, "", begin, end))
         return spans
 
 

@@ -1,11 +1,11 @@
 """One optimizer process: reads commands from shared memory and runs them on its share of every region.
 
-A worker has one thread (a lane) a core. Every lane reads every command, does its own fixed share of the region, and
-counts the command as done; so a region's elements are always touched from the same core, and nothing is divided at run
-time. Lanes sleep on an eventfd, and end when the trainer does. Imports neither torch nor zerolite where the
-kernels were built; else `fallback` serves, which needs torch.
+A worker has one thread a core. Every thread reads every command, does its own fixed share of the region, and counts the
+command as done; so a region's elements are always touched from the same core, and nothing is divided at run time.
+Threads sleep on an eventfd, and end when the trainer does. Imports neither torch nor zerolite where the host kernels
+were built; else `cpu.fallback` serves, which needs torch.
 
-Started as: python -S cpu_worker.py '{"lanes": [...], ...}' with the descriptors of `Setup` inherited.
+Started as: python -S cpu_worker.py '{"threads": [...], ...}' with the descriptors of `Setup` inherited.
 """
 
 import ctypes
@@ -27,26 +27,26 @@ from zerolite_kernels.cpu.command import FILL, PARTIAL_NUMEL, Command
 
 CHUNK_NUMEL = 1024 * PARTIAL_NUMEL  # between two heartbeats
 
-# The control memory: a header, a row a lane, a ring of commands. All numbers are uint64.
-SUBMITTED, ARENA_BYTES, IS_STOPPING, NUM_LANES = range(4)  # of the header
+# The control memory: a header, a row a thread, a ring of commands. All numbers are uint64.
+SUBMITTED, ARENA_BYTES, IS_STOPPING, NUM_THREADS = range(4)  # of the header
 ERROR_OFFSET, ERROR_BYTES = 1024, 3072  # text, zero-terminated, of the first worker that failed
-LANES_OFFSET, LANE_BYTES = 4096, 64
-IS_READY, DONE, HEARTBEAT = range(3)  # of a lane's row
+THREADS_OFFSET, THREAD_BYTES = 4096, 64
+IS_READY, DONE, HEARTBEAT = range(3)  # of a thread's row
 RING_NUMEL = 8192
 
 
-def control_bytes(num_lanes: int) -> int:
-    return ring_offset(num_lanes) + RING_NUMEL * ctypes.sizeof(Command)
+def control_bytes(num_threads: int) -> int:
+    return ring_offset(num_threads) + RING_NUMEL * ctypes.sizeof(Command)
 
 
-def ring_offset(num_lanes: int) -> int:
-    return LANES_OFFSET + num_lanes * LANE_BYTES
+def ring_offset(num_threads: int) -> int:
+    return THREADS_OFFSET + num_threads * THREAD_BYTES
 
 
-def share(numel: int, lane: int, num_lanes: int) -> tuple[int, int]:
-    """[first, last) of a region that a lane works on, cut at multiples of PARTIAL_NUMEL."""
+def share(numel: int, thread: int, num_threads: int) -> tuple[int, int]:
+    """[first, last) of a region that a thread works on, cut at multiples of PARTIAL_NUMEL."""
     blocks = -(-numel // PARTIAL_NUMEL)
-    cut = [min(blocks * index // num_lanes * PARTIAL_NUMEL, numel) for index in (lane, lane + 1)]
+    cut = [min(blocks * index // num_threads * PARTIAL_NUMEL, numel) for index in (thread, thread + 1)]
     return cut[0], cut[1]
 
 
@@ -54,33 +54,33 @@ def share(numel: int, lane: int, num_lanes: int) -> tuple[int, int]:
 class Setup:
     """What the trainer tells a worker; numbers of descriptors that it inherits."""
 
-    lanes: list[int]
-    cores: list[int]  # one a lane; empty: not pinned
-    num_lanes: int  # of all workers together
+    threads: list[int]  # its own, numbered through all workers
+    cores: list[int]  # one a thread; empty: not pinned
+    num_threads: int  # of all workers together
     trainer_pid: int
     control_fd: int
     arena_fd: int
-    wake_fds: list[int]  # one a lane
+    wake_fds: list[int]  # one a thread
     progress_fd: int
     states_fd: int  # file of the states, -1: none
-    library: str | None  # the built kernels; None: torch
+    library: str | None  # the built host kernels; None: torch
 
 
 class Worker:
-    """What the lanes of one process share."""
+    """What the threads of one process share."""
 
     def __init__(self, setup: Setup):
         self.setup = setup
-        self.control_map = mmap.mmap(setup.control_fd, control_bytes(setup.num_lanes))
+        self.control_map = mmap.mmap(setup.control_fd, control_bytes(setup.num_threads))
         self.header = (ctypes.c_uint64 * 8).from_buffer(self.control_map)
-        self.ring_offset = ring_offset(setup.num_lanes)
+        self.ring_offset = ring_offset(setup.num_threads)
         self.execute = _load(setup.library)
-        self.arenas: list[mmap.mmap] = []  # the last one is the largest; older ones may be in use by another lane
+        self.arenas: list[mmap.mmap] = []  # the last one is the largest; older ones may be in use by another thread
         self.lock = threading.Lock()
         self.trainer_fd = os.pidfd_open(setup.trainer_pid)
 
-    def row(self, lane: int):
-        return (ctypes.c_uint64 * 8).from_buffer(self.control_map, LANES_OFFSET + lane * LANE_BYTES)
+    def row(self, thread: int):
+        return (ctypes.c_uint64 * 8).from_buffer(self.control_map, THREADS_OFFSET + thread * THREAD_BYTES)
 
     def command(self, number: int) -> Command:
         offset = self.ring_offset + number % RING_NUMEL * ctypes.sizeof(Command)
@@ -94,17 +94,17 @@ class Worker:
                 self.arenas.append(mmap.mmap(self.setup.arena_fd, nbytes))
             return self.arenas[-1]
 
-    def fail(self, lane: int) -> None:
+    def fail(self, thread: int) -> None:
         """Leave the reason where the trainer finds it, the traceback on stderr, and end."""
         traceback.print_exc()
         reason = traceback.format_exception_only(*sys.exc_info()[:2])[-1].strip()
-        text = f"lane {lane}: {reason}".encode()[: ERROR_BYTES - 1]
+        text = f"thread {thread}: {reason}".encode()[: ERROR_BYTES - 1]
         self.control_map[ERROR_OFFSET : ERROR_OFFSET + len(text)] = text
         os._exit(1)
 
 
 def _load(library: str | None):
-    """execute(memory, command, first, last) of the built kernels, or of what serves in torch."""
+    """execute(memory, command, first, last) of the built host kernels, or of what serves in torch."""
     if library is None:
         from zerolite_kernels.cpu.fallback import execute
 
@@ -112,22 +112,22 @@ def _load(library: str | None):
     function = ctypes.CDLL(library).zl_execute
     function.argtypes = [ctypes.c_void_p, ctypes.POINTER(Command), ctypes.c_uint64, ctypes.c_uint64]
 
-    def execute_native(memory: mmap.mmap, command: Command, first: int, last: int) -> None:
+    def execute_built(memory: mmap.mmap, command: Command, first: int, last: int) -> None:
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         code = function(base, ctypes.byref(command), first, last)
         if code != 0:
             fields = ("op", "rule", "states", "gradient_dtype", "parameter_kind", "numel", "first", "last")
             raise ValueError(f"the kernels know no command { ({n: getattr(command, n) for n in fields}) }")
 
-    return execute_native
+    return execute_built
 
 
-def run_lane(worker: Worker, lane: int, core: int | None, wake_fd: int) -> None:
+def run_thread(worker: Worker, thread: int, core: int | None, wake_fd: int) -> None:
     setup = worker.setup
     try:
         if core is not None:
             os.sched_setaffinity(0, {core})  # of this thread
-        row = worker.row(lane)
+        row = worker.row(thread)
         states = None
         if setup.states_fd >= 0:
             from zerolite_kernels.cpu.state_file import StateFile
@@ -140,7 +140,7 @@ def run_lane(worker: Worker, lane: int, core: int | None, wake_fd: int) -> None:
         os.eventfd_write(setup.progress_fd, 1)
         while True:
             while row[DONE] < worker.header[SUBMITTED]:
-                _do(worker, states, worker.command(row[DONE]), lane, row)
+                _do(worker, states, worker.command(row[DONE]), thread, row)
                 row[HEARTBEAT] += 1
                 row[DONE] += 1  # after the work; the write below is a barrier
                 os.eventfd_write(setup.progress_fd, 1)
@@ -151,12 +151,12 @@ def run_lane(worker: Worker, lane: int, core: int | None, wake_fd: int) -> None:
                 os._exit(0)  # the trainer is gone
             os.eventfd_read(wake_fd)
     except BaseException:
-        worker.fail(lane)
+        worker.fail(thread)
 
 
-def _do(worker: Worker, states, command: Command, lane: int, row) -> None:
-    """This lane's share of one command, a chunk at a time."""
-    first, last = share(command.numel, lane, worker.setup.num_lanes)
+def _do(worker: Worker, states, command: Command, thread: int, row) -> None:
+    """This thread's share of one command, a chunk at a time."""
+    first, last = share(command.numel, thread, worker.setup.num_threads)
     if command.op != FILL:
         first, last = max(first, command.first), min(last, command.last)
 
@@ -178,21 +178,20 @@ def _do(worker: Worker, states, command: Command, lane: int, row) -> None:
 
 def main() -> None:
     setup = Setup(**json.loads(sys.argv[1]))
+    # Ctrl-C and torchrun's SIGTERM reach the whole process group; the trainer decides when its workers end.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(
-            number, signal.SIG_IGN
-        )  # Ctrl-C and torchrun's SIGTERM reach the whole group; the trainer decides
+        signal.signal(number, signal.SIG_IGN)
     if os.getppid() != setup.trainer_pid:
         os._exit(0)
     worker = Worker(setup)
-    cores: list[int | None] = list(setup.cores) or [None] * len(setup.lanes)
-    work = list(zip(setup.lanes, cores, setup.wake_fds, strict=True))
-    threads = [threading.Thread(target=run_lane, args=(worker, *item), daemon=True) for item in work[1:]]
-    for thread in threads:
-        thread.start()
-    run_lane(worker, *work[0])
-    for thread in threads:
-        thread.join()
+    cores: list[int | None] = list(setup.cores) or [None] * len(setup.threads)
+    work = list(zip(setup.threads, cores, setup.wake_fds, strict=True))
+    others = [threading.Thread(target=run_thread, args=(worker, *item), daemon=True) for item in work[1:]]
+    for other in others:
+        other.start()
+    run_thread(worker, *work[0])
+    for other in others:
+        other.join()
 
 
 if __name__ == "__main__":

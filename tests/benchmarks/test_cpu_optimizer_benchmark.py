@@ -12,7 +12,7 @@ from zerolite_kernels import cpu
 SCRIPT = ROOT / "benchmarks" / "cpu_optimizer.py"
 
 
-@pytest.mark.skipif(cpu.path() is None or shutil.which("cc") is None, reason="needs native kernels and a C compiler")
+@pytest.mark.skipif(cpu.path() is None or shutil.which("cc") is None, reason="needs the host kernels and a C compiler")
 def test_cpu_optimizer_writes_complete_results(tmp_path):
     """One small group on one process: every contender has a time, zerolite's a share of the ceiling."""
     arguments = "--sizes 1 --rounds 1 --sample 1 --groups lion --layouts 1x1 --output".split()

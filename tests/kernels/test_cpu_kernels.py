@@ -17,7 +17,7 @@ from zerolite_kernels.cpu import command as K
 from zerolite_kernels.cpu import reference
 
 NATIVE = cpu.load()
-pytestmark = pytest.mark.skipif(NATIVE is None, reason="the native kernels were not built: no C++ compiler at install")
+pytestmark = pytest.mark.skipif(NATIVE is None, reason="the host kernels were not built: no C++ compiler at install")
 
 PATHS = [p for p in (b"avx512", b"avx2", b"plain") if NATIVE is not None and NATIVE.zl_use(p) == 0]
 BEST = PATHS[0] if PATHS else b""
@@ -375,7 +375,7 @@ def test_cuts_change_no_bit(data):
 
 
 def test_cuts_of_norms_change_no_bit():
-    """Partial sums do not depend on which lane computed them, nor on the path; the reference has the same."""
+    """Partial sums do not depend on which thread computed them, nor on the path; the reference has the same."""
     results = set()
     for gradient, each in itertools.product([K.BF16], PATHS):
         for cuts in ([], [4096], [4096, 8192, 12288]):

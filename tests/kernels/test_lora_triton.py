@@ -61,9 +61,9 @@ def compiled():
 
 
 def set_splits(programs: int, share: int) -> None:
-    from zerolite_kernels.lora import triton_kernels
+    from zerolite_kernels.lora import triton_launch
 
-    triton_kernels.TARGET_PROGRAMS, triton_kernels.MIN_SHARE = programs, share
+    triton_launch.TARGET_PROGRAMS, triton_launch.MIN_SHARE = programs, share
 
 
 def ratios(case, dtype: torch.dtype, is_split: bool):
@@ -87,12 +87,12 @@ def test_error_against_fp64_is_at_most_that_of_plain_torch(interpreted, case, dt
 
 def kernels_and_reference(dropout: float):
     """Each kernel's results, and the reference's with the same bits, in fp64."""
-    from zerolite_kernels.lora import triton_kernels
+    from zerolite_kernels.lora import triton_launch
 
     set_splits(264, 16)
     given = layer((70, 141), 150, r=5)
     x, A, B, dy = given.x.detach(), torch.stack(given.As).detach(), given.Bs[0].detach(), given.dys[0]
-    S, bits = triton_kernels.lora_xa(x, A, dropout, seed=2**62 + 7)
+    S, bits = triton_launch.lora_xa(x, A, dropout, seed=2**62 + 7)
     wide = [t.double() for t in (x, A, B, dy, S)]
     kept = wide[0].expand(3, -1, -1)
     if bits is not None:
@@ -100,13 +100,13 @@ def kernels_and_reference(dropout: float):
     pairs = {"S": (S, kept @ wide[1].mT)}
     dS, dS64 = torch.empty_like(S), torch.empty_like(wide[4])
     for i in range(3):
-        dB = triton_kernels.lora_db_ds(dy, S[i], B, 1.5, dS[i], torch.float32)
+        dB = triton_launch.lora_db_ds(dy, S[i], B, 1.5, dS[i], torch.float32)
         dB64 = reference.lora_db_ds(wide[3], wide[4][i], wide[2], 1.5, dS64[i], torch.float64)
     pairs |= {"dB": (dB, dB64), "dS": (dS, dS64)}
-    dA = triton_kernels.lora_da(dS, x, bits, dropout, torch.float32)
+    dA = triton_launch.lora_da(dS, x, bits, dropout, torch.float32)
     pairs["dA"] = dA, reference.lora_da(dS.double(), wide[0], bits, dropout, torch.float64)
     dx, dx64 = torch.ones_like(x), torch.ones_like(wide[0])
-    triton_kernels.lora_dx_(dx, dS, A, bits, dropout)
+    triton_launch.lora_dx_(dx, dS, A, bits, dropout)
     reference.lora_dx_(dx64, dS.double(), wide[1], bits, dropout)
     return pairs | {"dx": (dx, dx64)}
 
@@ -178,7 +178,7 @@ def test_tensors_may_be_strided(interpreted):
 def launches(dtype: torch.dtype, n: int, r: int, dropout: float) -> list[tuple]:
     """(kernel, arguments by name, options) of every launch of a forward and backward at M = 8192, K = N = 4096."""
     from triton.runtime.jit import JITFunction
-    from zerolite_kernels.lora import triton_kernels
+    from zerolite_kernels.lora import triton_launch
 
     found, M, K, N = [], 8192, 4096, 4096
 
@@ -192,11 +192,11 @@ def launches(dtype: torch.dtype, n: int, r: int, dropout: float) -> list[tuple]:
     run, JITFunction.run = JITFunction.run, record
     try:
         x, A = empty(M, K), empty(n, r, K)
-        S, bits = triton_kernels.lora_xa(x, A, dropout, 2**62)
+        S, bits = triton_launch.lora_xa(x, A, dropout, 2**62)
         dS = torch.empty_like(S)
-        triton_kernels.lora_db_ds(empty(M, N), S[0], empty(N, r), 2.0, dS[0], dtype)
-        triton_kernels.lora_da(dS, x, bits, dropout, dtype)
-        triton_kernels.lora_dx_(empty(M, K), dS, A, bits, dropout)
+        triton_launch.lora_db_ds(empty(M, N), S[0], empty(N, r), 2.0, dS[0], dtype)
+        triton_launch.lora_da(dS, x, bits, dropout, dtype)
+        triton_launch.lora_dx_(empty(M, K), dS, A, bits, dropout)
     finally:
         JITFunction.run = run
     return found
@@ -260,7 +260,7 @@ def test_kernels_compile_for_an_h100(compiled, dtype, n, r, dropout):
     if (reason := compiled(missing_tool)) is not None:
         pytest.skip(f"triton's compiler for NVIDIA is not here: {reason}")
     used = compiled(compile_all, dtype, n, r, dropout)
-    assert set(used) >= {"_xa_kernel", "_db_ds_kernel", "_da_kernel", "_dx_kernel", "_sum_kernel"}
+    assert set(used) >= {"xa_kernel", "db_ds_kernel", "da_kernel", "dx_kernel", "sum_kernel"}
     for name, (stack_bytes, shared_bytes) in used.items():
         assert stack_bytes == 0, name
         assert shared_bytes <= SHARED_BYTES, name

@@ -291,7 +291,7 @@ def test_mistakes_are_named():
 INTERPRETED = """
 import torch
 import torch.nn.functional as F
-from zerolite_kernels.loss import cross_entropy, triton_kernels
+from zerolite_kernels.loss import cross_entropy, reference, triton_kernels
 
 torch.manual_seed(0)
 for dtype, scale in (torch.float32, 1.0), (torch.float16, cross_entropy.FP16_SCALE), (torch.bfloat16, 1.0):
@@ -300,11 +300,11 @@ for dtype, scale in (torch.float32, 1.0), (torch.float16, cross_entropy.FP16_SCA
         logits[0, :8] = -torch.inf
         labels = torch.randint(8, vocabulary, (rows,))
         expected, actual = torch.empty(3, rows), torch.empty(3, rows)
-        cross_entropy.sum_exponentials(logits, labels, *expected)
+        reference.sum_exponentials(logits, labels, *expected)
         triton_kernels.sum_exponentials(logits, labels, *actual)
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
         part = logits[:, 4:].contiguous()  # of the vocabulary
-        truth = cross_entropy.gradient_(part.clone(), labels - 4, *expected[1:], scale)
+        truth = reference.gradient_(part.clone(), labels - 4, *expected[1:], scale)
         found = triton_kernels.gradient_(part, labels - 4, *actual[1:], scale)
         assert found is part
         # In fp16 small ones keep their digits: 4e-9 is below its smallest number.
@@ -315,7 +315,7 @@ triton_kernels.sum_exponentials(torch.randn(2, 9), torch.tensor([9, -1]), losses
 assert losses.isnan().all()
 
 # All together, with the loss scaled as fp16 is trained. The interpreter cuts bf16 off where a GPU rounds it.
-cross_entropy._kernels_for = lambda hidden: (triton_kernels.sum_exponentials, triton_kernels.gradient_)
+cross_entropy._kernels_for = lambda hidden: triton_kernels
 for dtype in torch.float32, torch.float16:
     inputs = [torch.randn(shape) for shape in ((2, 41), (20001, 41), (20001,))]
     inputs = [(x / x.shape[-1] ** 0.2).to(dtype).requires_grad_() for x in inputs]

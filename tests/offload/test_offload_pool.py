@@ -30,10 +30,10 @@ needs_kernels = pytest.mark.skipif(cpu.path() is None, reason="the host kernels 
 fast = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 
 
-def make(num_workers: int = 2, num_lanes: int = 2) -> tuple[Arena, Pool]:
+def make(num_workers: int = 2, num_threads: int = 2) -> tuple[Arena, Pool]:
     arena = Arena(Cpu())
     allowed = sorted(os.sched_getaffinity(0))
-    return arena, Pool(arena.fd, num_workers, [allowed[lane % len(allowed)] for lane in range(num_lanes)])
+    return arena, Pool(arena.fd, num_workers, [allowed[thread % len(allowed)] for thread in range(num_threads)])
 
 
 def norm_of(field, first: int, last: int, result) -> Command:
@@ -59,21 +59,21 @@ def test_workers_start_fast_and_without_torch():
 
 
 @needs_kernels
-def test_every_lane_is_pinned_to_its_core():
+def test_every_thread_is_pinned_to_its_core():
     arena, pool = make(1, 2)
     allowed = sorted(os.sched_getaffinity(0))
     (process,) = pool.processes
     masks = [os.sched_getaffinity(int(task.name)) for task in Path(f"/proc/{process.pid}/task").iterdir()]
-    expected = {frozenset({allowed[lane % len(allowed)]}) for lane in range(2)}
+    expected = {frozenset({allowed[thread % len(allowed)]}) for thread in range(2)}
     assert expected <= {frozenset(mask) for mask in masks}
     pool.close()
 
 
 @fast
 @given(st.integers(0, 10**6), st.integers(1, 40))
-def test_shares_cover_a_region_once_at_whole_partial_blocks(numel, num_lanes):
-    """No element is done twice or by nobody, and no partial block by two lanes."""
-    shares = [cpu_worker.share(numel, lane, num_lanes) for lane in range(num_lanes)]
+def test_shares_cover_a_region_once_at_whole_partial_blocks(numel, num_threads):
+    """No element is done twice or by nobody, and no partial block by two threads."""
+    shares = [cpu_worker.share(numel, thread, num_threads) for thread in range(num_threads)]
     assert shares[0][0] == 0 and shares[-1][1] == numel
     assert all(before[1] == after[0] for before, after in zip(shares, shares[1:], strict=False))
     assert all(first <= last and (first % abi.PARTIAL_NUMEL == 0 or first == numel) for first, last in shares)
@@ -83,23 +83,23 @@ def test_shares_cover_a_region_once_at_whole_partial_blocks(numel, num_lanes):
 
 @fast
 @given(st.integers(1, 16), st.integers(1, 16), st.one_of(st.none(), st.integers(1, 40)))
-def test_ranks_of_a_machine_share_its_cores(num_allowed, num_ranks, num_lanes):
-    """Lanes lie on allowed cores; ranks share none while there are enough; a lane is not left without a core."""
+def test_ranks_of_a_machine_share_its_cores(num_allowed, num_ranks, num_threads):
+    """Threads lie on allowed cores; ranks share none while there are enough; a thread is not left without a core."""
     allowed = set(range(0, 2 * num_allowed, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda pid: allowed)
         patch.setattr(cores_module, "_siblings", lambda core: {core})
         patch.setattr(cores_module, "_node", lambda core: core % 3)
-        chosen = [cores_module.cores_of(rank, num_ranks, num_lanes) for rank in range(num_ranks)]
+        chosen = [cores_module.cores_of(rank, num_ranks, num_threads) for rank in range(num_ranks)]
     for cores in chosen:
         assert cores and set(cores) <= allowed
-        assert num_lanes is None or len(cores) == num_lanes
+        assert num_threads is None or len(cores) == num_threads
     if num_allowed >= num_ranks:
         assert sum(len(set(cores)) for cores in chosen) == len(set().union(*chosen))
 
 
-def test_a_lane_takes_a_physical_core_of_its_own(monkeypatch):
-    """Eight hardware threads of four cores: one lane a core, and one core left to the trainer."""
+def test_a_thread_takes_a_physical_core_of_its_own(monkeypatch):
+    """Eight hardware threads of four cores: one thread a core, and one core left to the trainer."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(cores_module, "_siblings", lambda core: {core % 4, core % 4 + 4})
     monkeypatch.setattr(cores_module, "_node", lambda core: 0)
@@ -236,7 +236,7 @@ def test_states_in_a_file_step_as_in_memory(tmp_path, monkeypatch, rule, states)
         for scale in scales:
             scale.zero_()
         parameter, moments = start.clone(), torch.zeros(2 * padded * width, dtype=torch.uint8)
-        lane = state_file.StateFile(fd)
+        states_on_drive = state_file.StateFile(fd)
         for step in (1, 2):
             for first, last in [(0, 128), (128, 5 * 4096 + 128), (5 * 4096 + 128, numel - 128), (numel - 128, numel)]:
                 where = 0 if is_file else moments.data_ptr() - base
@@ -250,7 +250,7 @@ def test_states_in_a_file_step_as_in_memory(tmp_path, monkeypatch, rule, states)
                     bias_correction1=1 - 0.9**step, bias_correction2_sqrt=math.sqrt(1 - 0.99**step),
                 )  # fmt: skip
                 if is_file:
-                    lane.run(execute, memory, command, first, last)
+                    states_on_drive.run(execute, memory, command, first, last)
                 else:
                     execute(memory, command, first, last)
         if is_file:

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 
-def cores_of(local_rank: int, num_local_ranks: int, num_lanes: int | None) -> list[int]:
-    """A core for each lane; with None as many lanes as there are good cores.
+def cores_of(local_rank: int, num_local_ranks: int, num_threads: int | None) -> list[int]:
+    """A core for each thread; with None as many threads as there are good cores.
 
     The cores that this process may run on, ordered by NUMA node, are cut into `num_local_ranks` equal runs, so that a
-    rank's lanes share a node where they can. `OMP_NUM_THREADS`, which torchrun sets to 1, plays no part.
+    rank's threads share a node where they can. `OMP_NUM_THREADS`, which torchrun sets to 1, plays no part.
     """
     allowed = sorted(os.sched_getaffinity(0), key=lambda core: (_node(core), core))
     if len(allowed) >= num_local_ranks:
@@ -18,11 +18,11 @@ def cores_of(local_rank: int, num_local_ranks: int, num_lanes: int | None) -> li
         mine = [allowed[local_rank % len(allowed)]]
     first = {min(_siblings(core) & set(mine)): core for core in mine}
     physical = sorted(first, key=mine.index)
-    if num_lanes is None:
+    if num_threads is None:
         # From four cores on, one is left to the trainer, whose Python feeds the device.
         return physical[1:] if len(physical) >= 4 else physical
     ordered = physical + [core for core in mine if core not in first]
-    return [ordered[lane % len(ordered)] for lane in range(num_lanes)]
+    return [ordered[thread % len(ordered)] for thread in range(num_threads)]
 
 
 def _node(core: int) -> int:

@@ -1,8 +1,8 @@
 """The worker processes of one rank, and the ring of commands that they all read.
 
-Commands are numbered; a lane has done commands [0, its count). `submit` returns the number behind the last one, `wait`
-returns when every lane has counted that far. The trainer and the lanes sleep on eventfds; a worker that dies ends the
-sleep through its pidfd, one that stands still for STUCK_SECONDS through the heartbeats.
+Commands are numbered; a thread has done commands [0, its count). `submit` returns the number behind the last one,
+`wait` returns when every thread has counted that far. The trainer and the threads sleep on eventfds; a worker that dies
+ends the sleep through its pidfd, one that stands still for STUCK_SECONDS through the heartbeats.
 """
 
 import ctypes
@@ -29,11 +29,11 @@ from zerolite_kernels.cpu_worker import (
     HEARTBEAT,
     IS_READY,
     IS_STOPPING,
-    LANE_BYTES,
-    LANES_OFFSET,
-    NUM_LANES,
+    NUM_THREADS,
     RING_NUMEL,
     SUBMITTED,
+    THREAD_BYTES,
+    THREADS_OFFSET,
     control_bytes,
     ring_offset,
 )
@@ -45,7 +45,7 @@ START_SECONDS = 60.0
 
 
 class Pool:
-    """Workers with `len(cores)` lanes between them; one trainer thread at a time may call it."""
+    """Workers with `len(cores)` threads between them; one trainer thread at a time may call it."""
 
     def __init__(
         self,
@@ -58,31 +58,31 @@ class Pool:
     ):
         self.name = name
         self.on_failure = on_failure
-        self.num_lanes = len(cores)
+        self.num_threads = len(cores)
         self.failure: str | None = None
         self._doubt: deque[tuple[int, str]] = deque()  # (number behind its last command, what it works on)
         self.submitted = 0  # commands so far
         control_fd = os.memfd_create("zerolite-control", os.MFD_CLOEXEC)
-        os.ftruncate(control_fd, control_bytes(self.num_lanes))
-        self._control = mmap.mmap(control_fd, control_bytes(self.num_lanes))
+        os.ftruncate(control_fd, control_bytes(self.num_threads))
+        self._control = mmap.mmap(control_fd, control_bytes(self.num_threads))
         self._header = (ctypes.c_uint64 * 8).from_buffer(self._control)
-        self._header[NUM_LANES] = self.num_lanes
+        self._header[NUM_THREADS] = self.num_threads
         self._rows = [
-            (ctypes.c_uint64 * 8).from_buffer(self._control, LANES_OFFSET + lane * LANE_BYTES)
-            for lane in range(self.num_lanes)
+            (ctypes.c_uint64 * 8).from_buffer(self._control, THREADS_OFFSET + thread * THREAD_BYTES)
+            for thread in range(self.num_threads)
         ]
         self._wake_fds = [os.eventfd(0, os.EFD_CLOEXEC) for _ in cores]
         self._progress_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.processes: list[subprocess.Popen] = []
-        self.lanes_of: list[range] = []
+        self.threads_of: list[range] = []
         library = cpu.path()
         for worker in range(num_workers):
-            first, last = (self.num_lanes * index // num_workers for index in (worker, worker + 1))
+            first, last = (self.num_threads * index // num_workers for index in (worker, worker + 1))
             wake_fds = self._wake_fds[first:last]
             setup = {
-                "lanes": list(range(first, last)),
+                "threads": list(range(first, last)),
                 "cores": list(cores[first:last]),
-                "num_lanes": self.num_lanes,
+                "num_threads": self.num_threads,
                 "trainer_pid": os.getpid(),
                 "control_fd": control_fd,
                 "arena_fd": arena_fd,
@@ -96,7 +96,7 @@ class Pool:
             command = [sys.executable, *(["-S"] if library is not None else []), str(Path(cpu_worker.__file__))]
             process = subprocess.Popen([*command, json.dumps(setup)], pass_fds=inherited, stdin=subprocess.DEVNULL)
             self.processes.append(process)
-            self.lanes_of.append(range(first, last))
+            self.threads_of.append(range(first, last))
         os.close(control_fd)
         self._pid_fds = [os.pidfd_open(process.pid) for process in self.processes]
         self._poller = select.poll()
@@ -114,10 +114,10 @@ class Pool:
         self._sleep_until(lambda: all(row[IS_READY] for row in self._rows), "starting", START_SECONDS)
 
     def submit(self, commands: Sequence[Command], label: str, arena_bytes: int) -> int:
-        """Hand commands to every lane; the number to `wait` for. `label` says in an error what they worked on."""
+        """Hand commands to every thread; the number to `wait` for. `label` says in an error what they worked on."""
         self.check()
         self._header[ARENA_BYTES] = arena_bytes
-        size, base = ctypes.sizeof(Command), ring_offset(self.num_lanes)
+        size, base = ctypes.sizeof(Command), ring_offset(self.num_threads)
         for command in commands:
             if self.submitted - RING_NUMEL >= self._num_done():
                 self._wake()
@@ -139,11 +139,11 @@ class Pool:
         return min(row[DONE] for row in self._rows)
 
     def is_done(self, number: int) -> bool:
-        """Whether all lanes have counted up to `number`."""
+        """Whether all threads have counted up to `number`."""
         return self._num_done() >= number
 
     def wait(self, number: int) -> None:
-        """Sleep until every lane has done the commands before `number`; WorkerError where one cannot."""
+        """Sleep until every thread has done the commands before `number`; WorkerError where one cannot."""
         self._sleep_until(lambda: self._num_done() >= number, "working", STUCK_SECONDS)
         self._forget(number)
 
@@ -174,8 +174,8 @@ class Pool:
             if beats != seen:
                 seen, since = beats, time.monotonic()
             elif time.monotonic() - since > patience:
-                slowest = min(range(self.num_lanes), key=lambda lane: self._rows[lane][DONE])
-                worker = next(index for index, lanes in enumerate(self.lanes_of) if slowest in lanes)
+                slowest = min(range(self.num_threads), key=lambda thread: self._rows[thread][DONE])
+                worker = next(index for index, threads in enumerate(self.threads_of) if slowest in threads)
                 self._fail(worker, f"has not moved for {patience:.0f} seconds while {doing}")
 
     def _fail(self, worker: int, how: str | None = None) -> None:
@@ -186,7 +186,7 @@ class Pool:
             text = self._control[ERROR_OFFSET : ERROR_OFFSET + ERROR_BYTES].split(b"\0")[0].decode(errors="replace")
             if text:
                 how += f" ({text.strip()})"
-        done = min(self._rows[lane][DONE] for lane in self.lanes_of[worker])
+        done = min(self._rows[thread][DONE] for thread in self.threads_of[worker])
         labels = list(dict.fromkeys(label for number, label in self._doubt if number > done))
         doubt = f"in doubt: {', '.join(labels[:8])}{' and others' if len(labels) > 8 else ''}" if labels else "idle"
         self.failure = (

@@ -1,8 +1,9 @@
-"""One command to the host kernels, as it lies in memory shared by trainer and workers; mirrored in cpu/command.h.
+"""One command to the host kernels, as it lies in memory shared by trainer and workers; mirrored in command.h.
 
-A command works on elements [first, last) of a region: the piece of one bucket that belongs to one rank, `numel`
-elements, a multiple of BLOCK_NUMEL but where a caller steps loose tensors. Addresses are byte offsets of the region's
-element 0 from a base: the arena's start in each process, or 0 for plain pointers. Imports neither torch nor zerolite.
+A command works on elements [first, last) of a region. A region is one rank's shard of one bucket: `numel` elements, a
+multiple of BLOCK_NUMEL. A caller may also step a loose tensor, of any length. Addresses are byte offsets of the
+region's element 0 from a base: the arena's start in each process, or 0 for plain pointers. Imports neither torch nor
+zerolite.
 
 [Note: nothing depends on who computes]
 Element i of a region gets the same bits whatever [first, last) it is computed in, on which path (AVX-512, AVX2, plain)
@@ -12,7 +13,7 @@ and by which thread. Blocks of int8 states and of partial sums lie on a grid fro
 import ctypes
 
 BLOCK_NUMEL = 128  # elements that share one fp32 scale in int8 states; runs start at multiples of it
-PARTIAL_NUMEL = 4096  # elements that share one fp64 partial sum; lanes are cut at multiples of it
+PARTIAL_NUMEL = 4096  # elements that share one fp64 partial sum; threads' shares are cut at multiples of it
 
 # op
 STEP = 1  # the rule's update; for LAMB the scaled direction, after PREPARE has updated the moments
@@ -34,6 +35,8 @@ FP32, BF16, FP16, FP64 = 0, 1, 2, 3
 IN_PLACE_FP32 = 0  # `parameter`: fp32
 IN_PLACE_FP64 = 1  # `parameter`: fp64, gradient and states too
 SPLIT_BF16 = 2  # `parameter`: bf16, nearest to the master, ties away from zero; `master`: its 16 missing bits
+# As torch and DeepSpeed keep it, two bytes an element more than SPLIT_BF16, which tests and benchmarks compare with it.
+# The engine keeps no parameter so.
 MASTER_BF16 = 3  # `master`: fp32; `parameter`: its bf16 copy, ties to even
 MASTER_FP16 = 4  # `master`: fp32; `parameter`: its fp16 copy, ties to even
 

@@ -1,4 +1,4 @@
-"""What serves in a worker without the built C++ kernels: torch's fused Adam and AdamW, and else the reference."""
+"""What a worker runs where the host kernels were not built: torch's fused Adam and AdamW, else the reference."""
 
 import math
 
@@ -11,7 +11,7 @@ from zerolite_kernels.cpu.command import ADAM, ADAMW, STATES_FP32, STEP, Command
 
 CHUNK_NUMEL = 512 * 1024  # fp32 copies of gradient and parameter stay in a core's cache
 
-torch.set_num_threads(1)  # a lane is one thread
+torch.set_num_threads(1)  # a worker's thread is one core
 
 
 def execute(memory: memoryview, command: Command, first: int, last: int) -> None:

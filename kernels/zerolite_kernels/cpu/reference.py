@@ -1,4 +1,4 @@
-"""Every host kernel in plain torch: the truth for tests, and what serves where the native library could not be built.
+"""Every host kernel in plain torch: the truth for tests, and what serves where they could not be built.
 
 The same operations in the same order as cpu/*.h, so the same bits. Memory is walked in chunks, so that temporaries stay
 small whatever a command's size.
@@ -34,7 +34,7 @@ COPY_DTYPES = {commands.MASTER_BF16: torch.bfloat16, commands.MASTER_FP16: torch
 def execute(memory: memoryview | None, command: Command, first: int, last: int) -> None:
     """Elements [first, last) of a command whose addresses are offsets in `memory`, a writable buffer; None: pointers.
 
-    Ranges are cut as for the native kernels: anywhere, at multiples of BLOCK_NUMEL for int8 states, at multiples of
+    Ranges are cut as for those in C++: anywhere, at multiples of BLOCK_NUMEL for int8 states, at multiples of
     PARTIAL_NUMEL for NORM and PREPARE.
     """
     arena = Arena(memory, command)
@@ -112,7 +112,7 @@ def partial_sums(values: torch.Tensor, begin: int) -> torch.Tensor:
 
 
 def step(arena: Arena, begin: int, end: int) -> None:
-    """STEP and PREPARE. A product and a sum are two operations, as natively: addcmul and lerp would round once."""
+    """STEP and PREPARE. A product and a sum are two operations, as in C++: addcmul and lerp would round once."""
     c = arena.command
     p, m, v = load_parameter(arena, begin, end), *load_states(arena, begin, end)
     if c.op == commands.STEP and c.rule == commands.LAMB:

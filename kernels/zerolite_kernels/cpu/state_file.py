@@ -1,9 +1,9 @@
 """Moments on an NVMe drive: read and written around the update by direct, aligned I/O, three chunks in flight.
 
-While a lane updates chunk k, chunk k + 1 is being read and chunk k - 1 written, each by a thread that sleeps in
-`preadv` or `pwritev` (they release the GIL). Plain O_DIRECT with threads rather than libaio or io_uring: two system
-calls a megabyte leave nothing to save, and it needs no package. O_DIRECT because states are read once a step: the page
-cache would hold them a second time and evict what the trainer needs. Imports neither torch nor zerolite.
+While a worker's thread updates chunk k, helper threads read chunk k + 1 and write chunk k - 1; they sleep in `preadv`
+and `pwritev`, which release the GIL. Plain O_DIRECT with threads rather than libaio or io_uring: two system calls a
+megabyte leave nothing to save, and it needs no package. O_DIRECT because states are read once a step: the page cache
+would hold them a second time and evict what the trainer needs. Imports neither torch nor zerolite.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ def write(fd: int, memory: memoryview, offset: int) -> None:
 
 
 class StateFile:
-    """One lane's access to the file of states."""
+    """One thread's access to the file of states."""
 
     def __init__(self, fd: int):
         self.fd = fd

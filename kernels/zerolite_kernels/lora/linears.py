@@ -105,7 +105,7 @@ def kernels(name: str, x: Tensor, dropout: float, backend: str) -> ModuleType:
     """The module whose function of that name computes the operation."""
     if backend == "torch" or CHOICES[name][dropout > 0] == "torch" or x.numel() == 0:
         return reference
-    return importlib.import_module("zerolite_kernels.lora.triton_kernels")
+    return importlib.import_module("zerolite_kernels.lora.triton_launch")
 
 
 class LoraLinears(torch.autograd.Function):

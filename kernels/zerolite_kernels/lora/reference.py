@@ -1,11 +1,10 @@
-"""Every GPU kernel in plain torch: the truth for tests and benchmarks, and what serves where triton does not run.
+"""LoRA's operations in plain torch: the truth for tests and benchmarks, and what serves where triton does not run.
 
-Each function computes on the device of its tensors, and in their dtype.
-
-LoRA, for the projections i that share x, with keep_i in {0, 1} of bit-packed masks, p the dropout:
+Each function computes on the device of its tensors, and in their dtype. For the projections i that share x, with keep_i
+in {0, 1} of bit-packed masks, p the dropout:
 
     S_i  = (keep_i * x / (1 - p)) A_i^T
-    y_i  = x W_i^T + b_i + scale * S_i B_i^T                  (in lora.py: these products are no kernel's business)
+    y_i  = x W_i^T + b_i + scale * S_i B_i^T                  (in linears.py: these products are no kernel's business)
     dS_i = scale * dy_i B_i,  dB_i = scale * dy_i^T S_i
     dA_i = dS_i^T (keep_i * x / (1 - p))
     dx   = sum_i dy_i W_i + sum_i keep_i * (dS_i A_i) / (1 - p)

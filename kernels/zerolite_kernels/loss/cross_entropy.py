@@ -13,10 +13,15 @@ rounded after the gradient that comes in is multiplied into it. A logit's own gr
 close to 0, where fp16 has no digits: in fp16 it is held times 2**15, which the fp32 products take out again.
 """
 
+import importlib
 import math
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from zerolite_kernels.loss import reference
 
 # Logits: 64 MiB in bf16; at a vocabulary of 128k 256 rows, enough work for one reading of the weight.
 CHUNK_NUMEL = 2**25
@@ -26,14 +31,14 @@ FP16_SCALE = 2.0**15
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
     reduction: str = "sum",
     ignore_index: int | None = -100,
     chunk_numel: int | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """`F.cross_entropy(F.linear(hidden, weight, bias), labels)`, a scalar of at least fp32, without the whole logits.
 
     hidden (tokens, width), weight (vocabulary, width) and bias (vocabulary,) of one floating dtype, labels (tokens,)
@@ -134,19 +139,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _walk_rows(hidden, labels, losses, largest, total, weight, bias, d_hidden, scale: float) -> None:
     """A chunk of rows, all logits: fill in what has a number a row, and `scale` times the gradient by `hidden`."""
-    sum_exponentials, gradient_ = _kernels_for(hidden)
-    logits = F.linear(hidden, weight, bias)
-    sum_exponentials(logits, labels, losses, largest, total)
+    kernels, logits = _kernels_for(hidden), F.linear(hidden, weight, bias)
+    kernels.sum_exponentials(logits, labels, losses, largest, total)
     if d_hidden is not None:
-        _add_product(d_hidden, gradient_(logits, labels, largest, total, scale), weight)
+        _add_product(d_hidden, kernels.gradient_(logits, labels, largest, total, scale), weight)
 
 
 def _walk_vocabulary(
-    hidden, labels, largest, total, weight, bias, d_weight, d_bias, scale: float, factor: torch.Tensor
+    hidden, labels, largest, total, weight, bias, d_weight, d_bias, scale: float, factor: Tensor
 ) -> None:
     """All rows, a block of the vocabulary: fill in its rows of the gradients. labels count from its start."""
-    _, gradient_ = _kernels_for(hidden)
-    d_logits = gradient_(F.linear(hidden, weight, bias), labels, largest, total, scale)
+    d_logits = _kernels_for(hidden).gradient_(F.linear(hidden, weight, bias), labels, largest, total, scale)
     if d_weight is not None:
         product = torch.zeros_like(d_weight, dtype=total.dtype)
         _add_product(product, d_logits.T, hidden)
@@ -168,34 +171,8 @@ def _add_product(total, one, other) -> None:
             total.addmm_(one[:, part].to(total.dtype), other[part].to(total.dtype))
 
 
-def _kernels_for(hidden: torch.Tensor):
-    """The two functions below, or Triton's of the same names on a GPU; fp64 is for checks."""
+def _kernels_for(hidden: Tensor) -> ModuleType:
+    """reference.py, or the Triton functions of the same names on a GPU; fp64 is for checks."""
     if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
-        from zerolite_kernels.loss import triton_kernels
-
-        return triton_kernels.sum_exponentials, triton_kernels.gradient_
-    return sum_exponentials, gradient_
-
-
-# The truth for the Triton kernels, and what runs on the CPU #
-
-
-def sum_exponentials(logits, labels, losses, largest, total) -> None:
-    """Of logits (rows, vocabulary): each row's largest l, total = sum of exp(logit - l), and its loss. (rows,) each."""
-    torch.amax(logits.to(largest.dtype), 1, out=largest)
-    shifted = logits - largest[:, None]
-    of_label = shifted.gather(1, labels[:, None])[:, 0]
-    torch.sum(shifted.exp_(), 1, out=total)
-    torch.sub(total.log(), of_label, out=losses)
-
-
-def gradient_(logits, labels, largest, total, scale: float) -> torch.Tensor:
-    """`scale` times the gradient of the losses' sum by the logits, all of a row's or some, which are overwritten.
-
-    logits (rows, columns); a label that is no column is elsewhere in the vocabulary. At least fp32 here, the logits'
-    dtype from Triton.
-    """
-    gradient = logits.to(largest.dtype).sub_(largest[:, None]).exp_().div_((total / scale)[:, None])
-    is_here = (labels >= 0) & (labels < logits.shape[1])
-    columns = torch.where(is_here, labels, 0)[:, None]
-    return gradient.scatter_add_(1, columns, (-scale * is_here.to(gradient.dtype))[:, None])
+        return importlib.import_module("zerolite_kernels.loss.triton_kernels")
+    return reference

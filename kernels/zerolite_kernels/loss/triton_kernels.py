@@ -48,7 +48,7 @@ def gradient_kernel(logits_ptr, labels_ptr, largest_ptr, total_ptr, num_columns,
 
 
 def sum_exponentials(logits, labels, losses, largest, total) -> None:
-    """`cross_entropy.sum_exponentials`; a label outside the vocabulary gives a loss of nan."""
+    """`reference.sum_exponentials`; a label outside the vocabulary gives a loss of nan."""
     rows, vocabulary = logits.shape
     block = min(BLOCK, triton.next_power_of_2(vocabulary))
     sum_exponentials_kernel[(rows,)](
@@ -57,7 +57,7 @@ def sum_exponentials(logits, labels, losses, largest, total) -> None:
 
 
 def gradient_(logits, labels, largest, total, scale: float) -> torch.Tensor:
-    """`cross_entropy.gradient_`, in place."""
+    """`reference.gradient_`, in place."""
     rows, num_columns = logits.shape
     block = min(BLOCK, triton.next_power_of_2(num_columns))
     gradient_kernel[(rows, triton.cdiv(num_columns, block))](
