@@ -57,8 +57,8 @@ class Host:
             self.states_fd = _open_direct(Path(offload.path))
             weakref.finalize(self, os.close, self.states_fd)
         num_workers = offload.workers or 1
-        num_lanes = None if offload.threads is None else offload.threads * num_workers
-        cores = cores_of(local_rank, num_local_ranks, num_lanes)
+        num_threads = None if offload.threads is None else offload.threads * num_workers
+        cores = cores_of(local_rank, num_local_ranks, num_threads)
         if len(cores) < num_workers:
             cores = cores_of(local_rank, num_local_ranks, num_workers)
         self.fetch_queue = queue = FetchQueue()
