@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from zerolite.adapters.config import LoraConfig, PromptConfig
+
 
 @dataclass
 class Adapter:
     """One adapter: its configuration and its parameters, by their names in the model."""
 
     name: str
-    config: object  # LoraConfig or PromptConfig
+    config: LoraConfig | PromptConfig
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     is_merged: bool = False  # it is part of the base's weights, so forwards leave it out
 
@@ -52,7 +54,7 @@ def adapter_of(model: nn.Module, name: str | None) -> Adapter:
     return adapters.by_name[name]
 
 
-def begin(model: nn.Module, name: str, config) -> Adapter:
+def begin(model: nn.Module, name: str, config: LoraConfig | PromptConfig) -> Adapter:
     """Register a new adapter, without parameters yet, as the active one; everything that was there is frozen.
 
     Raises ValueError for a model that is sharded already, and for a name that is taken or no identifier.
