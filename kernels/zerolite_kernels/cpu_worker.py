@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 if __name__ == "__main__":
@@ -24,6 +25,10 @@ if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from zerolite_kernels.cpu.command import FILL, PARTIAL_NUMEL, Command
+
+Execute = Callable[[mmap.mmap, Command, int, int], None]  # elements [first, last) of a command whose base is the arena
+RunInFile = Callable[[Execute, mmap.mmap, Command, int, int], None]
+Row = ctypes.Array[ctypes.c_uint64]  # a thread's, of 8 numbers
 
 CHUNK_NUMEL = 1024 * PARTIAL_NUMEL  # between two heartbeats
 
@@ -79,7 +84,7 @@ class Worker:
         self.lock = threading.Lock()
         self.trainer_fd = os.pidfd_open(setup.trainer_pid)
 
-    def row(self, thread: int):
+    def row(self, thread: int) -> Row:
         return (ctypes.c_uint64 * 8).from_buffer(self.control_map, THREADS_OFFSET + thread * THREAD_BYTES)
 
     def command(self, number: int) -> Command:
@@ -103,7 +108,7 @@ class Worker:
         os._exit(1)
 
 
-def _load(library: str | None):
+def _load(library: str | None) -> Execute:
     """execute(memory, command, first, last) of the built host kernels, or of what serves in torch."""
     if library is None:
         from zerolite_kernels.cpu.fallback import execute
@@ -128,11 +133,11 @@ def run_thread(worker: Worker, thread: int, core: int | None, wake_fd: int) -> N
         if core is not None:
             os.sched_setaffinity(0, {core})  # of this thread
         row = worker.row(thread)
-        states = None
+        run_in_file = None
         if setup.states_fd >= 0:
             from zerolite_kernels.cpu.state_file import StateFile
 
-            states = StateFile(setup.states_fd)
+            run_in_file = StateFile(setup.states_fd).run
         poller = select.poll()
         poller.register(wake_fd, select.POLLIN)
         poller.register(worker.trainer_fd, select.POLLIN)
@@ -140,7 +145,7 @@ def run_thread(worker: Worker, thread: int, core: int | None, wake_fd: int) -> N
         os.eventfd_write(setup.progress_fd, 1)
         while True:
             while row[DONE] < worker.header[SUBMITTED]:
-                _do(worker, states, worker.command(row[DONE]), thread, row)
+                _do(worker, run_in_file, worker.command(row[DONE]), thread, row)
                 row[HEARTBEAT] += 1
                 row[DONE] += 1  # after the work; the write below is a barrier
                 os.eventfd_write(setup.progress_fd, 1)
@@ -154,7 +159,7 @@ def run_thread(worker: Worker, thread: int, core: int | None, wake_fd: int) -> N
         worker.fail(thread)
 
 
-def _do(worker: Worker, states, command: Command, thread: int, row) -> None:
+def _do(worker: Worker, run_in_file: RunInFile | None, command: Command, thread: int, row: Row) -> None:
     """This thread's share of one command, a chunk at a time."""
     first, last = share(command.numel, thread, worker.setup.num_threads)
     if command.op != FILL:
@@ -168,7 +173,8 @@ def _do(worker: Worker, states, command: Command, thread: int, row) -> None:
 
     memory = worker.arena()
     if command.file:
-        states.run(execute, memory, command, first, last)
+        assert run_in_file is not None, "the moments lie in a file, whose descriptor the trainer did not pass on"
+        run_in_file(execute, memory, command, first, last)
         return
     while first < last:
         stop = min(first - first % PARTIAL_NUMEL + CHUNK_NUMEL, last)

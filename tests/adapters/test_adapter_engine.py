@@ -16,7 +16,7 @@ from zerolite_kernels import cpu
 
 import zerolite
 from zerolite.adapters import state
-from zerolite.adapters.guards import check_gradients
+from zerolite.adapters.checks import check_gradients
 
 STEPS = 4
 

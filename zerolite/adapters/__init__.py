@@ -1,7 +1,7 @@
 """Adapters of a frozen model: LoRA and the prompt family, their files, and which one is on."""
 
+from zerolite.adapters.checks import check_gradients
 from zerolite.adapters.files import load, save
-from zerolite.adapters.guards import check_gradients
 from zerolite.adapters.lora import add_lora
 from zerolite.adapters.merge import merge
 from zerolite.adapters.presets import PRESETS, parameter_groups

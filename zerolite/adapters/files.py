@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from zerolite.adapters import lora_files, prompt_files
-from zerolite.adapters.lora import LoraConfig
+from zerolite.adapters.config import LoraConfig, PromptConfig
 from zerolite.adapters.state import Adapter, adapter_of
 from zerolite.adapters.walk import unsharded_parameters
 from zerolite.engine.engine import find_engine
@@ -88,11 +88,10 @@ def load(model: nn.Module, folder, name: str = "default") -> nn.Module:
 
 def _values_for(model: nn.Module, adapter: Adapter, config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a file holds for an adapter that is there, by the names of its parameters."""
-    is_lora = isinstance(adapter.config, LoraConfig)
-    ours, theirs = "LORA" if is_lora else prompt_files.PEFT_TYPES[adapter.config.kind], config["peft_type"]
+    ours, theirs = _peft_type(adapter.config), config["peft_type"]
     if ours != theirs:
         raise ValueError(f"the folder holds an adapter of peft_type {theirs}, the model's {adapter.name!r} is {ours}")
-    if is_lora:
+    if isinstance(adapter.config, LoraConfig):
         return lora_files.values_of(model, adapter, config, tensors)
     shapes = {name: tuple(parameter.shape) for name, parameter in adapter.parameters.items()}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -102,6 +101,10 @@ def _values_for(model: nn.Module, adapter: Adapter, config: dict, tensors: dict[
             "without an encoder, whose values PEFT does not keep, or load the folder before zerolite.shard"
         )
     return dict(zip(shapes, tensors.values(), strict=True))
+
+
+def _peft_type(config: LoraConfig | PromptConfig) -> str:
+    return "LORA" if isinstance(config, LoraConfig) else prompt_files.PEFT_TYPES[config.kind]
 
 
 # Writing #

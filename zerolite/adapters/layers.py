@@ -80,6 +80,7 @@ class LowRank(nn.Module):
 
         The norm is rounded as the magnitude is: in 16 bits, too, the factors begin as ones (and PEFT's are these).
         """
+        assert self.magnitude is not None, "only DoRA has a gain"
         norms = self.row_norms(layer).to(self.magnitude.dtype)
         return self.magnitude.to(_wide(norms.dtype)) / norms
 
@@ -104,12 +105,13 @@ class LowRank(nn.Module):
         return zip(weight.split(num_rows), self.lora_B.split(num_rows), strict=True)
 
 
-class LoraLayer:
+class LoraLayer(nn.Module):
     """Mixed into the class of an adapted layer; see [Note: a layer changes its class]."""
 
     lora: nn.ModuleDict  # adapter name -> LowRank
     adapters: Adapters  # the model's: which of them is on
-    weight: nn.Parameter
+    weight: nn.Parameter  # (N, K), or (K, N) of a Conv1D
+    bias: nn.Parameter | None  # (N,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         adapter = self.adapters.current

@@ -4,64 +4,20 @@ Adapters have the dtype of the layers they are on (PEFT keeps fp32 ones on a 16-
 ones on an fp32 master; an optimizer of torch's steps them as they are, and rounds small updates away.
 """
 
-import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from zerolite.adapters import targets as naming
+from zerolite.adapters.config import DEFAULT_TARGETS, LoraConfig
 from zerolite.adapters.layers import LoraLayer, LowRank, Together, adapted_class
 from zerolite.adapters.state import Adapter, adapters_of, adopt, begin
-from zerolite.adapters.targets import Targets
 from zerolite.adapters.walk import unsharded_parameters
 
 # Children of one module that usually read the same tensor.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """What a LoRA adapter is, but for its values.
-
-    targets: as a PEFT file tells them: ends of names, or a regular expression.
-    rank_pattern, alpha_pattern: regular expressions for ends of names that have a rank or an alpha of their own.
-    """
-
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.05
-    targets: Targets = naming.DEFAULT
-    use_rslora: bool = False
-    use_dora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self):
-        for r in (self.r, *self.rank_pattern.values()):
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"the rank r is an integer from 1, got {r!r}")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-                raise ValueError(f"alpha is a finite number, got {alpha!r}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a probability from 0 to below 1, got {self.dropout!r}")
-
-    def rank_of(self, layer_name: str) -> int:
-        return _first_match(self.rank_pattern, layer_name, self.r)
-
-    def scale_of(self, layer_name: str) -> float:
-        """alpha / r; with rsLoRA alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."""
-        r, alpha = self.rank_of(layer_name), _first_match(self.alpha_pattern, layer_name, self.alpha)
-        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
-
-
-def _first_match(pattern: Mapping, layer_name: str, default):
-    """The value of the first key that matches the name's end, as in PEFT."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", layer_name)), default)
 
 
 def add_lora(
@@ -69,7 +25,7 @@ def add_lora(
     r: int = 8,
     alpha: float = 16,
     dropout: float = 0.05,
-    targets: str | Iterable[str] = naming.DEFAULT,
+    targets: str | Iterable[str] = DEFAULT_TARGETS,
     *,
     use_rslora: bool = False,
     use_dora: bool = False,
@@ -104,7 +60,7 @@ def attach(model: nn.Module, name: str, config: LoraConfig, layers: Mapping[str,
     adapter = begin(model, name, config, compute_initial_values)
     for layer_name, layer in layers.items():
         if not isinstance(layer, LoraLayer):
-            layer.__class__ = adapted_class(type(layer))
+            layer.__class__ = adapted_class(layer.__class__)
             layer.adapters = adapters_of(model)
             layer.lora = nn.ModuleDict()
         r, scale = config.rank_of(layer_name), config.scale_of(layer_name)

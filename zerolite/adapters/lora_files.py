@@ -1,20 +1,23 @@
 """LoRA adapters as PEFT writes them: names of tensors, and keys of adapter_config.json."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zerolite.adapters import targets as naming
+from zerolite.adapters.config import LoraConfig
 from zerolite.adapters.layers import matrix
-from zerolite.adapters.lora import LoraConfig, attach, layers_of
+from zerolite.adapters.lora import attach, layers_of
 from zerolite.adapters.state import Adapter
 
 PREFIX = "base_model.model."
 SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 # What a key means where a file leaves it out: PEFT's defaults, which are not zerolite's.
-READ = {
+READ: dict[str, Any] = {
     "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None, "exclude_modules": [],
     "layers_to_transform": [], "layers_pattern": [], "rank_pattern": {}, "alpha_pattern": {},
     "use_rslora": False, "use_dora": False, "init_lora_weights": True,
@@ -35,7 +38,7 @@ def to_peft(model: nn.Module, adapter: Adapter) -> tuple[dict, dict[str, Tensor]
 
     The adapter's parameters must be whole on the rank that calls it.
     """
-    config, layers = adapter.config, layers_of(model, adapter.name)
+    config, layers = _config_of(adapter), layers_of(model, adapter.name)
     entries = {
         "peft_type": "LORA",
         "task_type": _task_of(model),
@@ -83,11 +86,11 @@ def values_of(model: nn.Module, adapter: Adapter, config: dict, tensors: dict[st
     ValueError where the file is of another adapter: other layers, shapes, scales or kind.
     """
     lora, layers = _meaning(model, config)
-    there = layers_of(model, adapter.name)
-    _check_tensors(_expected(there, adapter.config), tensors)
+    own, there = _config_of(adapter), layers_of(model, adapter.name)
+    _check_tensors(_expected(there, own), tensors)
     for what, ours, theirs in [
-        ("use_dora", adapter.config.use_dora, lora.use_dora),
-        *((f"scale of {name}", adapter.config.scale_of(name), lora.scale_of(name)) for name in there),
+        ("use_dora", own.use_dora, lora.use_dora),
+        *((f"scale of {name}", own.scale_of(name), lora.scale_of(name)) for name in there),
         ("layers", sorted(there), sorted(layers)),
     ]:
         if ours != theirs:
@@ -95,6 +98,11 @@ def values_of(model: nn.Module, adapter: Adapter, config: dict, tensors: dict[st
                 f"the file's adapter has {what} {theirs}, the model's {ours}: load it before shard instead"
             )
     return _values(there, adapter, tensors)
+
+
+def _config_of(adapter: Adapter) -> LoraConfig:
+    assert isinstance(adapter.config, LoraConfig), f"adapter {adapter.name!r} is no LoRA"
+    return adapter.config
 
 
 def _task_of(model: nn.Module) -> str | None:
@@ -146,7 +154,7 @@ def _refuse_unsupported(config: dict) -> None:
         raise ValueError(f"adapter_config.json asks for what is not supported here: {told}; merge it with PEFT instead")
 
 
-def _check_types(read: dict) -> None:
+def _check_types(read: dict[str, Any]) -> None:
     def is_names(value) -> bool:
         return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
@@ -178,7 +186,7 @@ def _is_regular(pattern: str) -> bool:
     return True
 
 
-def _by_layers(targets: str | list[str], indices: int | list[int], lists: str | list[str]):
+def _by_layers(targets: str | list[str], indices: int | list[int], lists: str | list[str]) -> Callable[[str], bool]:
     """Whether a module is meant, where `layers_to_transform` chooses among the blocks, by the rule of PEFT."""
     if isinstance(targets, str) or indices == []:
         return lambda name: naming.matches(name, targets)
@@ -204,7 +212,7 @@ def _keys(layer_name: str, config: LoraConfig) -> list[tuple[str, str]]:
 
 
 def _expected(layers: dict[str, nn.Module], config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
         (rows, columns), r = matrix(layer).shape, config.rank_of(name)
         shape_of = {"lora_A": (r, columns), "lora_B": (rows, r), "magnitude": (rows,)}
@@ -231,5 +239,5 @@ def _values(layers: dict[str, nn.Module], adapter: Adapter, tensors: dict[str, T
     return {
         f"{name}.lora.{adapter.name}.{kind}": tensors[key]
         for name in layers
-        for kind, key in _keys(name, adapter.config)
+        for kind, key in _keys(name, _config_of(adapter))
     }

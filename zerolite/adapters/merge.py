@@ -6,7 +6,8 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from zerolite.adapters.lora import LoraConfig, layers_of
+from zerolite.adapters.config import LoraConfig
+from zerolite.adapters.lora import layers_of
 from zerolite.adapters.state import Adapters, adapter_of, adapters_of, evaluating
 from zerolite.adapters.walk import unsharded_parameters
 from zerolite.engine.engine import find_engine

@@ -5,12 +5,15 @@ same kind without one: it gives the same logits, and training goes on with the v
 training of an encoder, use zerolite.save.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from zerolite.adapters.config import PromptConfig
 from zerolite.adapters.prompts import attach, shape_of_supported
 from zerolite.adapters.state import Adapter
-from zerolite.adapters.virtual_tokens import PromptConfig, Shape
+from zerolite.adapters.virtual_tokens import Shape
 
 TENSOR = "prompt_embeddings"
 
@@ -39,8 +42,9 @@ def to_peft(model: nn.Module, adapter: Adapter) -> tuple[dict, dict[str, Tensor]
     virtual_tokens = model.prompts[adapter.name]
     with torch.no_grad():
         tensor = virtual_tokens().detach().cpu().contiguous().clone()
-    config, shape = adapter.config, virtual_tokens.shape
-    entries = {
+    config: PromptConfig = virtual_tokens.config
+    shape: Shape = virtual_tokens.shape
+    entries: dict[str, Any] = {
         "peft_type": PEFT_TYPES[config.kind],
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from zerolite.adapters.config import DEEP_KINDS, KINDS, PromptConfig
 from zerolite.adapters.prefix import attentions_of, cache_keyword, give_prefix, install_prefix
 from zerolite.adapters.state import Adapters, adapters_of, adopt, begin, disabled, evaluating
-from zerolite.adapters.virtual_tokens import DEEP_KINDS, KINDS, PromptConfig, Shape, VirtualTokens, shape_of
+from zerolite.adapters.virtual_tokens import Shape, VirtualTokens, shape_of
 
 IGNORED = -100  # the label that transformers' losses leave out
 
@@ -151,7 +152,8 @@ class Prompts(nn.ModuleDict):
             return None
         inputs = _by_name(base, args, kwargs)
         count = current.config.tokens
-        cache = inputs.get(cache_keyword(type(base).forward))
+        keyword = cache_keyword(type(base).forward)
+        cache = None if keyword is None else inputs.get(keyword)
         _refuse_unsupported(inputs, cache, current.config)
         if inputs.get("attention_mask") is not None:
             inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (count, 0), value=1)
@@ -184,8 +186,8 @@ def _refuse_unsupported(inputs: dict, cache, config: PromptConfig) -> None:
             "virtual tokens come in front of rows with a 2-D attention_mask (batch, length) and a cache that grows: "
             "static caches (cache_implementation='static') and ready-made 4-D masks have no room for them"
         )
-    is_alone = position_ids is not None and mask is None and cache is None
-    if is_alone and (position_ids[..., 1:] <= position_ids[..., :-1]).any():
+    counts_alone = mask is None and cache is None
+    if position_ids is not None and counts_alone and (position_ids[..., 1:] <= position_ids[..., :-1]).any():
         raise ValueError(
             "these position_ids start anew within a row, which packs several sequences: virtual tokens come in front "
             "of the first only; pad the rows and pass attention_mask"
@@ -234,8 +236,9 @@ def compute_initial_values(model: nn.Module) -> None:
 
 def _keys_values_of(model: nn.Module, ids: Tensor) -> Tensor:
     """What the base model caches for these tokens, laid out as a prefix: (tokens, layers * 2 * heads * head_dim)."""
-    cache = DynamicCache()
+    cache, keyword = DynamicCache(), cache_keyword(type(model).forward)
+    assert keyword is not None, f"{type(model).__name__} has prefixes, but its forward takes no cache"
     with disabled(model), evaluating(model):
-        model(input_ids=ids[None], use_cache=True, **{cache_keyword(type(model).forward): cache})
+        model(input_ids=ids[None], use_cache=True, **{keyword: cache})
     keys_values = torch.stack([part[0] for layer in cache.layers for part in (layer.keys, layer.values)])
     return keys_values.permute(2, 0, 1, 3).flatten(1)  # from (2 * layers, heads, tokens, head_dim)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from zerolite.adapters.config import LoraConfig, PromptConfig
 from zerolite.adapters.walk import unsharded_parameters
 from zerolite.engine import extensions
 from zerolite.engine.engine import find_engine
@@ -17,7 +18,7 @@ class Adapter:
     """One adapter: its configuration and its parameters, by their names in the model."""
 
     name: str
-    config: object  # LoraConfig or PromptConfig
+    config: LoraConfig | PromptConfig
     # Gives parameters of this kind the values that a base on the meta device could not give. Collective.
     compute_initial_values: Callable[[nn.Module], None] = lambda model: None
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -60,7 +61,12 @@ def adapter_of(model: nn.Module, name: str | None) -> Adapter:
     return adapters.by_name[name]
 
 
-def begin(model: nn.Module, name: str, config, compute_initial_values: Callable[[nn.Module], None]) -> Adapter:
+def begin(
+    model: nn.Module,
+    name: str,
+    config: LoraConfig | PromptConfig,
+    compute_initial_values: Callable[[nn.Module], None],
+) -> Adapter:
     """Register a new adapter, without parameters yet, as the active one; everything that was there is frozen.
 
     Raises ValueError for a model that is sharded already, and for a name that is taken or no identifier.

@@ -6,18 +6,16 @@ from collections.abc import Iterable
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from zerolite.adapters.config import DEFAULT_TARGETS, Targets
 from zerolite.adapters.state import Adapters
 
 ALL_LINEAR = "all-linear"
-DEFAULT = ("q_proj", "k_proj", "v_proj")
 # What stands for the default, the first that there is, in a model that has none of the three: GPT-2 and Qwen 1;
 # GPT-NeoX, BLOOM, ChatGLM, Falcon; Baichuan; Phi-3; MPT, DBRX, ModernBERT; InternLM 2; vision models; BERT; T5.
 INSTEAD = (
     ("c_attn",), ("query_key_value",), ("W_pack",), ("qkv_proj",), ("Wqkv",), ("wqkv",), ("qkv",),
     ("query", "key", "value"), ("q", "k", "v"),
 )  # fmt: skip
-
-Targets = str | tuple[str, ...] | list[str]
 
 
 def find(model: nn.Module, targets: str | Iterable[str]) -> tuple[Targets, dict[str, nn.Module]]:
@@ -37,8 +35,10 @@ def find(model: nn.Module, targets: str | Iterable[str]) -> tuple[Targets, dict[
         targets = tuple(targets)
         if not targets or not all(isinstance(target, str) and target for target in targets):
             raise ValueError(f"targets= takes names of layers, a regular expression or {ALL_LINEAR!r}, got {targets!r}")
-        if set(targets) == set(DEFAULT):
-            targets = next((names for names in (DEFAULT, *INSTEAD) if any(matches(m, names) for m in modules)), targets)
+        if set(targets) == set(DEFAULT_TARGETS):
+            targets = next(
+                (names for names in (DEFAULT_TARGETS, *INSTEAD) if any(matches(m, names) for m in modules)), targets
+            )
         elif unmatched := [target for target in targets if not any(matches(name, (target,)) for name in modules)]:
             check(model, {}, f"targets {', '.join(unmatched)}")
     found = {name: module for name, module in modules.items() if matches(name, targets)}

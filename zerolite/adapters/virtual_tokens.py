@@ -5,24 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-DEEP_KINDS = ("prefix", "p-tuning-v2")
-KINDS = ("prompt", "p-tuning", *DEEP_KINDS)
-
-
-@dataclass(frozen=True)
-class PromptConfig:
-    """What `add_prompt` was asked for, its defaults resolved."""
-
-    kind: str  # one of KINDS
-    tokens: int
-    init: str  # "random", "vocabulary", "text" or "zeros"
-    encoder: str | None = None  # "mlp" or "lstm"
-    encoder_hidden: int | None = None
-
-    @property
-    def is_deep(self) -> bool:
-        """The virtual tokens are keys and values of every layer, not embeddings in front of the first."""
-        return self.kind in DEEP_KINDS
+from zerolite.adapters.config import PromptConfig
 
 
 @dataclass(frozen=True)
@@ -60,6 +43,7 @@ class VirtualTokens(nn.Module):
         width_in = width
         self.encoder = nn.Identity()
         if config.encoder is not None:
+            assert config.encoder_hidden is not None, "an encoder has a hidden size"
             width_in = shape.heads * shape.head_dim if config.is_deep else shape.hidden
             build = _deep_mlp if config.is_deep else _LSTM if config.encoder == "lstm" else _mlp
             self.encoder = build(width_in, config.encoder_hidden, width)

@@ -14,7 +14,7 @@ CHUNK_NUMEL = 512 * 1024  # fp32 copies of gradient and parameter stay in a core
 torch.set_num_threads(1)  # a worker's thread is one core
 
 
-def execute(memory: memoryview, command: Command, first: int, last: int) -> None:
+def execute(memory: reference.Buffer, command: Command, first: int, last: int) -> None:
     """Elements [first, last) of a command, as `reference.execute`; agrees with it to 1e-6."""
     c = command
     if c.op != STEP or c.rule not in (ADAM, ADAMW) or c.states != STATES_FP32:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ import torch
 
 from zerolite_kernels.cpu import command as commands
 from zerolite_kernels.cpu.command import BLOCK_NUMEL, PARTIAL_NUMEL, Command
+
+Buffer = mmap.mmap | memoryview  # that can be written to
 
 CHUNK_NUMEL = 16 * PARTIAL_NUMEL
 COLUMNS = 32  # of a partial sum: element i of a region is added to column i mod COLUMNS
@@ -31,7 +34,7 @@ GRADIENT_DTYPES = {
 COPY_DTYPES = {commands.MASTER_BF16: torch.bfloat16, commands.MASTER_FP16: torch.float16}
 
 
-def execute(memory: memoryview | None, command: Command, first: int, last: int) -> None:
+def execute(memory: Buffer | None, command: Command, first: int, last: int) -> None:
     """Elements [first, last) of a command whose addresses are offsets in `memory`, a writable buffer; None: pointers.
 
     Ranges are cut as for those in C++: anywhere, at multiples of BLOCK_NUMEL for int8 states, at multiples of
@@ -63,7 +66,7 @@ def chunks(first: int, last: int) -> Iterator[tuple[int, int]]:
 class Arena(NamedTuple):
     """A command's tensors: each method gives elements [begin, end) of its region as they lie in memory."""
 
-    memory: memoryview | None
+    memory: Buffer | None
     command: Command
 
     def elements(self, offset: int, dtype: torch.dtype, begin: int, end: int) -> torch.Tensor:
@@ -198,22 +201,23 @@ def load_states(arena: Arena, begin: int, end: int) -> list[torch.Tensor | None]
 
 def store_states(arena: Arena, begin: int, end: int, m: torch.Tensor, v: torch.Tensor | None) -> None:
     c = arena.command
-    noise = draw(c.seed, c.position, begin, end) if c.states != commands.STATES_FP32 else None
-    for which, (state, offset, scale) in enumerate(
-        [(m, c.exp_avg, c.exp_avg_scale), (v, c.exp_avg_sq, c.exp_avg_sq_scale)]
-    ):
-        if state is None:
-            continue
+    kept = [(m, c.exp_avg, c.exp_avg_scale)]
+    if v is not None:
+        kept.append((v, c.exp_avg_sq, c.exp_avg_sq_scale))
+    if c.states == commands.STATES_FP32:
+        for state, offset, _ in kept:
+            arena.elements(offset, state.dtype, begin, end).copy_(state)
+        return
+    noise = draw(c.seed, c.position, begin, end)
+    for which, (state, offset, scale) in enumerate(kept):
         if c.states == commands.STATES_INT8:
             codes, scales = (encode_exp_avg_sq if which else encode_exp_avg)(state, noise)
             arena.elements(offset, codes.dtype, begin, end).copy_(codes)
             arena.scales(scale, begin, end).copy_(scales)
-        elif c.states == commands.STATES_BF16:
+        else:
             half = noise >> 16 & 0xFFFF if which else noise & 0xFFFF
             bits = torch.where(state.isnan(), NOT_A_NUMBER, state.view(torch.int32)) + half >> 16
             arena.elements(offset, torch.int16, begin, end).copy_(bits)
-        else:
-            arena.elements(offset, state.dtype, begin, end).copy_(state)
 
 
 def state_dtype(c: Command) -> torch.dtype:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -37,10 +38,10 @@ CHOICES = {
 
 def lora_linears(
     x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    As: list[Tensor],
-    Bs: list[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
     scale: float,
     dropout: float,
     *,
@@ -68,10 +69,18 @@ def lora_linears(
         backend = "triton" if is_for_triton else "torch"
     seed = int(torch.randint(1 << 62, (1 << 63) - 1, ())) if dropout > 0 else 0
     with torch.autocast(x.device.type, enabled=False):
-        return LoraLinears.apply(backend, scale, dropout, seed, x, *weights, *biases, *As, *Bs)
+        return LoraLinears.apply(backend, scale, dropout, seed, biases, x, *weights, *As, *Bs)
 
 
-def check(x: Tensor, weights: list, biases: list, As: list, Bs: list, dropout: float) -> None:
+def check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    dropout: float,
+) -> None:
+    """ValueError for what `lora_linears` refuses."""
     if not len(weights) == len(biases) == len(As) == len(Bs) >= 1:
         counts = f"{len(weights)} weights, {len(biases)} biases, {len(As)} As, {len(Bs)} Bs"
         raise ValueError(f"each projection has a weight, a bias or None, an A and a B; got {counts}")
@@ -109,10 +118,21 @@ def kernels(name: str, x: Tensor, dropout: float, backend: str) -> ModuleType:
 
 
 class LoraLinears(torch.autograd.Function):
+    """`lora_linears` for autograd: gradients of x, the As and the Bs. Weights and biases are frozen and have none."""
+
     @staticmethod
-    def forward(ctx, backend: str, scale: float, dropout: float, seed: int, x: Tensor, *tensors: Tensor | None):
-        n = len(tensors) // 4
-        weights, biases, As, Bs = (tensors[i : i + n] for i in range(0, 4 * n, n))
+    def forward(
+        ctx,
+        backend: str,
+        scale: float,
+        dropout: float,
+        seed: int,
+        biases: Sequence[Tensor | None],
+        x: Tensor,
+        *tensors: Tensor,  # the weights, the As, the Bs
+    ) -> tuple[Tensor, ...]:
+        n = len(biases)
+        weights, As, Bs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         rows = x.reshape(-1, x.shape[-1])
         S, bits = kernels("lora_xa", rows, dropout, backend).lora_xa(rows, stack(As, x), dropout, seed)
         outputs = tuple(x.new_empty(*x.shape[:-1], len(weight)) for weight in weights)
@@ -133,32 +153,32 @@ class LoraLinears(torch.autograd.Function):
         n, dropout = len(dys), ctx.dropout
         x, S, bits, *tensors = ctx.saved_tensors
         weights, As, Bs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        needs_dx, needs_dA = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5 + 2 * n : 5 + 3 * n])
+        needs_dx, needs_dA = ctx.needs_input_grad[5], any(ctx.needs_input_grad[6 + n : 6 + 2 * n])
         rows = x.reshape(-1, x.shape[-1])
-        dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        flat_dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
 
-        def kernel(name):
+        def kernel(name: str) -> Callable:
             return getattr(kernels(name, rows, dropout, ctx.backend), name)
 
         with torch.autocast(x.device.type, enabled=False):
             dS = torch.empty_like(S)
             dBs = [
                 kernel("lora_db_ds")(dy, S_i, B.to(x.dtype), ctx.scale, dS_i, B.dtype)
-                for dy, S_i, B, dS_i in zip(dys, S, Bs, dS, strict=True)
+                for dy, S_i, B, dS_i in zip(flat_dys, S, Bs, dS, strict=True)
             ]
             dx, dAs = None, [None] * n
             if needs_dA:
                 dAs = kernel("lora_da")(dS, rows, bits, dropout, As[0].dtype)
                 dAs = [dA.to(A.dtype) for dA, A in zip(dAs, As, strict=True)]
             if needs_dx:
-                dx = torch.mm(dys[0], weights[0])
-                for dy, weight in zip(dys[1:], weights[1:], strict=True):
+                dx = torch.mm(flat_dys[0], weights[0])
+                for dy, weight in zip(flat_dys[1:], weights[1:], strict=True):
                     reference.add_product_(dx, dy, weight)
                 kernel("lora_dx_")(dx, dS, stack(As, x), bits, dropout)
                 dx = dx.view(x.shape)
-        return None, None, None, None, dx, *[None] * 2 * n, *dAs, *dBs
+        return None, None, None, None, None, dx, *[None] * n, *dAs, *dBs
 
 
-def stack(As: tuple[Tensor, ...] | list[Tensor], x: Tensor) -> Tensor:
+def stack(As: Sequence[Tensor], x: Tensor) -> Tensor:
     """(n, r, K) in x's dtype: small beside x, and made anew in backward."""
     return torch.stack([A.to(x.dtype) for A in As])

@@ -64,7 +64,7 @@ def linear_cross_entropy(
     return loss if reduction == "sum" else loss / num_labels
 
 
-def _check(hidden, weight, labels, bias, reduction) -> None:
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, reduction: str) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "expected hidden (tokens, width) and weight (vocabulary, width), "
@@ -105,7 +105,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """See [Note: two walks over the logits]."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, chunk_numel, needs_d_hidden):
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk_numel: int,
+        needs_d_hidden: bool,
+    ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         ctx.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
         ctx.chunk_numel = chunk_numel
@@ -113,12 +121,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden, dtype=dtype) if needs_d_hidden else None
         for rows in row_chunks(labels.numel(), weight.shape[0], chunk_numel):
             chunk = hidden[rows], labels[rows], losses[rows], largest[rows], total[rows]
-            _walk_rows(*chunk, weight, bias, d_hidden[rows] if needs_d_hidden else None, ctx.scale)
+            _walk_rows(*chunk, weight, bias, None if d_hidden is None else d_hidden[rows], ctx.scale)
         ctx.save_for_backward(hidden, weight, bias, labels, largest, total, d_hidden)
         return losses.sum(dtype=torch.float64).to(dtype)  # one number a token: more digits cost nothing
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient: Tensor):
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "linear_cross_entropy is differentiable once: with create_graph=True its gradients would pass for "
@@ -132,12 +140,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
         if d_weight is not None or d_bias is not None:
             for block in vocabulary_blocks(weight.shape[0], max(hidden.shape), ctx.chunk_numel):
-                parts = (None if tensor is None else tensor[block] for tensor in (weight, bias, d_weight, d_bias))
-                _walk_vocabulary(hidden, labels - block.start, largest, total, *parts, ctx.scale, factor)
+                of_block = [None if tensor is None else tensor[block] for tensor in (bias, d_weight, d_bias)]
+                rows = hidden, labels - block.start, largest, total
+                _walk_vocabulary(*rows, weight[block], *of_block, scale=ctx.scale, factor=factor)
         return d_hidden, d_weight, d_bias, None, None, None
 
 
-def _walk_rows(hidden, labels, losses, largest, total, weight, bias, d_hidden, scale: float) -> None:
+def _walk_rows(
+    hidden: Tensor,  # (rows, width)
+    labels: Tensor,  # (rows,)
+    losses: Tensor,  # (rows,), written, as the next two
+    largest: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    d_hidden: Tensor | None,  # (rows, width), zeros, written; None: not needed
+    scale: float,
+) -> None:
     """A chunk of rows, all logits: fill in what has a number a row, and `scale` times the gradient by `hidden`."""
     kernels, logits = _kernels_for(hidden), F.linear(hidden, weight, bias)
     kernels.sum_exponentials(logits, labels, losses, largest, total)
@@ -146,7 +165,17 @@ def _walk_rows(hidden, labels, losses, largest, total, weight, bias, d_hidden, s
 
 
 def _walk_vocabulary(
-    hidden, labels, largest, total, weight, bias, d_weight, d_bias, scale: float, factor: Tensor
+    hidden: Tensor,  # (rows, width)
+    labels: Tensor,  # (rows,)
+    largest: Tensor,
+    total: Tensor,
+    weight: Tensor,  # (block, width)
+    bias: Tensor | None,  # (block,)
+    d_weight: Tensor | None,  # (block, width), written; None: not needed
+    d_bias: Tensor | None,
+    *,
+    scale: float,
+    factor: Tensor,
 ) -> None:
     """All rows, a block of the vocabulary: fill in its rows of the gradients. labels count from its start."""
     d_logits = _kernels_for(hidden).gradient_(F.linear(hidden, weight, bias), labels, largest, total, scale)
@@ -158,7 +187,7 @@ def _walk_vocabulary(
         torch.mul(d_logits.sum(0, dtype=total.dtype), factor, out=d_bias)
 
 
-def _add_product(total, one, other) -> None:
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
     """total += one @ other, summed in the dtype of `total`: fp32, where the factors may have fewer bits."""
     if other.dtype == total.dtype:
         total.addmm_(one.to(total.dtype), other)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def sum_exponentials(logits, labels, losses, largest, total) -> None:
+def sum_exponentials(logits: Tensor, labels: Tensor, losses: Tensor, largest: Tensor, total: Tensor) -> None:
     """Of logits (rows, vocabulary): each row's largest l, total = sum of exp(logit - l), and its loss. (rows,) each."""
     torch.amax(logits.to(largest.dtype), 1, out=largest)
     shifted = logits - largest[:, None]
@@ -13,7 +13,7 @@ def sum_exponentials(logits, labels, losses, largest, total) -> None:
     torch.sub(total.log(), of_label, out=losses)
 
 
-def gradient_(logits, labels, largest, total, scale: float) -> Tensor:
+def gradient_(logits: Tensor, labels: Tensor, largest: Tensor, total: Tensor, scale: float) -> Tensor:
     """`scale` times the gradient of the losses' sum by the logits, all of a row's or some, which are overwritten.
 
     logits (rows, columns); a label that is no column is elsewhere in the vocabulary. At least fp32 here, the logits'

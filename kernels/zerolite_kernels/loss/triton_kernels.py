@@ -3,9 +3,9 @@
 Plain torch reads and writes them some ten times, mostly in fp32; these kernels read them twice and write them once.
 """
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 4096  # logits that a program holds at once: 16 a thread
 NUM_WARPS = 8
@@ -47,7 +47,7 @@ def gradient_kernel(logits_ptr, labels_ptr, largest_ptr, total_ptr, num_columns,
     tl.store(logits_ptr, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
-def sum_exponentials(logits, labels, losses, largest, total) -> None:
+def sum_exponentials(logits: Tensor, labels: Tensor, losses: Tensor, largest: Tensor, total: Tensor) -> None:
     """`reference.sum_exponentials`; a label outside the vocabulary gives a loss of nan."""
     rows, vocabulary = logits.shape
     block = min(BLOCK, triton.next_power_of_2(vocabulary))
@@ -56,7 +56,7 @@ def sum_exponentials(logits, labels, losses, largest, total) -> None:
     )
 
 
-def gradient_(logits, labels, largest, total, scale: float) -> torch.Tensor:
+def gradient_(logits: Tensor, labels: Tensor, largest: Tensor, total: Tensor, scale: float) -> Tensor:
     """`reference.gradient_`, in place."""
     rows, num_columns = logits.shape
     block = min(BLOCK, triton.next_power_of_2(num_columns))
