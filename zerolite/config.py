@@ -16,7 +16,9 @@ class Precision:
     reduce: dtype that gradients are summed over ranks in, and kept in until the step.
         16 bytes a parameter (2 + 2 + 12) hold with `reduce=torch.bfloat16`; fp32 keeps 2 bytes more of gradient.
     scaler: rules of dynamic loss scaling, read from a `torch.amp.GradScaler` (initial scale, growth and back-off
-        factors, growth interval). fp16 takes torch's defaults where None; other dtypes refuse one.
+        factors, growth interval). fp16 has torch's defaults where None; other dtypes refuse one.
+
+    Raises TypeError for what is no floating dtype or no GradScaler, ValueError for a scaler without fp16.
     """
 
     param: torch.dtype = torch.bfloat16
@@ -66,6 +68,8 @@ class Offload:
         rank's share of the cores that the process may run on.
     states: how moments are kept: "fp32", "bf16" (stochastic rounding), "int8" (blocks of 128 with an fp32 scale).
     path: a folder on a local NVMe drive that the moments lie on instead of in memory; nothing stays in it.
+
+    Raises ValueError for a value that a field does not have, and for parameters=True together with a budget.
     """
 
     optimizer: bool = True

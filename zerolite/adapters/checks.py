@@ -12,8 +12,9 @@ def check_gradients(model: nn.Module) -> None:
     """See that the last backward gave every part of the active adapter that can learn a gradient. Collective.
 
     To be called in the first step, between backward and `zero_grad`. A LoRA's A has none yet, since its B starts at
-    zero; all else must. ZeroliteError on every rank, with names, where a gradient is missing or zero everywhere: the
-    forward does not reach the adapter, or nothing after it depends on what it adds.
+    zero; all else must. Raises ZeroliteError on every rank, with names, where a gradient is missing or zero
+    everywhere: the forward does not reach the adapter, or nothing after it depends on what it adds. Raises ValueError
+    for a model that is not sharded or has no adapter.
     """
     engine = engine_of(model)
     adapter = adapter_of(model, None)

@@ -35,10 +35,13 @@ Content = tuple[dict, dict[str, Tensor]]  # a configuration, and tensors by thei
 def save(model: nn.Module, folder, name: str | None = None) -> None:
     """Write an adapter, the active one or that of the name, as a folder that PEFT opens too. Collective if sharded.
 
-    Values have the parameters' dtype. Before the folder appears, the file is opened again and compared with memory;
-    what stood there is replaced, other files in it stay. ZeroliteError, on every rank, where it cannot be written,
-    where a value is not finite, or where the file is not what it should be; what stood there then still stands.
-    A model that is not sharded raises what went wrong as it is.
+    Values have the parameters' dtype. Before the folder appears, the file is opened again and compared with memory. An
+    adapter that stands there is replaced; other files in the folder stay.
+
+    Raises ValueError where there is no adapter of that name. Raises ZeroliteError on every rank where the folder cannot
+    be written or holds folders, where a value is not finite, or where the file is not what it should be; what stood
+    there still stands then. A model that is not sharded raises what went wrong as it is (OSError, ValueError). Raises
+    WorkerError where a worker failed.
     """
     engine = find_engine(model)
     adapter = adapter_of(model, name)
@@ -62,8 +65,10 @@ def load(model: nn.Module, folder, name: str = "default") -> nn.Module:
     On a model that is not sharded the adapter is added under that name, as the active one, and the base is frozen.
     On a sharded one the values go into its adapter of that name, which must be of the same kind and shapes: collective,
     each rank reads the folder. Values take the dtype of the layers that they are on.
-    ValueError, which on a sharded model is a ZeroliteError of every rank, for a folder that is incomplete or damaged,
-    tensors that are missing, left over or of another shape, and a configuration that asks for what is not supported.
+
+    Raises ValueError, which on a sharded model is a ZeroliteError of every rank, for a folder that is incomplete or
+    damaged, for tensors that are missing, left over or of another shape, and for a configuration that asks for what is
+    not supported. Raises ValueError for a name that is taken, or, on a sharded model, for one that there is not.
     """
     folder = Path(folder)
     engine = find_engine(model)

@@ -42,9 +42,13 @@ def add_lora(
     name: of the adapter. A model can have several; `use` chooses one, `disabled` switches them off.
 
     Call it before `zerolite.shard`. Values are drawn from torch's default generator on each rank, and `shard` takes
-    rank 0's. On a base without values (meta device) adapters are made on the CPU; see `compute_initial_values`.
+    rank 0's. On a base without values (meta device) adapters are made on the CPU, and `zerolite.shard` or
+    `load_pretrained` computes what comes from the base.
     With reentrant activation checkpointing call `model.enable_input_require_grads()`: it gives no gradients where no
-    input needs one. ValueError where nothing matches, the name is taken or the model is sharded.
+    input needs one.
+
+    Raises ValueError for a number out of its range, for targets that match nothing or a layer that LoRA is not for, for
+    a name that is taken or no identifier, and for a model that is sharded already. Not collective.
     """
     targets, layers = naming.find(model, targets)
     attach(model, name, LoraConfig(r, alpha, dropout, targets, use_rslora, use_dora), layers)

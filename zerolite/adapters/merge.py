@@ -24,8 +24,9 @@ def merge(model: nn.Module, name: str | None = None, batch: dict[str, Tensor] | 
     At stage 3 one unit is gathered at a time.
     batch: what the model is called with; None: some token ids, the same on every rank.
     Returns the largest absolute difference of logits between the adapted and the merged model on it, over all ranks.
-    ValueError for an adapter that is no LoRA or merged already, and for a weight that is tied to another module's.
-    ZeroliteError where the adapter holds values that are not finite; nothing is merged then.
+    Raises ValueError where there is no adapter of that name, for one that is no LoRA or merged already, for a weight
+    that is tied to another module's, and for a model that needs a `batch`. Raises ZeroliteError where the adapter holds
+    values that are not finite. Nothing is merged then.
     """
     adapter, adapters = adapter_of(model, name), adapters_of(model)
     if not isinstance(adapter.config, LoraConfig):

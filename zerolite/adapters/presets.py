@@ -35,7 +35,7 @@ def parameter_groups(
 
     loraplus_ratio: LoRA+ (Hayou et al. 2024, arXiv 2402.12354): every lora_B learns at that times `lr`; the paper
         recommends 16 with an `lr` for the rest that is smaller than LoRA's. None: one group.
-    ValueError where nothing trains, or where there is a ratio and no LoRA.
+    Raises ValueError where nothing trains, for a ratio that is not above 0, and for one without a LoRA. Not collective.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:

@@ -45,7 +45,11 @@ def add_prompt(
     PEFT's do: labels are extended here, and `logits_to_keep` counts from the end. Position ids that the caller gives
     are not used then, but counted from 0 over virtual and real tokens.
     Parameters are fp32, or fp64 where the model is. On a model whose parameters lie on the meta device, values that
-    the model gives are postponed: see `compute_initial_values`.
+    the model gives are computed by `zerolite.shard` or `load_pretrained`.
+
+    Raises ValueError for a choice or a number that the kind does not have, for token ids outside of the vocabulary, for
+    an encoder-decoder, for a name that is taken or no identifier, and for a model that is sharded already. Raises
+    TypeError for a model that is not of transformers. Not collective.
     """
     config = _resolved(kind, tokens, init, text_ids, encoder, encoder_hidden, shape_of_supported(model))
     source_ids = _source_ids(model, config, text_ids) if config.init in ("vocabulary", "text") else None

@@ -104,13 +104,19 @@ def adopt(model: nn.Module, adapter: Adapter) -> None:
 
 
 def use(model: nn.Module, name: str) -> None:
-    """Have forwards use the adapter of that name. Every rank must call it alike."""
+    """Have forwards use the adapter of that name. Every rank must call it alike.
+
+    Raises ValueError where the model has no adapter of that name.
+    """
     adapters_of(model).active = adapter_of(model, name).name
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module):
-    """Inside, forwards are those of the base model. Every rank must enter it alike."""
+    """Inside, forwards are those of the base model. Every rank must enter it alike.
+
+    Raises ValueError where the model has no adapter.
+    """
     adapters = adapters_of(model)
     adapters.num_disabled += 1
     try:

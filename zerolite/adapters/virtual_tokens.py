@@ -34,7 +34,7 @@ class VirtualTokens(nn.Module):
     """
 
     embedding: nn.Parameter  # (tokens, width), or what the encoder takes
-    source_ids: Tensor | None  # (tokens,) ids whose values the embedding waits for, see `settle_initial_values`
+    source_ids: Tensor | None  # (tokens,) ids of the initial values, see `prompts.compute_initial_values`
 
     def __init__(self, config: PromptConfig, shape: Shape, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -59,7 +59,7 @@ class VirtualTokens(nn.Module):
         if self.source_ids is not None:
             raise ValueError(
                 "this prompt starts from values of the base model, which had none when it was added: call "
-                "zerolite.adapters.initial.settle_initial_values(model) once the weights are there"
+                "zerolite.shard, which computes them, or add the prompt once the weights are there"
             )
         return self.encoder(self.embedding)
 

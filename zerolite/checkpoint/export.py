@@ -26,13 +26,16 @@ FILE_BYTES = 2 << 30  # a file of an export, and so the host memory that writing
 
 @torch.no_grad()
 def export(model: nn.Module, folder) -> None:
-    """Write whole parameters as a Hugging Face folder, in their dtype; one that stood there is replaced. Collective.
+    """Write whole parameters as a Hugging Face folder, in their dtype. Collective.
 
-    Rank 0 writes; at stage 3 one unit is gathered at a time, and a file (2 GiB) is held in host memory at most.
-    `AutoModelForCausalLM.from_pretrained` opens the folder; tied weights stand once, under the name that transformers
-    ties from. A model that is not of transformers gives its safetensors alone. Other files in the folder (a tokenizer)
-    stay. ZeroliteError on every rank where rank 0 cannot write; what stood there then still stands. Adapters are left
-    out: ValueError while one is on and not merged, since the folder would not be the model that runs.
+    Rank 0 writes. At stage 3 one unit is gathered at a time, and host memory has one file (2 GiB) at most.
+    `AutoModelForCausalLM.from_pretrained` opens the folder. Tied weights stand once, under the name that transformers
+    ties from. A model that is not of transformers gives its safetensors alone. An export that stands there is replaced;
+    other files in the folder (a tokenizer) stay. Adapters are left out.
+
+    Raises ValueError for a model that is not sharded, and while an adapter is on and not merged, since the folder would
+    not be the model that runs. Raises ZeroliteError on every rank where rank 0 cannot write, or where the folder holds
+    folders; what stood there still stands then. Raises WorkerError where a worker failed.
     """
     engine = engine_of(model)
     for extension in extensions_of(model):

@@ -28,12 +28,10 @@ def load(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None):
     Everything is checked, hashes included, before anything changes. A rank beyond the saved world gets rank 0's extra
     and buffers. The old order (folder, model) still works, with a FutureWarning.
 
-    Raises:
-        TypeError: the first two arguments are not a module and a path, or the optimizer is not zerolite's.
-        ValueError: the model is not sharded, the optimizer is of another model, or `full_params` is open.
-        CheckpointError: on every rank, where the checkpoint is missing, incomplete, altered, of a newer format, or of
-            another model or optimizer. Nothing has changed then.
-        WorkerError: a worker died or stopped.
+    Raises TypeError where the first two arguments are not a module and a path, and for an optimizer that is not
+    zerolite's. Raises ValueError for a model that is not sharded, for an optimizer of another model, and inside
+    `full_params`. Raises CheckpointError on every rank where the checkpoint is missing, incomplete, altered, of a newer
+    format, or of another model or optimizer; nothing has changed then. Raises WorkerError where a worker failed.
     """
     model, folder = model_and_folder("load", model, folder)
     engine = engine_of(model)

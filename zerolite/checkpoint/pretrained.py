@@ -31,10 +31,15 @@ def load_pretrained(
 ) -> nn.Module:
     """Build a sharded model, in eval mode, from a local Hugging Face folder with safetensors. Collective.
 
-    Arguments as of `shard`. adapt: called with the model before it is sharded, its parameters on the meta device, to
-    freeze some or to add adapters: `adapt=zerolite.adapters.add_lora`. No rank builds the whole model: each reads its
-    own ranges, and where full parameters stay (stages 0 to 2) ranks gather the rest from each other. ValueError where
-    the folder has no weights, or others than the configuration asks for.
+    path: the folder. No rank builds the whole model: each reads its own ranges, and where unsharded parameters stay
+        (stages 0 to 2) ranks gather the rest from each other.
+    adapt: called with the model before it is sharded, its parameters on the meta device, to freeze some or to add
+        adapters: `adapt=zerolite.adapters.add_lora`.
+    stage, mesh, offload, precision, units: as of `shard`.
+
+    A warning names weights of the folder that have no place in the model. Raises ValueError where the folder has no
+    config.json or no weights, misses a file, is damaged, or has other weights than the configuration asks for. Raises
+    what `shard` raises for the other arguments.
     """
     offload = build.check_arguments(stage, offload, precision)
     folder = Path(path)

@@ -42,13 +42,11 @@ def save(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None, ex
 
     The old order (folder, model) still works, with a FutureWarning.
 
-    Raises:
-        TypeError: the first two arguments are not a module and a path, or the optimizer is not zerolite's.
-        ValueError: the model is not sharded, or the optimizer is of another model.
-        CheckpointError: on every rank, where one rank cannot write: the disk is full, the folder holds something else
-            than a checkpoint, or `extra` holds what is neither JSON nor a tensor. Nothing new is left, and what stood
-            in the folder before still stands.
-        WorkerError: a worker died or stopped, so that states on the host are not whole.
+    Raises TypeError where the first two arguments are not a module and a path, and for an optimizer that is not
+    zerolite's. Raises ValueError for a model that is not sharded, and for an optimizer of another model. Raises
+    CheckpointError on every rank where one cannot write: the disk is full, the folder holds something else than a
+    checkpoint, or `extra` holds what is neither JSON nor a tensor. Nothing new is left then, and what stood in the
+    folder still stands. Raises WorkerError where a worker failed: half-stepped states are never saved.
     """
     model, folder = model_and_folder("save", model, folder)
     engine = engine_of(model)
