@@ -97,3 +97,8 @@ def default() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
     return torch.device("cpu")
+
+
+def nvtx_range(label: str) -> contextlib.AbstractContextManager[object]:
+    """Context that NVIDIA's profilers show by this label, where there is a GPU."""
+    return torch.cuda.nvtx.range(label) if torch.cuda.is_available() else contextlib.nullcontext()
