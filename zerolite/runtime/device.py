@@ -123,3 +123,8 @@ def target(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
 def on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether all tensors lie in host memory, where the host kernels can work on them."""
     return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def nvtx_range(label: str) -> contextlib.AbstractContextManager[object]:
+    """Context that NVIDIA's profilers show by this label, where there is a GPU."""
+    return torch.cuda.nvtx.range(label) if torch.cuda.is_available() else contextlib.nullcontext()

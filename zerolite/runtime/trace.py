@@ -1,9 +1,103 @@
-"""placeholder until h/trace is merged"""
+"""Labels of phases, for torch.profiler, for NVTX, and for a Chrome trace of this rank.
 
-import contextlib
+    with trace.phase("all-gather", "model.layers.3"):  # work of this thread
+        ...
+    end = trace.flight("D2H", "model.layers.3")  # work that goes on while the thread does something else
+    ...
+    end()
 
-_NULL = contextlib.nullcontext()
+Kinds are all-gather, reduce-scatter, D2H, worker step, H2D and optimizer step; the name is the unit's.
+
+While a torch profiler runs, a phase is a `record_function` and, where there is a GPU, an NVTX range, both called
+"zerolite::all-gather (model.layers.3)". With `ZEROLITE_TRACE=folder` in the environment it is also a span of this
+rank's Chrome trace, and so are flights and what workers do. Else both do nothing.
+
+[Note: off costs one call]
+A profiler may start at any time, so every phase asks for it. What it then gets is one object for all, whose methods
+are C functions: off, a phase is one Python call, and the end of a flight none.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.autograd import profiler
+
+from zerolite.runtime import device as devices
+from zerolite.runtime.chrome_trace import ChromeTrace, Span
+
+# Takes any arguments, does nothing, and is false, so that a context's exceptions pass; see [Note: off costs one call].
+nothing: Callable[..., Any] = "".format
 
 
-def phase(kind: str, name: str):
-    return _NULL
+class _Off:
+    __enter__ = nothing
+    __exit__ = nothing
+
+
+OFF = _Off()
+
+_recorded: ChromeTrace | None = None
+
+
+def phase(kind: str, name: str) -> AbstractContextManager[object]:
+    """A context: what this thread does inside is of this kind, and for the unit of this name."""
+    if _recorded is None and not profiler._is_profiler_enabled:
+        return OFF
+    return _phase(kind, name)
+
+
+@contextmanager
+def _phase(kind: str, name: str) -> Iterator[None]:
+    label, recorded = f"zerolite::{kind} ({name})", _recorded
+    profiled = profiler.record_function(label) if profiler._is_profiler_enabled else OFF
+    with profiled, devices.nvtx_range(label):
+        begin = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            if recorded is not None:
+                recorded.add(Span(recorded.this_thread(), kind, name, begin, time.monotonic_ns()))
+
+
+def flight(kind: str, name: str) -> Callable[..., object]:
+    """Work that begins now, in the Chrome trace only; call what is returned, once, when somebody has waited for it."""
+    if _recorded is None:
+        return nothing
+    recorded, begin, number = _recorded, time.monotonic_ns(), _recorded.begin_flight(kind)
+
+    def end() -> None:
+        recorded.add(Span(recorded.end_flight(kind, number), kind, name, begin, time.monotonic_ns()))
+
+    return end
+
+
+def recorded() -> ChromeTrace | None:
+    """The Chrome trace that is being recorded."""
+    return _recorded
+
+
+def start(folder: str | os.PathLike[str]) -> None:
+    """Record a Chrome trace from here on, `rank-00000.json` of rank 0; `ZEROLITE_TRACE` does it from the beginning."""
+    global _recorded
+    _recorded = ChromeTrace(Path(folder))
+
+
+def write() -> None:
+    """Have the file hold everything until now. At the interpreter's exit this happens by itself."""
+    if _recorded is not None:
+        _recorded.write()
+
+
+def stop() -> None:
+    """Write, and record no more."""
+    global _recorded
+    write()
+    _recorded = None
+
+
+if os.environ.get("ZEROLITE_TRACE"):
+    start(os.environ["ZEROLITE_TRACE"])
