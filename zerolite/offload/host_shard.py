@@ -163,6 +163,7 @@ class HostShard:
         with device.on(self.host.d2h_stream, after_current=True), trace.phase("D2H", self.spec.unit_name):
             device.copy(self.memory.gradient.values, reduced)
             self._d2h_event = device.record()
+        self._end_d2h = trace.flight("D2H", self.spec.unit_name)
         self._is_staged = True
         self._reduced, self._buffer = reduced, buffer
         return None
@@ -172,6 +173,7 @@ class HostShard:
         if self._reduced is None:
             return None
         self.host.device.wait(self._d2h_event)
+        self._end_d2h()
         buffer, self._reduced, self._buffer = self._buffer, None, None
         return buffer
 

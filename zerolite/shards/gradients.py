@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
+from zerolite.runtime import trace
 from zerolite.runtime.collectives import Pending
 from zerolite.shards.shard import BucketSpec, Shard
 
@@ -89,6 +90,7 @@ class FlatGradients:
         shard = self.spec.shard_range.of(local)
         if not (self.keeps_whole or mesh.shard.size == 1):
             shard = torch.empty_like(shard)
+        self._end_flight = trace.flight("reduce-scatter", self.spec.unit_name)
         with self.spec.device.on(self.stream, after_current=True):
             self._in_flight = (local, shard, mesh.shard.reduce_scatter(local, shard, mesh.world_size, self.label))
 
@@ -101,6 +103,7 @@ class FlatGradients:
         spec = self.spec
         with spec.device.on(self.stream):
             pending.wait()
+            self._end_flight()
             spec.mesh.replicas.all_reduce(shard)
             if spec.owns_all:
                 spec.mesh.shard.all_gather(local, shard, self.label).wait()

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from zerolite.runtime import trace
 from zerolite.runtime.collectives import Pending
 from zerolite.shards.shard import BucketSpec, Shard
 from zerolite.shards.states import ParameterState, check
@@ -37,7 +38,7 @@ class FlatParameters:
         shard: Shard,
         stays_unsharded: bool,
     ):
-        self.layout, self.tensors = spec.layout, list(tensors)
+        self.layout, self.unit_name, self.tensors = spec.layout, spec.unit_name, list(tensors)
         self.unsharded, self.shard = unsharded, shard
         self.stays_unsharded = stays_unsharded
         shard.parameters = self
@@ -61,18 +62,21 @@ class FlatParameters:
 
     def start_gather(self) -> None:
         """Start filling `unsharded` from every rank's owned range. Collective."""
-        self.expect(self.shard.gather(self.unsharded))
+        with trace.phase("all-gather", self.unit_name):
+            self.expect(self.shard.gather(self.unsharded))
 
     def expect(self, pending: Pending) -> None:
         """`unsharded` is readable once `pending` is done."""
         self._set_state(ParameterState.GATHERING)
         self.pending = pending
+        self._end_flight = trace.flight("all-gather", self.unit_name)
 
     def wait(self) -> None:
         """Order this stream after the gather in flight; the parameters are readable from here on."""
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
+            self._end_flight()
             self._set_state(ParameterState.UNSHARDED)
             if not self._is_bound:
                 self._bind()
