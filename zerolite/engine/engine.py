@@ -72,9 +72,9 @@ class Engine:
 
     def pre_forward(self, unit: Unit) -> None:
         in_backward = is_in_backward()
-        if in_backward:
+        if in_backward and not self._is_backward_open:
             self.open_backward()  # a recomputation: this is the outer backward, the nested one comes after it
-        elif self._is_backward_open:
+        elif self._is_backward_open and not in_backward:
             self.abandon_backward()  # the last one raised
         unit.forward_depth += 1
         if unit.forward_depth == 1:
@@ -118,18 +118,18 @@ class Engine:
     # Backward #
 
     def open_backward(self) -> None:
-        """Have `finish_backward` called when the present, outermost backward ends. Idempotent within one backward."""
-        if not self._is_backward_open:
-            self._is_backward_open = True
-            # Fetch units that this rank's forward skipped: another rank may have used them and already issued their
-            # all-gathers.
-            self.fetch()
-            self.reducer.begin_backward()
-            Variable._execution_engine.queue_callback(self.finish_backward)
+        """Have `finish_backward` called when the present, outermost backward ends."""
+        self._is_backward_open = True
+        # Fetch units that this rank's forward skipped: another rank may have used them and already issued their
+        # all-gathers.
+        self.fetch()
+        self.reducer.begin_backward()
+        Variable._execution_engine.queue_callback(self.finish_backward)
 
     def pre_backward(self, unit: Unit, is_first: bool) -> None:
         """A node that made one of the unit's outputs is about to run; `is_first` in the backward of this use."""
-        self.open_backward()
+        if not self._is_backward_open:
+            self.open_backward()
         unit.backward_uses += is_first
         self._gather(unit, -1)
 
@@ -144,7 +144,8 @@ class Engine:
 
     def accumulate_gradient(self, bucket: TrainableBucket, index: int, parameter: torch.Tensor) -> None:
         """Autograd has completed `parameter.grad`: move it into the bucket."""
-        self.open_backward()
+        if not self._is_backward_open:
+            self.open_backward()
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None, "autograd calls this when the gradient is complete"
         if gradient.layout != torch.strided:

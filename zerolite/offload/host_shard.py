@@ -26,7 +26,7 @@ from zerolite.shards.grad_norm import add_up, sum_of_squares
 from zerolite.shards.layout import Range
 from zerolite.shards.parameters import FlatParameters
 from zerolite.shards.shard import BucketSpec, Rule, ShardStates, Update
-from zerolite.shards.states import ShardState, check
+from zerolite.shards.states import LEGAL, ShardState, illegal
 
 
 class HostShard:
@@ -141,7 +141,8 @@ class HostShard:
             self._h2d_event = None
 
     def _set_state(self, after: ShardState) -> None:
-        check(self.state, after, self.spec.layout.name)
+        if (self.state, after) not in LEGAL:
+            raise illegal(self.state, after, self.spec.layout.name)
         self.state = after
 
     # Gradient #

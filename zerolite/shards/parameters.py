@@ -20,7 +20,7 @@ from torch import nn
 from zerolite.runtime import trace
 from zerolite.runtime.collectives import Pending
 from zerolite.shards.shard import BucketSpec, Shard
-from zerolite.shards.states import ParameterState, check
+from zerolite.shards.states import LEGAL, ParameterState, illegal
 
 
 class FlatParameters:
@@ -46,6 +46,7 @@ class FlatParameters:
         self.state = ParameterState.UNSHARDED
         nan = float("nan") if spec.dtype.is_floating_point else 0
         self._placeholder = torch.full((), nan, dtype=spec.dtype, device=unsharded.device)
+        self._views = [slot.range.of(unsharded).view(slot.shape) for slot in spec.layout.slots]
         self._bind()
         if not stays_unsharded:
             self.reshard()
@@ -107,7 +108,8 @@ class FlatParameters:
         self.shard.set_values(values)
 
     def _set_state(self, after: ParameterState) -> None:
-        check(self.state, after, self.layout.name)
+        if (self.state, after) not in LEGAL:
+            raise illegal(self.state, after, self.layout.name)
         self.state = after
 
     def _place_nan(self) -> None:
@@ -116,6 +118,6 @@ class FlatParameters:
         self._is_bound = False
 
     def _bind(self) -> None:
-        for parameter, slot in zip(self.tensors, self.layout.slots, strict=True):
-            parameter.data = slot.range.of(self.unsharded).view(slot.shape)
+        for parameter, view in zip(self.tensors, self._views, strict=True):
+            parameter.data = view
         self._is_bound = True
