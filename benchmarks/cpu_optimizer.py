@@ -56,7 +56,7 @@ class Low:
 
 
 class Pinned:
-    """Threads on cores of their own, and a native function called on each one's share of the elements."""
+    """Threads on cores of their own, and a C function called on each one's share of the elements."""
 
     def __init__(self, cores: list[int]):
         self.cores = cores
@@ -78,7 +78,7 @@ def on_pages(tensor: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=tensor.dtype, count=max(tensor.numel(), 1))[: tensor.numel()].copy_(tensor)
 
 
-class Native:
+class HostKernels:
     """A step of zerolite's kernels, and the ceiling of the same streams."""
 
     def __init__(
@@ -210,7 +210,7 @@ def deepspeed(name: str) -> Callable:
 MASTER, SPLIT = abi.MASTER_BF16, abi.SPLIT_BF16
 FP32, BF16, INT8 = abi.STATES_FP32, abi.STATES_BF16, abi.STATES_INT8
 STATE_BYTES = {FP32: 4, BF16: 2, INT8: 1}
-# group -> contender -> arguments of Cast (optimizer, clips) or of Native (rule, states, kind, clips, ceiling); the
+# group -> contender -> arguments of Cast (optimizer, clips) or of HostKernels (rule, states, kind, clips, ceiling); the
 # others are compared with the first.
 GROUPS = {
     "adam": {
@@ -247,11 +247,11 @@ GROUPS = {
 }
 
 
-def build(arguments: tuple, low: Low, pinned: Pinned, ceilings: ctypes.CDLL) -> Native | Cast:
+def build(arguments: tuple, low: Low, pinned: Pinned, ceilings: ctypes.CDLL) -> HostKernels | Cast:
     if callable(arguments[0]):
         return Cast(low, *arguments)
     *head, ceiling = arguments if len(arguments) == 5 else (*arguments, None)
-    return Native(low, pinned, *head, ceiling=ceiling and getattr(ceilings, ceiling))
+    return HostKernels(low, pinned, *head, ceiling=ceiling and getattr(ceilings, ceiling))
 
 
 def names_of(group: str) -> list[str]:

@@ -16,13 +16,13 @@ from zerolite_kernels import cpu
 from zerolite_kernels.cpu import command as K
 from zerolite_kernels.cpu import reference
 
-NATIVE = cpu.load()
-pytestmark = pytest.mark.skipif(NATIVE is None, reason="the host kernels were not built: no C++ compiler at install")
+LIBRARY = cpu.load()
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the host kernels were not built: no C++ compiler at install")
 
-PATHS = [p for p in (b"avx512", b"avx2", b"plain") if NATIVE is not None and NATIVE.zl_use(p) == 0]
+PATHS = [p for p in (b"avx512", b"avx2", b"plain") if LIBRARY is not None and LIBRARY.zl_use(p) == 0]
 BEST = PATHS[0] if PATHS else b""
 if PATHS:
-    NATIVE.zl_use(BEST)
+    LIBRARY.zl_use(BEST)
 
 RULES = [K.ADAM, K.ADAMW, K.LION, K.LAMB]
 STATES = [K.STATES_FP32, K.STATES_BF16, K.STATES_INT8]
@@ -94,7 +94,7 @@ class Region:
         if self.states != K.STATES_INT8:
             return self.tensors[name].to(torch.float64 if self.kind == K.IN_PLACE_FP64 else torch.float32)
         out = torch.zeros(self.numel)
-        decode = getattr(NATIVE, f"zl_decode_{name}")
+        decode = getattr(LIBRARY, f"zl_decode_{name}")
         decode(self.tensors[name].data_ptr(), self.tensors[f"{name}_scale"].data_ptr(), out.data_ptr(), self.numel)
         return out
 
@@ -114,7 +114,7 @@ class Region:
             return execute(memoryview(self.arena), command, command.first, command.last)
         marks = [0, *cuts, max(self.numel, command.last)]
         for first, last in zip(marks, marks[1:], strict=False):
-            assert NATIVE.zl_execute(self.arena.ctypes.data, command, first, last) == 0
+            assert LIBRARY.zl_execute(self.arena.ctypes.data, command, first, last) == 0
 
     def run(self, steps: int, cuts=(), execute=None, unused=slice(0, 0)) -> None:
         for _ in range(steps):
@@ -143,9 +143,9 @@ def gradient_of(numel: int, step: int) -> torch.Tensor:
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.decode())
 def path(request):
-    assert NATIVE.zl_use(request.param) == 0 and NATIVE.zl_path() == request.param
+    assert LIBRARY.zl_use(request.param) == 0 and LIBRARY.zl_path() == request.param
     yield request.param
-    NATIVE.zl_use(BEST)
+    LIBRARY.zl_use(BEST)
 
 
 # --- against what we did not write -----------------------------------------------------------------------------------
@@ -343,10 +343,10 @@ def test_parameters_round_as_in_torch(kind, path):
 
 
 def stepped(case: tuple, path: bytes = BEST, cuts=(), execute=None, numel: int = 9001, first=None, last=None) -> bytes:
-    NATIVE.zl_use(path)
+    LIBRARY.zl_use(path)
     region = Region(*case, numel, 256 if first is None else first, 8963 if last is None else last)
     region.run(3, cuts, execute)
-    NATIVE.zl_use(BEST)
+    LIBRARY.zl_use(BEST)
     return region.bytes()
 
 
@@ -379,14 +379,14 @@ def test_cuts_of_norms_change_no_bit():
     results = set()
     for gradient, each in itertools.product([K.BF16], PATHS):
         for cuts in ([], [4096], [4096, 8192, 12288]):
-            NATIVE.zl_use(each)
+            LIBRARY.zl_use(each)
             region = Region(K.ADAMW, 0, K.SPLIT_BF16, gradient, 15000, 11, 14999)
             region.tensors["gradient"].copy_(gradient_of(15000, 1))
             region.do(region.command(K.NORM), cuts)
             results.add(region.bytes())
     region.tensors["result"].zero_()
     region.do(region.command(K.NORM), execute=reference.execute)
-    NATIVE.zl_use(BEST)
+    LIBRARY.zl_use(BEST)
     assert results == {region.bytes()}
 
 
@@ -446,13 +446,13 @@ def test_what_is_unknown_is_refused(changes, answer):
     """An answer that is not 0, and not one byte written."""
     region = Region(K.ADAMW, K.STATES_FP32, K.MASTER_BF16, K.BF16, 1000)
     before = region.bytes()
-    assert NATIVE.zl_execute(region.arena.ctypes.data, region.command(**changes), 0, 300) == answer
+    assert LIBRARY.zl_execute(region.arena.ctypes.data, region.command(**changes), 0, 300) == answer
     assert region.bytes() == before
 
 
 def test_unknown_paths_are_refused():
     """And the path stays."""
-    assert NATIVE.zl_use(b"mmx") != 0 and NATIVE.zl_path() == BEST
+    assert LIBRARY.zl_use(b"mmx") != 0 and LIBRARY.zl_path() == BEST
 
 
 # --- states of low precision -----------------------------------------------------------------------------------------
@@ -506,9 +506,9 @@ def test_stochastic_rounding_depends_on_place_and_seed_alone(states):
 def requantised(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scales and what they stand for."""
     codes, scales = torch.zeros(x.numel(), dtype=torch.uint8), torch.zeros(-(-x.numel() // K.BLOCK_NUMEL))
-    getattr(NATIVE, f"zl_encode_{name}")(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), x.numel())
+    getattr(LIBRARY, f"zl_encode_{name}")(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), x.numel())
     out = torch.zeros_like(x)
-    getattr(NATIVE, f"zl_decode_{name}")(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), x.numel())
+    getattr(LIBRARY, f"zl_decode_{name}")(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), x.numel())
     return codes, scales, out
 
 
@@ -521,10 +521,10 @@ def test_a_checkpoint_of_int8_states_is_exact(values, name, path):
     """What codes stand for gives the same codes and scales again: zeros, subnormals and huge numbers too."""
     x = torch.tensor(values)
     x = x.abs() if name == "exp_avg_sq" else x
-    NATIVE.zl_use(path)
+    LIBRARY.zl_use(path)
     codes, scales, out = requantised(name, x)
     again, scales_again, _ = requantised(name, out)
-    NATIVE.zl_use(BEST)
+    LIBRARY.zl_use(BEST)
     assert torch.equal(codes, again) and torch.equal(scales, scales_again)
     pair = reference.encode_exp_avg_sq(x) if name == "exp_avg_sq" else reference.encode_exp_avg(x)
     assert torch.equal(codes, pair[0].view(torch.uint8)) and torch.equal(scales, pair[1])
@@ -628,7 +628,7 @@ def test_threads_share_a_command():
     regions[0].do(regions[0].command())
     command, base, part = regions[1].command(), regions[1].arena.ctypes.data, 2**14
     with ThreadPoolExecutor(4) as pool:
-        answers = pool.map(lambda i: NATIVE.zl_execute(base, command, i * part, (i + 1) * part), range(16))
+        answers = pool.map(lambda i: LIBRARY.zl_execute(base, command, i * part, (i + 1) * part), range(16))
         assert list(answers) == [0] * 16
     assert regions[0].bytes() == regions[1].bytes()
 
@@ -645,6 +645,6 @@ def test_plain_pointers_and_addresses_that_wrap():
         name: (tensor.data_ptr() - shift * tensor.element_size()) % 2**64 for name, tensor in region.tensors.items()
     }
     command = region.command(numel=shift + 1000, first=shift, last=shift + 1000, **addresses)
-    assert NATIVE.zl_execute(None, command, 0, 2**63) == 0
+    assert LIBRARY.zl_execute(None, command, 0, 2**63) == 0
     assert region.bytes() == expected.bytes()
-    assert ctypes.sizeof(command) == NATIVE.zl_command_bytes()
+    assert ctypes.sizeof(command) == LIBRARY.zl_command_bytes()

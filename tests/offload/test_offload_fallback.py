@@ -12,7 +12,7 @@ from zerolite_kernels.cpu import fallback
 from zerolite_kernels.cpu.command import Command
 
 import zerolite
-from zerolite.runtime import cpu_kernels as native
+from zerolite.runtime import cpu_kernels
 
 SHAPES = [(1,), (15,), (16, 17), (1025,), (300, 40)]
 
@@ -21,9 +21,9 @@ SHAPES = [(1,), (15,), (16, 17), (1025,), (300, 40)]
 def no_kernels(monkeypatch):
     monkeypatch.setattr(cpu, "path", lambda: None)
     monkeypatch.setattr(cpu, "load", lambda: None)
-    native._library.cache_clear()
+    cpu_kernels._library.cache_clear()
     yield
-    native._library.cache_clear()
+    cpu_kernels._library.cache_clear()
 
 
 class Bag(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Adapters of a frozen model: LoRA and the prompt family, their files, and which one is on."""
+"""Adapters of a frozen model: LoRA and the prompt family, their files, and which of them a forward uses."""
 
 from zerolite.adapters.checks import check_gradients
 from zerolite.adapters.files import load, save

@@ -1,4 +1,4 @@
-"""Whether a new adapter learns: an early error instead of a run that trains nothing."""
+"""Checks of a new adapter after its first backward: an error in the first step, not a run that trains nothing."""
 
 from torch import nn
 
@@ -9,12 +9,13 @@ from zerolite.optim.grad_stats import reduce_grad_stats, slot_norms
 
 
 def check_gradients(model: nn.Module) -> None:
-    """See that the last backward gave every part of the active adapter that can learn a gradient. Collective.
+    """Check that the last backward gave each parameter of the active adapter a gradient. Collective.
 
-    To be called in the first step, between backward and `zero_grad`. A LoRA's A has none yet, since its B starts at
-    zero; all else must. Raises ZeroliteError on every rank, with names, where a gradient is missing or zero
-    everywhere: the forward does not reach the adapter, or nothing after it depends on what it adds. Raises ValueError
-    for a model that is not sharded or has no adapter.
+    Call it in the first step, between `backward` and `zero_grad`. A LoRA's A is left out: its gradient is zero as long
+    as B is zero, which is how B starts.
+    Raises ValueError where the model is not sharded or has no adapter. Raises ZeroliteError, on every rank and with the
+    parameters' names, where a gradient is missing or zero on all ranks: the forward does not call the module, or the
+    loss does not depend on its output.
     """
     engine = engine_of(model)
     adapter = adapter_of(model, None)

@@ -1,7 +1,7 @@
 """Adapters as folders that PEFT opens: written whole or not at all, read back and compared, and loaded.
 
-A folder holds adapter_config.json and adapter_model.safetensors. What stands in them is lora_files' and prompt_files'
-business.
+A folder holds adapter_config.json and adapter_model.safetensors. lora_files.py and prompt_files.py translate their
+content; this file moves it between disk and model.
 """
 
 import json
@@ -33,22 +33,20 @@ Content = tuple[dict, dict[str, Tensor]]  # a configuration, and tensors by thei
 
 
 def save(model: nn.Module, folder, name: str | None = None) -> None:
-    """Write an adapter, the active one or that of the name, as a folder that PEFT opens too. Collective if sharded.
+    """Write an adapter, the active one or the one called `name`, as a folder that PEFT opens. Collective if sharded.
 
-    Values have the parameters' dtype. Before the folder appears, the file is opened again and compared with memory. An
-    adapter that stands there is replaced; other files in the folder stay.
-
-    Raises ValueError where there is no adapter of that name. Raises ZeroliteError on every rank where the folder cannot
-    be written or holds folders, where a value is not finite, or where the file is not what it should be; what stood
-    there still stands then. A model that is not sharded raises what went wrong as it is (OSError, ValueError). Raises
-    WorkerError where a worker failed.
+    Rank 0 writes. Values keep the parameters' dtype. The folder is written beside its place, read again, compared with
+    memory and renamed, so an older adapter in that place stays whole until then. Other files of the folder are kept.
+    Raises ValueError where there is no such adapter. Raises ZeroliteError, on every rank, where the folder cannot be
+    written, a value is NaN or Inf, or the file reads back differently. On a model that is not sharded, other errors of
+    writing (OSError, ValueError) reach the caller as they are.
     """
     engine = find_engine(model)
     adapter = adapter_of(model, name)
     folder = Path(folder).resolve()
     if engine is not None:
         engine.fetch()
-    # On every rank: an encoder's forward is one of the model's, which hooks may answer with collectives.
+    # On every rank: `to_peft` runs a prompt's encoder, and hooks of its forward may be collective.
     kind = lora_files if isinstance(adapter.config, LoraConfig) else prompt_files
     content = kind.to_peft(model, adapter)
     if engine is None:
@@ -60,15 +58,13 @@ def save(model: nn.Module, folder, name: str | None = None) -> None:
 
 @torch.no_grad()
 def load(model: nn.Module, folder, name: str = "default") -> nn.Module:
-    """Open a folder of PEFT's, or of `save`, and return the model.
+    """Load an adapter from a folder that PEFT or `save` wrote; returns the model. Collective if sharded.
 
-    On a model that is not sharded the adapter is added under that name, as the active one, and the base is frozen.
-    On a sharded one the values go into its adapter of that name, which must be of the same kind and shapes: collective,
-    each rank reads the folder. Values take the dtype of the layers that they are on.
-
-    Raises ValueError, which on a sharded model is a ZeroliteError of every rank, for a folder that is incomplete or
-    damaged, for tensors that are missing, left over or of another shape, and for a configuration that asks for what is
-    not supported. Raises ValueError for a name that is taken, or, on a sharded model, for one that there is not.
+    A model that is not sharded gets a new adapter called `name`, as the active one, and its base is frozen. A sharded
+    model has its adapter called `name` already, of the same kind and shapes, and gets its values: each rank reads the
+    folder. Values are cast to the dtype of the layers.
+    Raises ValueError for a folder that is incomplete or damaged, for tensors that are missing, left over or of another
+    shape, and for a configuration that is not supported. On a sharded model that is a ZeroliteError on every rank.
     """
     folder = Path(folder)
     engine = find_engine(model)
@@ -92,7 +88,7 @@ def load(model: nn.Module, folder, name: str = "default") -> nn.Module:
 
 
 def _values_for(model: nn.Module, adapter: Adapter, config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a file holds for an adapter that is there, by the names of its parameters."""
+    """The file's values for an adapter that the model has, by the names of its parameters."""
     ours, theirs = _peft_type(adapter.config), config["peft_type"]
     if ours != theirs:
         raise ValueError(f"the folder holds an adapter of peft_type {theirs}, the model's {adapter.name!r} is {ours}")
@@ -145,12 +141,12 @@ def _check_values(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
             raise ZeroliteError(f"{key} of adapter {adapter.name!r} holds NaN or Inf: it is not saved")
     Bs = [tensor for key, tensor in tensors.items() if key.endswith("lora_B.weight")]
     if Bs and not any(B.any() for B in Bs):
-        # Legal, since every LoRA begins like this, but after a training it means that nothing was learnt.
+        # A new LoRA is like this, so it is no error; after a training it means that nothing was learnt.
         warnings.warn(f"adapter {adapter.name!r} adds nothing to its base: every lora_B is zero", stacklevel=2)
 
 
 def _compare(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
-    """Open what was written as a reader does, and see that it is what memory holds."""
+    """Read the written folder as `load` does. ZeroliteError where it differs from memory."""
     read_config, read = _read(folder)
     if read_config != config or read.keys() != tensors.keys():
         raise ZeroliteError(f"what was written to {folder} reads back with another configuration or other names")
@@ -163,7 +159,7 @@ def _compare(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
 
 
 def _read(folder: Path) -> Content:
-    """What a folder of PEFT's holds; ValueError for one that is incomplete or damaged."""
+    """Configuration and tensors of a PEFT folder; ValueError where it is incomplete or damaged."""
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
             has_pickle = name == TENSORS and (folder / "adapter_model.bin").is_file()

@@ -1,14 +1,14 @@
-"""A linear layer with LoRA: the same module with the same weight, another forward and one child an adapter.
+"""A linear layer with LoRA: the same module with the same weight, another forward, and a child for each adapter.
 
 [Note: a layer changes its class]
 Base checkpoints, `load_pretrained` and `export` address `...q_proj.weight`, so an adapted layer must not move into a
 wrapper. Its class is swapped for a subclass of its own, and it gets a child `lora`, a ModuleDict by the adapter's name.
 
 [Note: one input, several projections]
-Q, K and V read one input. When the first of them is called inside a forward of the module that holds them, all are
-computed together, and the others are handed out when they are called with the very same tensor. Whatever else happens
-(another input, another order, a second call, a hook that replaces the input), a layer computes for itself. Nothing is
-held longer than that forward.
+Q, K and V read one input. When one of them is called inside a forward of their parent module, the kernels compute all
+three. The other two outputs are kept, and each is returned when its layer is called with the very same tensor. A layer
+that is called in any other way (another input, a second call, a hook that replaces the input) computes its own output.
+The parent's forward ends with the kept outputs dropped.
 """
 
 import functools
@@ -28,7 +28,7 @@ ROWS_NUMEL = 4 * 1024 * 1024  # elements of a weight that are widened to fp32 at
 
 
 class LowRank(nn.Module):
-    """What one adapter adds to one layer W (N, K)."""
+    """The low-rank matrices of one adapter on one layer W (N, K)."""
 
     lora_A: nn.Parameter  # (r, K)
     lora_B: nn.Parameter  # (N, r)
@@ -36,7 +36,7 @@ class LowRank(nn.Module):
     together: "Together | None"  # with the layers that read the same input
 
     def __init__(self, layer: nn.Module, r: int, scale: float, dropout: float, use_dora: bool):
-        """Values as if W were there; on a W without values (meta) the magnitude is NaN and `is_magnitude_missing`."""
+        """On a W without values (meta device) DoRA's magnitude is NaN, and `is_magnitude_missing` says so."""
         super().__init__()
         self.scale, self.dropout, self.together = scale, dropout, None
         weight = matrix(layer)
@@ -55,7 +55,7 @@ class LowRank(nn.Module):
         return f"r={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}{dora}"
 
     def term(self, x: torch.Tensor) -> torch.Tensor:
-        """scale B A x, in the adapter's dtype."""
+        """scale B A x for x (..., K): (..., N), in the adapter's dtype."""
         return F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scale
 
     @torch.no_grad()
@@ -99,7 +99,7 @@ class LowRank(nn.Module):
             start += len(w)
 
     def row_blocks(self, layer: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Rows of W and the same rows of B, few enough at a time to be widened."""
+        """Blocks of rows of W and the same rows of B: widened to fp32, a block is at most ROWS_NUMEL elements of W."""
         weight = matrix(layer)
         num_rows = max(1, ROWS_NUMEL // weight.shape[1])
         return zip(weight.split(num_rows), self.lora_B.split(num_rows), strict=True)
@@ -109,7 +109,7 @@ class LoraLayer(nn.Module):
     """Mixed into the class of an adapted layer; see [Note: a layer changes its class]."""
 
     lora: nn.ModuleDict  # adapter name -> LowRank
-    adapters: Adapters  # the model's: which of them is on
+    adapters: Adapters  # the model's; it says which one forwards use
     weight: nn.Parameter  # (N, K), or (K, N) of a Conv1D
     bias: nn.Parameter | None  # (N,)
 
@@ -144,7 +144,7 @@ class LoraLayer(nn.Module):
 
 @functools.cache
 def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a linear layer's class that adapted ones have."""
+    """The subclass of a linear layer's class that an adapted layer is of; one for each class."""
     return type(f"Lora{cls.__name__}", (LoraLayer, cls), {"__module__": __name__})
 
 
@@ -154,7 +154,7 @@ def matrix(layer: nn.Module) -> torch.Tensor:
 
 
 def project(x: torch.Tensor, layers: Sequence[nn.Module], name: str) -> tuple[torch.Tensor, ...]:
-    """The outputs of layers that read x (..., K), each with the adapter of that name, in one call of the kernels."""
+    """Outputs (..., N) of layers that read x (..., K), each with its adapter called `name`; one call of the kernels."""
     low_ranks = [layer.lora[name] for layer in layers]
     return lora_linears(
         x,
@@ -168,13 +168,13 @@ def project(x: torch.Tensor, layers: Sequence[nn.Module], name: str) -> tuple[to
 
 
 def has_plain_forward(layer: nn.Module) -> bool:
-    """Whether the layer computes x W^T + bias by the code that everybody knows."""
+    """Whether the layer's own forward is that of nn.Linear or Conv1D: x W^T + bias, and nothing else."""
     base = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls) and cls is not LoraLayer)
     return base in (nn.Linear, Conv1D)
 
 
 def _serves_kernel(layer: nn.Module, low_rank: LowRank) -> bool:
-    """The kernels know a frozen base and ranks up to a limit; for the rest there is the same in plain torch."""
+    """Whether the kernels can compute this layer: a frozen base, a rank up to MAX_RANK, no forward of its own."""
     trains_base = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
     return not trains_base and low_rank.lora_A.shape[0] <= MAX_RANK and has_plain_forward(layer)
 
@@ -188,13 +188,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Together:
-    """Layers of one parent that usually read one input. See [Note: one input, several projections]."""
+    """Layers of one parent that usually read one input. See [Note: one input, several projections].
+
+    The parent's hooks own it. It holds outputs only inside a forward of the parent.
+    """
 
     def __init__(self, parent: nn.Module, layers: Sequence[nn.Module], name: str):
-        """The layers have adapters of that name with equal r, scale and dropout, and inputs of one width."""
+        """`layers` have adapters called `name` with equal r, scale and dropout, and inputs of one width."""
         self.layers, self.name = list(layers), name
         self.is_open = False  # inside a forward of the parent
-        self.outputs: dict[nn.Module, torch.Tensor] = {}  # not handed out yet
+        self.outputs: dict[nn.Module, torch.Tensor] = {}  # computed, not returned yet
         self.key: tuple = ()
         for layer in layers:
             layer.lora[name].together = self
@@ -210,7 +213,7 @@ class Together:
         self.key = ()
 
     def output(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """What `layer` makes of x: computed with the others', or now for itself alone."""
+        """The output of `layer` for x: a kept one, or computed now, with the other layers where they may share."""
         key = _key(layer, x)
         if layer in self.outputs and self._is_key(key):
             return self.outputs.pop(layer)
@@ -226,7 +229,7 @@ class Together:
     def _can_share(self, layer: nn.Module, x: torch.Tensor) -> bool:
         return (
             self.is_open
-            and not x.is_inference()  # nobody would notice that it was written to in between
+            and not x.is_inference()  # it has no version counter, so a write in between would go unseen
             and all(
                 _unit_of(other) is _unit_of(layer) and _serves_kernel(other, other.lora[self.name])
                 for other in self.layers
@@ -235,12 +238,12 @@ class Together:
 
 
 def _key(layer: nn.Module, x: torch.Tensor) -> tuple:
-    """What must be the same for an output that was computed ahead to be the one that is asked for now."""
+    """What must be equal for a kept output to be valid: the input, its version, grad mode, training mode."""
     version = 0 if x.is_inference() else x._version
     return x, version, torch.is_grad_enabled(), layer.training
 
 
 def _unit_of(layer: nn.Module):
-    """The ZeRO unit whose gather makes the layer's weight whole; None where nothing is sharded."""
+    """The unit that gathers the layer's weight; None where the model is not sharded."""
     info = info_of(layer.weight)
     return None if info is None else info.bucket.unit

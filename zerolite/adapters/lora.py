@@ -1,7 +1,7 @@
 """LoRA, rsLoRA and DoRA: adding an adapter to the linear layers of a model.
 
-Adapters have the dtype of the layers they are on (PEFT keeps fp32 ones on a 16-bit base). `zerolite.shard` steps 16-bit
-ones on an fp32 master; an optimizer of torch's steps them as they are, and rounds small updates away.
+An adapter has the dtype of its layer (PEFT's is fp32 on a 16-bit base). zerolite's optimizers step 16-bit adapters on
+an fp32 master. torch's optimizers step them in 16 bits, where small updates round to nothing.
 """
 
 from collections import defaultdict
@@ -31,24 +31,23 @@ def add_lora(
     use_dora: bool = False,
     name: str = "default",
 ) -> nn.Module:
-    """Add a LoRA adapter to a model, in place, and return it; the base is frozen and only this adapter trains.
+    """Add a LoRA adapter to a model, in place; returns the model. The base is frozen, only this adapter trains.
 
     W x becomes W x + scale B A dropout(x) with A (r, K), B (N, r) and scale = alpha / r (Hu et al. 2021, arXiv
     2106.09685). B starts as zeros, so the model computes what it did before.
-    targets: the attention's Q, K and V projections, or a fused one where they are not apart; or names of layers, or
-        their ends; a string is a regular expression over whole names, or "all-linear": all but the output head.
-    use_rslora: scale = alpha / sqrt(r). use_dora: the magnitude and the direction of W train apart (Liu et al. 2024,
-        arXiv 2402.09353), the magnitude as a parameter (N,).
+    targets: names of layers, or ends of names after a dot. Default: the attention's Q, K and V projections, or the
+        fused projection of a model that has one. A string is a regular expression for whole names, or "all-linear":
+        every linear layer but the output head.
+    use_rslora: scale = alpha / sqrt(r).
+    use_dora: W's magnitude, a parameter (N,), and its direction train separately (Liu et al. 2024, arXiv 2402.09353).
     name: of the adapter. A model can have several; `use` chooses one, `disabled` switches them off.
 
-    Call it before `zerolite.shard`. Values are drawn from torch's default generator on each rank, and `shard` takes
-    rank 0's. On a base without values (meta device) adapters are made on the CPU, and `zerolite.shard` or
-    `load_pretrained` computes what comes from the base.
-    With reentrant activation checkpointing call `model.enable_input_require_grads()`: it gives no gradients where no
-    input needs one.
-
-    Raises ValueError for a number out of its range, for targets that match nothing or a layer that LoRA is not for, for
-    a name that is taken or no identifier, and for a model that is sharded already. Not collective.
+    Call it before `zerolite.shard`, on every rank alike. Each rank draws values from torch's default generator; `shard`
+    broadcasts rank 0's. On a base without values (meta device) the adapter lies on the CPU, and `shard` or
+    `load_pretrained` computes DoRA's magnitudes. Reentrant activation checkpointing gives no gradients where no input
+    requires one: call `model.enable_input_require_grads()` with it.
+    Raises ValueError for an argument out of range, for targets that match no layer or a layer that cannot have LoRA,
+    for a name that is taken or no identifier, and for a sharded model.
     """
     targets, layers = naming.find(model, targets)
     attach(model, name, LoraConfig(r, alpha, dropout, targets, use_rslora, use_dora), layers)
@@ -56,7 +55,7 @@ def add_lora(
 
 
 def attach(model: nn.Module, name: str, config: LoraConfig, layers: Mapping[str, nn.Module]) -> Adapter:
-    """Put a new adapter on these layers, given by their names in the model."""
+    """Put a new adapter on `layers`, given by their names in the model. ValueError where one cannot have LoRA."""
     for layer_name, layer in layers.items():
         _check(layer_name, layer)
     if hasattr(nn.ModuleDict, name):
@@ -76,7 +75,7 @@ def attach(model: nn.Module, name: str, config: LoraConfig, layers: Mapping[str,
 
 
 def _check(layer_name: str, layer: nn.Module) -> None:
-    """ValueError for a layer on which the adapter would be wrong, or would be passed over in silence."""
+    """ValueError for a layer that would compute without the adapter, or with a wrong one."""
     kind = type(layer).__name__
     if "forward" in vars(layer):
         raise ValueError(
@@ -92,9 +91,9 @@ def _check(layer_name: str, layer: nn.Module) -> None:
 
 
 def _put_together(model: nn.Module, name: str, layers: Mapping[str, nn.Module]) -> None:
-    """Find the layers that read one input, so that it is read once for them."""
+    """Join layers that read one input, so that the kernels read it once."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return  # cross-attention reads two
+        return  # in cross-attention Q reads another input than K and V
     parents: dict[str, dict[str, nn.Module]] = defaultdict(dict)
     for layer_name, layer in layers.items():
         parent, _, end = layer_name.rpartition(".")
@@ -102,7 +101,7 @@ def _put_together(model: nn.Module, name: str, layers: Mapping[str, nn.Module]) 
     for parent, children in parents.items():
         module = model.get_submodule(parent)
         if hasattr(module, "gradient_checkpointing"):
-            continue  # it is recomputed by its forward alone, without the hooks
+            continue  # checkpointing recomputes its forward without the hooks that `Together` needs
         for names in SIBLINGS:
             alike: dict[tuple, list[nn.Module]] = defaultdict(list)
             for layer in (children[end] for end in names if end in children):
@@ -114,16 +113,16 @@ def _put_together(model: nn.Module, name: str, layers: Mapping[str, nn.Module]) 
 
 
 def layers_of(model: nn.Module, name: str) -> dict[str, LoraLayer]:
-    """The layers that an adapter is on, by their names in the model."""
+    """The layers that have the adapter called `name`, by their names in the model."""
     return {key: m for key, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.lora}
 
 
 @torch.no_grad()
 def compute_initial_values(model: nn.Module) -> None:
-    """Give DoRA's magnitudes that were made before the base had values theirs: the norms of W's rows. Collective.
+    """Compute DoRA's missing magnitudes, the norms of W's rows. Collective if sharded.
 
-    To be called once the base is loaded, before the first forward; until then they are NaN. On a sharded model one
-    unit is gathered at a time. Nothing happens where nothing is missing.
+    A magnitude is missing, and NaN, where the adapter was added before the base had values. Called once the base has
+    them, before the first forward. On a sharded model one unit is gathered at a time.
     """
     waiting = {
         low_rank: layer

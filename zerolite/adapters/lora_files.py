@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT writes them: names of tensors, and keys of adapter_config.json."""
+"""LoRA adapters in PEFT's format: names of tensors, and keys of adapter_config.json."""
 
 import re
 from collections.abc import Callable
@@ -16,27 +16,27 @@ from zerolite.adapters.state import Adapter
 PREFIX = "base_model.model."
 SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
-# What a key means where a file leaves it out: PEFT's defaults, which are not zerolite's.
+# PEFT's defaults for keys that a file leaves out. They are not zerolite's.
 READ: dict[str, Any] = {
     "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None, "exclude_modules": [],
     "layers_to_transform": [], "layers_pattern": [], "rank_pattern": {}, "alpha_pattern": {},
     "use_rslora": False, "use_dora": False, "init_lora_weights": True,
 }  # fmt: skip
-# What changes no forward of a loaded adapter. Which way round a weight lies is known from its layer.
+# Keys that change no forward of a loaded adapter. A layer's class says whether its weight is transposed.
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "eva_config", "fan_in_fan_out", "inference_mode", "peft_type",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
-# Any other key, known to PEFT or not, must say that it is off: with its value here, or one that is empty.
+# Any other key, known to PEFT or not, must have its value here or an empty one, which switches it off.
 OFF = {"bias": "none", "megatron_core": "megatron.core"}
-# Initial values that leave the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ, ...) are of a base they changed.
+# Initialisations that leave the base unchanged. The others (PiSSA, OLoRA, CorDA, LoftQ, ...) belong to a changed base.
 KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def to_peft(model: nn.Module, adapter: Adapter) -> tuple[dict, dict[str, Tensor]]:
-    """PEFT's adapter_config.json and tensors of a LoRA adapter, the tensors as they are in the model.
+    """(adapter_config.json, tensors by PEFT's names) of a LoRA adapter; the tensors share memory with the model.
 
-    The adapter's parameters must be whole on the rank that calls it.
+    The adapter's parameters must be unsharded. Not collective.
     """
     config, layers = _config_of(adapter), layers_of(model, adapter.name)
     entries = {
@@ -66,10 +66,10 @@ def to_peft(model: nn.Module, adapter: Adapter) -> tuple[dict, dict[str, Tensor]
 
 
 def from_peft(model: nn.Module, name: str, config: dict, tensors: dict[str, Tensor]) -> None:
-    """Add a LoRA adapter with PEFT's configuration and values to a model, as its active adapter.
+    """Add a LoRA adapter with PEFT's configuration and values to a model that is not sharded, as its active adapter.
 
-    Values are cast to the dtypes of the layers. ValueError, and nothing is added, where a key of the configuration
-    is not supported or the tensors are not those of this model: both are named.
+    Values are cast to the dtypes of the layers. Raises ValueError, and adds nothing, for a key of the configuration
+    that is not supported and for tensors that do not fit this model; the text names them.
     """
     lora, layers = _meaning(model, config)
     _check_tensors(_expected(layers, lora), tensors)
@@ -81,9 +81,9 @@ def from_peft(model: nn.Module, name: str, config: dict, tensors: dict[str, Tens
 
 
 def values_of(model: nn.Module, adapter: Adapter, config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The file's values by the names of the parameters of an adapter that the model has already.
+    """The file's values for an adapter that the model has, by the names of its parameters.
 
-    ValueError where the file is of another adapter: other layers, shapes, scales or kind.
+    Raises ValueError where the file's adapter has other layers, shapes, scales or another kind.
     """
     lora, layers = _meaning(model, config)
     own, there = _config_of(adapter), layers_of(model, adapter.name)
@@ -115,7 +115,7 @@ def _task_of(model: nn.Module) -> str | None:
 
 
 def _meaning(model: nn.Module, config: dict) -> tuple[LoraConfig, dict[str, nn.Module]]:
-    """(our configuration, the layers it means in this model)."""
+    """(the configuration as a LoraConfig, the layers of this model that it targets). ValueError if not supported."""
     _refuse_unsupported(config)
     read = {key: default if config.get(key) is None else config[key] for key, default in READ.items()}
     _check_types(read)
@@ -187,7 +187,7 @@ def _is_regular(pattern: str) -> bool:
 
 
 def _by_layers(targets: str | list[str], indices: int | list[int], lists: str | list[str]) -> Callable[[str], bool]:
-    """Whether a module is meant, where `layers_to_transform` chooses among the blocks, by the rule of PEFT."""
+    """A predicate of module names: PEFT's rule for targets where `layers_to_transform` selects blocks by index."""
     if isinstance(targets, str) or indices == []:
         return lambda name: naming.matches(name, targets)
     indices = indices if isinstance(indices, list) else [indices]

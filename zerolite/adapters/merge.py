@@ -1,4 +1,4 @@
-"""Making a LoRA adapter part of the base's weights, and telling what the rounding changed."""
+"""Merging a LoRA adapter into the base's weights, and measuring what the rounding of the weights changed."""
 
 import contextlib
 from collections import Counter
@@ -17,16 +17,15 @@ ROWS, LENGTH = 2, 16  # of the default batch
 
 
 def merge(model: nn.Module, name: str | None = None, batch: dict[str, Tensor] | None = None) -> float:
-    """Add a LoRA adapter, the active one or that of the name, into the base's weights. Collective if sharded.
+    """Add a LoRA adapter into the base's weights: the active one, or the one called `name`. Collective if sharded.
 
-    W becomes W + scale B A, computed in fp32 (fp64 for fp64) and rounded once to W's dtype; DoRA's with its magnitude.
-    Forwards leave the adapter out from then on, and `zerolite.export` writes the merged model.
+    W becomes W + scale B A, computed in fp32 (fp64 for fp64) and rounded once to W's dtype; with DoRA its rows are also
+    scaled to the magnitude. Forwards leave the adapter out from then on, and `zerolite.export` writes the merged model.
     At stage 3 one unit is gathered at a time.
-    batch: what the model is called with; None: some token ids, the same on every rank.
-    Returns the largest absolute difference of logits between the adapted and the merged model on it, over all ranks.
-    Raises ValueError where there is no adapter of that name, for one that is no LoRA or merged already, for a weight
-    that is tied to another module's, and for a model that needs a `batch`. Raises ZeroliteError where the adapter holds
-    values that are not finite. Nothing is merged then.
+    batch: keyword arguments for the model; None: random token ids, the same on every rank.
+    Returns the largest absolute difference between the logits of the adapted and of the merged model, over all ranks.
+    Raises ValueError for an adapter that is no LoRA or is merged already, and for a weight tied to another module's.
+    Raises ZeroliteError where the adapter holds NaN or Inf. In both cases no weight has changed.
     """
     adapter, adapters = adapter_of(model, name), adapters_of(model)
     if not isinstance(adapter.config, LoraConfig):
@@ -82,7 +81,7 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def _only(adapters: Adapters, name: str):
-    """That adapter is on, whatever is active or disabled outside."""
+    """Inside, forwards use the adapter called `name`, whatever is active or disabled outside."""
     before = adapters.active, adapters.num_disabled
     adapters.active, adapters.num_disabled = name, 0
     try:

@@ -1,11 +1,11 @@
-"""How the keys and values of virtual tokens come in front of attention's own.
+"""Prefixes: keys and values of virtual tokens in front of each attention's own.
 
 [Note: a prefix is a cache that only reads]
-Given to the model as its cache, a prefix is counted by the model's own code in masks and position ids, and attention
-concatenates it. It stores nothing, so a layer may run twice. That is what activation checkpointing does, for which
-transformers takes every cache away from a layer, since the usual one would be written twice. Hence the prefix travels
-a second time, under a name of its own among the keywords that checkpointing keeps for the recomputation, and each
-attention module finds it there as its cache.
+The prefix is the model's cache. So the model's own code counts it in masks and position ids, and attention
+concatenates it. It stores nothing, so a layer may run twice, as under activation checkpointing. There, transformers
+takes the cache away from each layer, since a usual cache would be written twice. Checkpointing keeps other keyword
+arguments for the recomputation: the prefix is passed a second time as the keyword PREFIX, and a hook of each attention
+module makes that its cache.
 """
 
 import functools
@@ -39,10 +39,11 @@ def _in_front(prefix: Tensor, states: Tensor) -> Tensor:
 
 
 def give_prefix(base: nn.Module, inputs: dict, keys_values: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Have the decoder's forward with these keyword arguments, whose cache is empty, begin with the prefix.
+    """Change a decoder's keyword arguments, whose cache is empty, so that its forward begins with the prefix.
 
-    A cache that the forward fills for its caller gets the prefix written into it, and later forwards find it there.
-    Else the prefix is the cache, see the Note.
+    A forward that fills a cache for its caller: the prefix is written into that cache, where later forwards find it.
+    Any other forward: the prefix is the cache, see [Note: a prefix is a cache that only reads].
+    Raises ValueError under reentrant activation checkpointing.
     """
     keyword = cache_keyword(type(base).forward)
     uses_cache = inputs.get("use_cache")
@@ -63,7 +64,7 @@ def give_prefix(base: nn.Module, inputs: dict, keys_values: Iterable[tuple[Tenso
 
 
 def install_prefix(base: nn.Module, attentions: list[nn.Module]) -> None:
-    """Hook a decoder and its attention modules, for all prefixes that it will have."""
+    """Install the hooks that prefixes need, on a decoder and its attention modules; once a model."""
     for attention in attentions:
         attention.register_forward_pre_hook(_find_prefix, with_kwargs=True)
     base.register_forward_hook(_take_prefix_back, with_kwargs=True)
@@ -73,7 +74,7 @@ def install_prefix(base: nn.Module, attentions: list[nn.Module]) -> None:
 
 
 def _find_prefix(attention: nn.Module, args, kwargs):
-    """Pre-hook of an attention module: the prefix, where one travels, is its cache."""
+    """Pre-hook of an attention module: the keyword PREFIX, where it is passed, becomes the cache."""
     if PREFIX not in kwargs:
         return None
     kwargs = dict(kwargs)
@@ -82,7 +83,7 @@ def _find_prefix(attention: nn.Module, args, kwargs):
 
 
 def _take_prefix_back(base: nn.Module, args, kwargs, output):
-    """Hook of the decoder: a prefix that some layer did not see is an error, and none leaves as the caller's cache."""
+    """Forward hook of the decoder: removes the prefix from the output. ValueError where a layer did not read it."""
     cache = kwargs.get(cache_keyword(type(base).forward))
     if not isinstance(cache, Cache) or not all(isinstance(layer, PrefixLayer) for layer in cache.layers):
         return None
@@ -99,7 +100,7 @@ def _take_prefix_back(base: nn.Module, args, kwargs, output):
 
 
 def attentions_of(base: nn.Module, layers: int) -> list[nn.Module]:
-    """The attention modules of a decoder; ValueError where they are not one a layer."""
+    """The attention modules of a decoder, one a layer; ValueError where their number is another."""
     found = [m for m in base.modules() if hasattr(m, "layer_idx") and cache_keyword(type(m).forward) is not None]
     found = [m for m in found if not any(child in found for child in m.modules() if child is not m)]  # innermost
     if len(found) != layers:

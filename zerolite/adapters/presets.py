@@ -1,4 +1,4 @@
-"""What each method of fine-tuning starts from, and parameter groups for an optimizer."""
+"""A learning rate and a start for each method of fine-tuning, and parameter groups for an optimizer."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Preset:
-    """A learning rate for AdamW, and how many virtual tokens start from what: see `add_prompt`."""
+    """AdamW's learning rate; for prompts the arguments `tokens` and `init` of `add_prompt`."""
 
     learning_rate: float
     tokens: int | None = None
     init: str | None = None
 
 
-# One learning rate for all makes a method look broken. On MetaMathQA with Llama 3.2 3B (PEFT's method_comparison, July
+# Each method needs a learning rate of its own. On MetaMathQA with Llama 3.2 3B (PEFT's method_comparison, July
 # 2026) prompt tuning scores 5.7 at 1e-4 and 34.3 at 1e-3 from the vocabulary, a prefix 18.6 from random values at 1e-3
 # and 41.6 from real keys and values at 5e-3, full fine-tuning 47.2 at 1e-5, LoRA 47.8 at 1e-4, p-tuning 35.0 at 1e-4.
 # P-tuning v2: 128 tokens at 2e-2, as ChatGLM-6B's authors train it.
@@ -31,11 +31,11 @@ PRESETS = {
 def parameter_groups(
     model: nn.Module, lr: float, loraplus_ratio: float | None = None, weight_decay: float = 0.0
 ) -> list[dict]:
-    """Parameter groups of what trains in a model, for any optimizer.
+    """Parameter groups of the parameters that require a gradient, for any optimizer. Not collective.
 
-    loraplus_ratio: LoRA+ (Hayou et al. 2024, arXiv 2402.12354): every lora_B learns at that times `lr`; the paper
-        recommends 16 with an `lr` for the rest that is smaller than LoRA's. None: one group.
-    Raises ValueError where nothing trains, for a ratio that is not above 0, and for one without a LoRA. Not collective.
+    loraplus_ratio: LoRA+ (Hayou et al. 2024, arXiv 2402.12354) trains each lora_B with `loraplus_ratio * lr`. The paper
+        recommends 16, with an `lr` smaller than LoRA's. None: one group.
+    Raises ValueError where no parameter trains, for a ratio that is not above 0, and for a ratio without a LoRA.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:

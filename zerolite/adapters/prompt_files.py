@@ -1,8 +1,7 @@
-"""Virtual tokens as PEFT writes them: a configuration and one tensor, the virtual tokens as they enter the model.
+"""Virtual tokens in PEFT's format: a configuration and one tensor, the virtual tokens as they enter the model.
 
-An encoder is left out, since its output is all that a forward needs. So a file with an encoder is opened here as the
-same kind without one: it gives the same logits, and training goes on with the virtual tokens themselves. To resume the
-training of an encoder, use zerolite.save.
+The file holds an encoder's output, not the encoder: a forward needs no more. So `from_peft` adds a prompt without an
+encoder, which gives the same logits and then trains the virtual tokens themselves. zerolite.save keeps an encoder.
 """
 
 from typing import Any
@@ -25,7 +24,7 @@ PEFT_TYPES = {
 }
 KINDS = {"PROMPT_TUNING": "prompt", "P_TUNING": "p-tuning", "PREFIX_TUNING": "prefix"}
 
-# What changes no forward of a loaded adapter: where it comes from, how it began, what an encoder looked like.
+# Keys that change no forward of a loaded adapter: its origin, its initialisation, the shape of its encoder.
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "encoder_dropout", "encoder_hidden_size", "encoder_num_layers",
     "encoder_reparameterization_type", "inference_mode", "init_weights", "peft_type", "peft_version",
@@ -35,9 +34,9 @@ WITHOUT_EFFECT = {
 
 
 def to_peft(model: nn.Module, adapter: Adapter) -> tuple[dict, dict[str, Tensor]]:
-    """PEFT's adapter_config.json and tensors of a prompt, the tensors on the CPU in the parameters' dtype.
+    """(adapter_config.json, tensors by PEFT's names) of a prompt; a copy on the CPU in the parameters' dtype.
 
-    The prompt's parameters must be whole on the rank that calls it.
+    The prompt's parameters must be unsharded. It runs the prompt's encoder, so every rank calls it.
     """
     virtual_tokens = model.prompts[adapter.name]
     with torch.no_grad():
@@ -69,7 +68,7 @@ def to_peft(model: nn.Module, adapter: Adapter) -> tuple[dict, dict[str, Tensor]
             "encoder_dropout": 0.0,
         }
     else:
-        # A file has its values: PEFT asks for a text and its tokenizer where it is told that a prompt began with one.
+        # RANDOM, however it began: the file has the values, and for TEXT PEFT would ask for the text's tokenizer.
         entries |= {
             "prompt_tuning_init": "RANDOM",
             "prompt_tuning_init_text": None,
@@ -80,9 +79,10 @@ def to_peft(model: nn.Module, adapter: Adapter) -> tuple[dict, dict[str, Tensor]
 
 
 def from_peft(model: nn.Module, name: str, config: dict, tensors: dict[str, Tensor]) -> None:
-    """Add a prompt from PEFT's configuration and tensors to a model that is not sharded yet, as its active adapter.
+    """Add a prompt with PEFT's configuration and values to a model that is not sharded, as its active adapter.
 
-    ValueError names the key of the configuration that does not fit the model or is not supported, and its value.
+    Raises ValueError, with key and value, for a configuration that does not fit the model or is not supported, and for
+    tensors of another shape.
     """
     kind = KINDS[config["peft_type"]]
     prompt = PromptConfig(kind, config["num_virtual_tokens"], init="random")
@@ -99,7 +99,7 @@ def from_peft(model: nn.Module, name: str, config: dict, tensors: dict[str, Tens
 
 
 def _sizes(model: nn.Module, is_deep: bool, shape: Shape) -> dict[str, int]:
-    """What PEFT writes of the model: for a prefix its key and value heads, with `token_dim` all of them together."""
+    """The model's sizes as PEFT writes them. For a prefix: key and value heads, `token_dim` = heads * head_dim."""
     heads = shape.heads if is_deep else model.config.get_text_config(decoder=True).num_attention_heads
     return {
         "num_transformer_submodules": 1,

@@ -1,4 +1,4 @@
-"""Prompt tuning, prefix tuning and both P-tunings: virtual tokens are added to a model and enter its forwards."""
+"""Prompt tuning, prefix tuning and both P-tunings: adding virtual tokens to a model, and to its forwards."""
 
 import functools
 import inspect
@@ -27,29 +27,27 @@ def add_prompt(
     encoder_hidden: int | None = None,
     name: str = "default",
 ) -> nn.Module:
-    """Add `tokens` trainable virtual tokens to a decoder of transformers, in place; everything else is frozen.
+    """Add `tokens` trainable virtual tokens to a decoder of transformers, in place; returns the model, its base frozen.
 
-    kind: "prompt" puts embeddings in front of the input (Lester et al. 2021); "p-tuning" passes them through an encoder
-        first (Liu et al. 2021, GPT Understands, Too); "prefix" puts keys and values in front of every layer's (Li and
+    kind: "prompt" puts embeddings in front of the input (Lester et al. 2021). "p-tuning" passes them through an encoder
+        first (Liu et al. 2021, GPT Understands, Too). "prefix" puts keys and values in front of every layer's (Li and
         Liang 2021), and so does "p-tuning-v2", which has no encoder (Liu et al. 2022).
-    init: "vocabulary", embeddings of tokens drawn at random, or "text", those of `text_ids`, repeated or cut to length;
-        for prefixes the keys and values that the model computes for these tokens; "zeros" for prefixes; "random", a
-        normal distribution as PEFT has it. None: "text" where there are `text_ids`, else what trains well for the kind:
-        "vocabulary" without an encoder, "zeros" for a prefix with one, "random" for p-tuning. Values that pass through
-        an encoder start from "random" or, for a prefix, from "zeros".
+    init: "vocabulary": embeddings of tokens drawn at random. "text": embeddings of `text_ids`, repeated or cut to
+        length. For prefixes both mean the keys and values that the model computes for these tokens. "zeros": prefixes
+        only. "random": a normal distribution, as PEFT's. None: "text" where there are `text_ids`; else "vocabulary"
+        without an encoder, "zeros" for a prefix with one, "random" for p-tuning. With an encoder only "random" and,
+        for a prefix, "zeros" are possible.
     text_ids: token ids of a text, such as the instruction of the task.
     encoder: "mlp" or "lstm" for p-tuning (default "mlp"), "mlp" or None for a prefix.
-    encoder_hidden: its hidden size; None: its input's.
+    encoder_hidden: hidden size of the encoder; None: the size of its input.
 
     The model is called as before. With "prompt" and "p-tuning" its logits begin with those of the virtual tokens, as
-    PEFT's do: labels are extended here, and `logits_to_keep` counts from the end. Position ids that the caller gives
-    are not used then, but counted from 0 over virtual and real tokens.
-    Parameters are fp32, or fp64 where the model is. On a model whose parameters lie on the meta device, values that
-    the model gives are computed by `zerolite.shard` or `load_pretrained`.
-
-    Raises ValueError for a choice or a number that the kind does not have, for token ids outside of the vocabulary, for
-    an encoder-decoder, for a name that is taken or no identifier, and for a model that is sharded already. Raises
-    TypeError for a model that is not of transformers. Not collective.
+    PEFT's do; labels are padded here, and `logits_to_keep` counts from the end. Position ids that the caller passes are
+    not used then: the model counts from 0 over virtual and real tokens.
+    Parameters are fp32, or fp64 where the model is. Call it before `zerolite.shard`, on every rank alike. On a model on
+    the meta device, `shard` or `load_pretrained` computes the initial values that need the model.
+    Raises TypeError for a model that is not of transformers; ValueError for an encoder-decoder, for a kind, init,
+    encoder or text_ids that do not go together, for a name that is taken, and for a sharded model.
     """
     config = _resolved(kind, tokens, init, text_ids, encoder, encoder_hidden, shape_of_supported(model))
     source_ids = _source_ids(model, config, text_ids) if config.init in ("vocabulary", "text") else None
@@ -62,7 +60,7 @@ def add_prompt(
 
 
 def shape_of_supported(model: nn.Module) -> Shape:
-    """The shape of a model that can have virtual tokens; TypeError or ValueError for another."""
+    """The sizes of a model that can have virtual tokens; TypeError or ValueError for any other model."""
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"virtual tokens are added to a model of transformers, got {type(model).__name__}")
     if model.config.is_encoder_decoder:
@@ -99,7 +97,7 @@ def _resolved(kind, tokens, init, text_ids, encoder, encoder_hidden, shape) -> P
 
 
 def attach(model: nn.Module, config: PromptConfig, name: str) -> VirtualTokens:
-    """Give a model new virtual tokens, as its active adapter, with values that the model has no part in."""
+    """Add virtual tokens to a model, as its active adapter, with zeros or random values."""
     shape = shape_of_supported(model)
     base = model.base_model
     attentions = attentions_of(base, shape.layers) if config.is_deep else []
@@ -122,10 +120,10 @@ def attach(model: nn.Module, config: PromptConfig, name: str) -> VirtualTokens:
 
 
 class Prompts(nn.ModuleDict):
-    """The virtual tokens of a model, by adapter; those of the active adapter enter its forwards.
+    """The virtual tokens of a model, by the adapter's name; a forward uses those of the active adapter.
 
-    Hooks, bound to this module, so that a deep copy of the model has its own. What needs a gradient enters inside of
-    the model's forward, at the decoder: hooks of the whole model, such as a loss scaler's, see inputs and outputs only.
+    Its methods are the hooks, so a deep copy of the model has hooks of its own. Tensors that need a gradient enter at
+    the decoder, inside the model's forward: hooks of the model itself (a loss scaler's) see the caller's inputs only.
     """
 
     def __init__(self, adapters: Adapters):
@@ -137,7 +135,7 @@ class Prompts(nn.ModuleDict):
         return self[adapter.name] if adapter is not None and isinstance(adapter.config, PromptConfig) else None
 
     def before_model(self, model: nn.Module, args, kwargs):
-        """Virtual tokens that have logits have labels, which no loss counts."""
+        """Pre-hook of the model: virtual tokens that have logits get the label IGNORED."""
         current = self.current()
         if current is None or current.config.is_deep:
             return None
@@ -150,7 +148,7 @@ class Prompts(nn.ModuleDict):
         return (), inputs
 
     def before_decoder(self, base: nn.Module, args, kwargs):
-        """The decoder's input begins with the virtual tokens, unless its cache holds them already."""
+        """Pre-hook of the decoder: puts the virtual tokens in front, unless its cache holds them already."""
         current = self.current()
         if current is None:
             return None
@@ -201,7 +199,7 @@ def _refuse_unsupported(inputs: dict, cache, config: PromptConfig) -> None:
 
 
 def _by_name(module: nn.Module, args, kwargs) -> dict:
-    """All arguments of a module's forward as keywords, to be changed by a pre-hook."""
+    """All arguments of a module's forward as keywords: a new dict, which a pre-hook may change."""
     return {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
 
 
@@ -225,10 +223,10 @@ def _source_ids(model: nn.Module, config: PromptConfig, text_ids: Sequence[int] 
 
 @torch.no_grad()
 def compute_initial_values(model: nn.Module) -> None:
-    """Give virtual tokens the initial values that the base model had none of, being on meta, when they were added.
+    """Compute initial values that need the base model and could not be had on the meta device. Collective if sharded.
 
-    Call it when the weights, and the model's buffers, are there, and before anything is trained. Collective on a
-    sharded model: every rank runs the same forwards, and writes the same values into its whole prompts.
+    Called once the base has its weights and buffers, before any training step. Every rank runs the same forwards and
+    writes the same values into its unsharded prompts.
     """
     for virtual_tokens in getattr(model, "prompts", {}).values():
         if virtual_tokens.source_ids is not None:
@@ -239,7 +237,7 @@ def compute_initial_values(model: nn.Module) -> None:
 
 
 def _keys_values_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """What the base model caches for these tokens, laid out as a prefix: (tokens, layers * 2 * heads * head_dim)."""
+    """The base model's keys and values for these tokens, as a prefix: (tokens, layers * 2 * heads * head_dim)."""
     cache, keyword = DynamicCache(), cache_keyword(type(model).forward)
     assert keyword is not None, f"{type(model).__name__} has prefixes, but its forward takes no cache"
     with disabled(model), evaluating(model):

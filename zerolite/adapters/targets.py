@@ -1,4 +1,4 @@
-"""Which linear layers of a model are meant: by names, by a regular expression, all of them, or the fused projection."""
+"""Which linear layers get LoRA: by names, by a regular expression, all of them, or the model's fused projection."""
 
 import re
 from collections.abc import Iterable
@@ -10,8 +10,8 @@ from zerolite.adapters.config import DEFAULT_TARGETS, Targets
 from zerolite.adapters.state import Adapters
 
 ALL_LINEAR = "all-linear"
-# What stands for the default, the first that there is, in a model that has none of the three: GPT-2 and Qwen 1;
-# GPT-NeoX, BLOOM, ChatGLM, Falcon; Baichuan; Phi-3; MPT, DBRX, ModernBERT; InternLM 2; vision models; BERT; T5.
+# A model without q_proj, k_proj and v_proj gets the first of these that it has: GPT-2 and Qwen 1; GPT-NeoX, BLOOM,
+# ChatGLM, Falcon; Baichuan; Phi-3; MPT, DBRX, ModernBERT; InternLM 2; vision models; BERT; T5.
 INSTEAD = (
     ("c_attn",), ("query_key_value",), ("W_pack",), ("qkv_proj",), ("Wqkv",), ("wqkv",), ("qkv",),
     ("query", "key", "value"), ("q", "k", "v"),
@@ -19,12 +19,9 @@ INSTEAD = (
 
 
 def find(model: nn.Module, targets: str | Iterable[str]) -> tuple[Targets, dict[str, nn.Module]]:
-    """(targets as a PEFT file tells them, layers by their names) of what a user asked for.
+    """Resolve a user's `targets`: (targets as a PEFT file has them, layers by their names).
 
-    targets: names, each of a whole module name or of its end after a dot; one string is a regular expression that
-    matches whole names, or "all-linear": every linear layer but the output head. The default, where a model has none
-    of its three, means the fused projection. ValueError where a name matches nothing, or something that is no layer
-    for LoRA.
+    targets: as in `add_lora`. Raises ValueError where a name matches no module, or one that is no linear layer.
     """
     modules = modules_of(model)
     if isinstance(targets, str):
@@ -47,7 +44,7 @@ def find(model: nn.Module, targets: str | Iterable[str]) -> tuple[Targets, dict[
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of the base model by its name; what belongs to adapters is left out."""
+    """Every module of the base model by its name, without the adapters' own modules."""
     adapters = getattr(model, "_zerolite_adapters", None) or Adapters()
     theirs = {id(p) for adapter in adapters.by_name.values() for p in adapter.parameters.values()}
 
@@ -59,7 +56,7 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def matches(name: str, targets: Targets) -> bool:
-    """Whether a module's whole name is meant, by the rule of PEFT."""
+    """Whether PEFT would target the module of this name."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -70,7 +67,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def shortest(modules: dict[str, nn.Module], found: Iterable[str]) -> tuple[str, ...]:
-    """The last parts of the found names, where they mean just these modules; else the whole names."""
+    """Targets that match the found modules and no other: the ends of their names if that is so, else whole names."""
     found = set(found)
     ends = tuple(sorted({name.rpartition(".")[2] for name in found}))
     return ends if {name for name in modules if matches(name, ends)} == found else tuple(sorted(found))
@@ -85,7 +82,7 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn
 
 
 def check(model: nn.Module, found: dict[str, nn.Module], what: str) -> None:
-    """ValueError where `what` was asked for and nothing was found, or something that is no linear layer."""
+    """ValueError where `found` is empty or has a module that is no linear layer; `what` is the user's request."""
     if not found:
         raise ValueError(f"{what} match no module: {_what_there_is(model)}")
     for name, module in found.items():

@@ -1,4 +1,4 @@
-"""The parameters of one prompt: an embedding of virtual tokens and the encoder that it may pass through."""
+"""The parameters of one prompt: an embedding of virtual tokens, and the encoder that maps it, where there is one."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Shape:
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """From the configuration, so that it is known for parameters that lie on meta or are sharded."""
+    """The sizes, read from the configuration: parameters may lie on the meta device or be sharded."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -27,14 +27,14 @@ def shape_of(model: nn.Module) -> Shape:
 
 
 class VirtualTokens(nn.Module):
-    """The virtual tokens of one adapter: `forward()` is what enters the model and what a file holds, (tokens, width).
+    """The virtual tokens of one adapter. `forward()` gives what the model and a file take, (tokens, width).
 
-    Width is the model's hidden size or, for deep kinds, layers * 2 * heads * head_dim: layer by layer, keys and then
-    values. Encoders have the modules of PEFT's, so that equal values give equal outputs.
+    Width is the model's hidden size. For deep kinds it is layers * 2 * heads * head_dim: layer by layer, first keys,
+    then values. An encoder has the modules of PEFT's encoder, so equal values give equal outputs.
     """
 
     embedding: nn.Parameter  # (tokens, width), or what the encoder takes
-    source_ids: Tensor | None  # (tokens,) ids of the initial values, see `prompts.compute_initial_values`
+    source_ids: Tensor | None  # (tokens,) ids whose values the embedding still needs; None: it has its values
 
     def __init__(self, config: PromptConfig, shape: Shape, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -58,8 +58,9 @@ class VirtualTokens(nn.Module):
     def forward(self) -> Tensor:
         if self.source_ids is not None:
             raise ValueError(
-                "this prompt starts from values of the base model, which had none when it was added: call "
-                "zerolite.shard, which computes them, or add the prompt once the weights are there"
+                "this prompt starts from values of the base model, which had none when it was added: "
+                "zerolite.load_pretrained(adapt=...) and zerolite.shard(model) compute them; where neither is called, "
+                "add the prompt once the weights are loaded"
             )
         return self.encoder(self.embedding)
 

@@ -48,13 +48,7 @@ def encode(
     share `cutoff_len`, half to each where both are long: the prompt loses its beginning, the answer its end, but
     never its EOS.
     """
-    texts = []
-    for conversation in conversations:
-        prompts = _prompts(conversation)
-        texts += [
-            text for prompt, (_, answer) in zip(prompts, conversation.turns, strict=True) for text in (prompt, answer)
-        ]
-    ids = iter(_tokenize(texts, tokenizer))
+    ids = iter(_tokenize(texts(conversations), tokenizer))
     examples, num_shortened = [], 0
     for conversation in conversations:
         turns = [(next(ids), next(ids) + [tokenizer.eos_token_id]) for _ in conversation.turns]
@@ -88,8 +82,8 @@ def _prompts(conversation: Conversation) -> list[str]:
     return prompts
 
 
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+def _tokenize(strings: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    encoded = tokenizer(strings, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
     return encoded["input_ids"]
 
 
