@@ -16,6 +16,7 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 
@@ -27,16 +28,21 @@ from zerolite_kernels.command import FILL, PARTIAL_NUMEL, Command
 
 CHUNK_NUMEL = 1024 * PARTIAL_NUMEL  # between two heartbeats
 
-# The control memory: a header, a row a lane, a ring of commands. All numbers are uint64.
+# The control memory: a header, a row a lane, a ring of commands, and a ring of times a lane. All numbers are uint64.
 SUBMITTED, ARENA_BYTES, IS_STOPPING, NUM_LANES = range(4)  # of the header
 ERROR_OFFSET, ERROR_BYTES = 1024, 3072  # text, zero-terminated, of the first worker that failed
 LANES_OFFSET, LANE_BYTES = 4096, 64
 IS_READY, DONE, HEARTBEAT = range(3)  # of a lane's row
 RING_NUMEL = 8192
+TIMES_BYTES = RING_NUMEL * 16  # of each command when it began and ended, CLOCK_MONOTONIC in ns
 
 
 def control_bytes(num_lanes: int) -> int:
-    return ring_offset(num_lanes) + RING_NUMEL * ctypes.sizeof(Command)
+    return times_offset(num_lanes, num_lanes)
+
+
+def times_offset(num_lanes: int, lane: int) -> int:
+    return ring_offset(num_lanes) + RING_NUMEL * ctypes.sizeof(Command) + lane * TIMES_BYTES
 
 
 def ring_offset(num_lanes: int) -> int:
@@ -81,6 +87,10 @@ class Worker:
 
     def row(self, lane: int):
         return (ctypes.c_uint64 * 8).from_buffer(self.control_map, LANES_OFFSET + lane * LANE_BYTES)
+
+    def times(self, lane: int):
+        offset = times_offset(self.setup.num_lanes, lane)
+        return (ctypes.c_uint64 * (2 * RING_NUMEL)).from_buffer(self.control_map, offset)
 
     def command(self, number: int) -> Command:
         offset = self.ring_offset + number % RING_NUMEL * ctypes.sizeof(Command)
@@ -127,7 +137,7 @@ def run_lane(worker: Worker, lane: int, core: int | None, wake_fd: int) -> None:
     try:
         if core is not None:
             os.sched_setaffinity(0, {core})  # of this thread
-        row = worker.row(lane)
+        row, times = worker.row(lane), worker.times(lane)
         states = None
         if setup.states_fd >= 0:
             from zerolite_kernels.state_file import StateFile
@@ -140,7 +150,10 @@ def run_lane(worker: Worker, lane: int, core: int | None, wake_fd: int) -> None:
         os.eventfd_write(setup.progress_fd, 1)
         while True:
             while row[DONE] < worker.header[SUBMITTED]:
+                entry = row[DONE] % RING_NUMEL * 2
+                times[entry] = time.monotonic_ns()
                 _do(worker, states, worker.command(row[DONE]), lane, row)
+                times[entry + 1] = time.monotonic_ns()
                 row[HEARTBEAT] += 1
                 row[DONE] += 1  # after the work; the write below is a barrier
                 os.eventfd_write(setup.progress_fd, 1)
