@@ -16,6 +16,7 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,16 +33,21 @@ Row = ctypes.Array[ctypes.c_uint64]  # a thread's, of 8 numbers
 
 CHUNK_NUMEL = 1024 * PARTIAL_NUMEL  # between two heartbeats
 
-# The control memory: a header, a row a thread, a ring of commands. All numbers are uint64.
+# The control memory: a header, a row a thread, a ring of commands, and a ring of times a thread. All numbers are uint64.
 SUBMITTED, ARENA_BYTES, IS_STOPPING, NUM_THREADS = range(4)  # of the header
 ERROR_OFFSET, ERROR_BYTES = 1024, 3072  # text, zero-terminated, of the first worker that failed
 THREADS_OFFSET, THREAD_BYTES = 4096, 64
 IS_READY, DONE, HEARTBEAT = range(3)  # of a thread's row
 RING_NUMEL = 8192
+TIMES_BYTES = RING_NUMEL * 16  # of each command when it began and ended, CLOCK_MONOTONIC in ns
 
 
 def control_bytes(num_threads: int) -> int:
-    return ring_offset(num_threads) + RING_NUMEL * ctypes.sizeof(Command)
+    return times_offset(num_threads, num_threads)
+
+
+def times_offset(num_threads: int, thread: int) -> int:
+    return ring_offset(num_threads) + RING_NUMEL * ctypes.sizeof(Command) + thread * TIMES_BYTES
 
 
 def ring_offset(num_threads: int) -> int:
@@ -86,6 +92,10 @@ class Worker:
 
     def row(self, thread: int) -> Row:
         return (ctypes.c_uint64 * 8).from_buffer(self.control_map, THREADS_OFFSET + thread * THREAD_BYTES)
+
+    def times(self, thread: int) -> Row:
+        offset = times_offset(self.setup.num_threads, thread)
+        return (ctypes.c_uint64 * (2 * RING_NUMEL)).from_buffer(self.control_map, offset)
 
     def command(self, number: int) -> Command:
         offset = self.ring_offset + number % RING_NUMEL * ctypes.sizeof(Command)
@@ -132,7 +142,7 @@ def run_thread(worker: Worker, thread: int, core: int | None, wake_fd: int) -> N
     try:
         if core is not None:
             os.sched_setaffinity(0, {core})  # of this thread
-        row = worker.row(thread)
+        row, times = worker.row(thread), worker.times(thread)
         run_in_file = None
         if setup.states_fd >= 0:
             from zerolite_kernels.cpu.state_file import StateFile
@@ -145,7 +155,10 @@ def run_thread(worker: Worker, thread: int, core: int | None, wake_fd: int) -> N
         os.eventfd_write(setup.progress_fd, 1)
         while True:
             while row[DONE] < worker.header[SUBMITTED]:
+                entry = row[DONE] % RING_NUMEL * 2
+                times[entry] = time.monotonic_ns()
                 _do(worker, run_in_file, worker.command(row[DONE]), thread, row)
+                times[entry + 1] = time.monotonic_ns()
                 row[HEARTBEAT] += 1
                 row[DONE] += 1  # after the work; the write below is a barrier
                 os.eventfd_write(setup.progress_fd, 1)

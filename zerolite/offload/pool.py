@@ -39,6 +39,8 @@ from zerolite_kernels.cpu_worker import (
 )
 
 from zerolite.errors import WorkerError
+from zerolite.offload.worker_spans import WorkerSpans
+from zerolite.runtime import trace
 
 STUCK_SECONDS = 10.0
 START_SECONDS = 60.0
@@ -98,6 +100,10 @@ class Pool:
             self.processes.append(process)
             self.threads_of.append(range(first, last))
         os.close(control_fd)
+        threads = [
+            (w, process.pid, thread) for w, process in enumerate(self.processes) for thread in self.threads_of[w]
+        ]
+        self._spans = WorkerSpans(self._control, self._rows, threads)
         self._pid_fds = [os.pidfd_open(process.pid) for process in self.processes]
         self._poller = select.poll()
         for fd in (self._progress_fd, *self._pid_fds):
@@ -110,6 +116,7 @@ class Pool:
             self._wake_fds,
             self.processes,
             [self._progress_fd, *self._pid_fds, *self._wake_fds],
+            self._spans,
         )
         self._sleep_until(lambda: all(row[IS_READY] for row in self._rows), "starting", START_SECONDS)
 
@@ -124,6 +131,8 @@ class Pool:
                 self.wait(self.submitted - RING_NUMEL + 1)
             offset = base + self.submitted % RING_NUMEL * size
             self._control[offset : offset + size] = bytes(command)
+            if trace.recording is not None:
+                self._spans.expect(trace.recording, self.submitted, command.op, label)
             self.submitted += 1
             self._header[SUBMITTED] = self.submitted
         self._forget(self._num_done())
@@ -199,7 +208,14 @@ class Pool:
         raise WorkerError(self.failure)
 
 
-def _end(trainer: int, header, wake_fds: list[int], processes: list[subprocess.Popen], fds: list[int]) -> None:
+def _end(
+    trainer: int,
+    header,
+    wake_fds: list[int],
+    processes: list[subprocess.Popen],
+    fds: list[int],
+    spans: WorkerSpans,
+) -> None:
     """Let workers finish what they were given, and end them; nothing in a fork of the trainer (a data loader)."""
     if os.getpid() != trainer:
         return
@@ -214,3 +230,6 @@ def _end(trainer: int, header, wake_fds: list[int], processes: list[subprocess.P
             process.wait()
     for fd in fds:
         os.close(fd)
+    if trace.recording is not None:
+        spans.collect(trace.recording)
+        trace.write()  # at the interpreter's exit the last write may be over

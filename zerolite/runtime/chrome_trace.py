@@ -11,7 +11,8 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch.distributed as dist
 
@@ -34,6 +35,15 @@ class Span(NamedTuple):
     name: str  # of the unit, or of what is worked on
     begin: int  # ns
     end: int  # ns
+
+
+class Source(Protocol):
+    """Who has spans of its own: it is asked before each write."""
+
+    def collect(self, recording: "ChromeTrace") -> None: ...
+
+
+sources: WeakSet[Source] = WeakSet()
 
 
 class ChromeTrace:
@@ -68,8 +78,8 @@ class ChromeTrace:
         return track
 
     def thread(self, process: int, process_name: str, number: int) -> Track:
-        """The track of a thread of a worker process."""
-        track = Track(process, number)
+        """The track of a thread of another process."""
+        track = Track(process, FIRST_OWN_TRACK + number)
         self._names[track] = (process_name, f"thread {number}")
         return track
 
@@ -94,6 +104,8 @@ class ChromeTrace:
         """Replace the file by one with all spans so far."""
         if os.getpid() != self._process:
             return  # a fork of the trainer (a data loader)
+        for source in list(sources):
+            source.collect(self)
         with self._lock:
             begin = time.monotonic_ns()
             events = [*self._metadata(), *map(_event, list(self.spans))]

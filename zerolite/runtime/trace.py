@@ -40,19 +40,19 @@ class _Off:
 
 OFF = _Off()
 
-_recorded: ChromeTrace | None = None
+recording: ChromeTrace | None = None  # changed by `start` and `stop` alone
 
 
 def phase(kind: str, name: str) -> AbstractContextManager[object]:
     """A context: what this thread does inside is of this kind, and for the unit of this name."""
-    if _recorded is None and not profiler._is_profiler_enabled:
+    if recording is None and not profiler._is_profiler_enabled:
         return OFF
     return _phase(kind, name)
 
 
 @contextmanager
 def _phase(kind: str, name: str) -> Iterator[None]:
-    label, recorded = f"zerolite::{kind} ({name})", _recorded
+    label, recorded = f"zerolite::{kind} ({name})", recording
     profiled = profiler.record_function(label) if profiler._is_profiler_enabled else OFF
     with profiled, devices.nvtx_range(label):
         begin = time.monotonic_ns()
@@ -65,9 +65,9 @@ def _phase(kind: str, name: str) -> Iterator[None]:
 
 def flight(kind: str, name: str) -> Callable[..., object]:
     """Work that begins now, in the Chrome trace only; call what is returned, once, when somebody has waited for it."""
-    if _recorded is None:
+    if recording is None:
         return nothing
-    recorded, begin, number = _recorded, time.monotonic_ns(), _recorded.begin_flight(kind)
+    recorded, begin, number = recording, time.monotonic_ns(), recording.begin_flight(kind)
 
     def end() -> None:
         recorded.add(Span(recorded.end_flight(kind, number), kind, name, begin, time.monotonic_ns()))
@@ -75,28 +75,23 @@ def flight(kind: str, name: str) -> Callable[..., object]:
     return end
 
 
-def recorded() -> ChromeTrace | None:
-    """The Chrome trace that is being recorded."""
-    return _recorded
-
-
 def start(folder: str | os.PathLike[str]) -> None:
     """Record a Chrome trace from here on, `rank-00000.json` of rank 0; `ZEROLITE_TRACE` does it from the beginning."""
-    global _recorded
-    _recorded = ChromeTrace(Path(folder))
+    global recording
+    recording = ChromeTrace(Path(folder))
 
 
 def write() -> None:
     """Have the file hold everything until now. At the interpreter's exit this happens by itself."""
-    if _recorded is not None:
-        _recorded.write()
+    if recording is not None:
+        recording.write()
 
 
 def stop() -> None:
     """Write, and record no more."""
-    global _recorded
+    global recording
     write()
-    _recorded = None
+    recording = None
 
 
 if os.environ.get("ZEROLITE_TRACE"):
