@@ -1,12 +1,11 @@
 """A checkpoint is the old one or the new one, whole, wherever SIGKILL meets the processes that write it.
 
-Processes are forked, ready to save, from one that has imported everything. Version v is a model whose every parameter
+Processes are forked, ready to save, from a rank. Version v is a model whose every parameter
 and state is v.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import select
@@ -19,8 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import PR_SET_PDEATHSIG, Pool
+from limits import Limit
+from ranks import Pool
 from saved import attempt, make
+from zygote import fork
 
 HANG_S = 20.0
 
@@ -56,23 +57,6 @@ def version_of(folder: Path, model, optimizer) -> int:
                     assert found <= {float(version)}, f"{slot.name} is {found} in version {version}"
     assert set(optimizer.describe()["steps"].values()) == {version} and set(model.sum.tolist()) == {version}
     return version
-
-
-def fork(work: Callable[[], None]) -> int:
-    """Run `work` in a child that dies with this process; exit code 0, or 3 where it raised."""
-    me = os.getpid()
-    child = os.fork()
-    if child:
-        return child
-    try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == me:
-            work()
-            os._exit(0)
-    except BaseException:
-        os._exit(3)
-    finally:
-        os._exit(4)
 
 
 # at every operation
@@ -248,14 +232,14 @@ def kill_at_random(root: Path, trials: int, seed: int) -> tuple[int, list[str]]:
 def wait_for(children: list[int]) -> list[int | None]:
     """Exit codes; None for one that had to be killed because it hung."""
     codes: dict[int, int | None] = {}
-    deadline = time.monotonic() + HANG_S
+    limit = Limit(HANG_S)
     while len(codes) < len(children):
         for child in children:
             if child not in codes:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     codes[child] = os.waitstatus_to_exitcode(status)
-                elif time.monotonic() > deadline:
+                elif limit.is_over():
                     os.kill(child, signal.SIGKILL)
                     os.waitpid(child, 0)
                     codes[child] = None

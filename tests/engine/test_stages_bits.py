@@ -1,4 +1,4 @@
-"""In fp32 on two ranks the stage changes no bit in 20 steps with clipping and accumulation."""
+"""In fp32 on two ranks the stage changes no bit in several steps with clipping and accumulation."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 from cases import data, squared
 from models import Stack, assert_same_bits, build, drawn, whole
-from trial import Trial, train
+from trial import Trial, train_each
 
 
 @pytest.mark.parametrize("no_sync", [True, False], ids=["no_sync", "every-backward-syncs"])
 @pytest.mark.parametrize("model", ["llama", "llama-tied", "gpt2", "t5", "mixtral"])
 def test_every_stage_gives_the_same_bits(ranks, model, no_sync):
     trial = Trial(
-        model, torch.float32, steps=20, accumulation=2, no_sync=no_sync, max_grad_norm=0.5, two_groups=model != "gpt2"
+        model, torch.float32, steps=6, accumulation=2, no_sync=no_sync, max_grad_norm=0.5, two_groups=model != "gpt2"
     )
     check_stages(ranks, trial)
 
@@ -56,12 +56,12 @@ def test_every_stage_gives_the_same_bits_whatever_the_sizes(ranks, width):
 
 
 def check_stages(ranks, trial: Trial) -> None:
-    first, second = ranks(2).run(train, trial, 0)
-    assert_same_bits(second.parameters, first.parameters)
+    of_ranks = ranks(2).run(train_each, [(trial, stage) for stage in range(4)])
+    first = of_ranks[0][0]
     assert sum(norm > trial.max_grad_norm for norm in first.norms) > trial.steps // 2, "clipping must bite"
     start = whole(build(trial.model, trial.dtype))
     assert any(not torch.equal(value, start[name]) for name, value in first.parameters.items())
-    for stage in (1, 2, 3):
-        for result in ranks(2).run(train, trial, stage):
+    for results in of_ranks:
+        for result in results:
             assert_same_bits(result.parameters, first.parameters)
             assert result.norms == first.norms

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from medqa_runs import needs_shared, tiny_llama, to_flags
+from models import assert_same_bits
+from paths import SHARED
 from safetensors.torch import load_file
-from test_medqa_training import CORPUS, SHARED, assert_same_bits, needs_shared, tiny_llama, to_flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_medqa
 import zerolite
 from zerolite.medqa import data
-from zerolite.medqa.arguments import parse
+from zerolite.medqa.arguments import CORPUS, parse
 from zerolite.medqa.batches import collate
 from zerolite.medqa.prompts import encode
 

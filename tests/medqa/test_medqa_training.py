@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from medqa_runs import needs_shared, tiny_llama, to_flags
+from models import assert_same_bits
 from paths import SHARED
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_medqa
 import zerolite
@@ -18,24 +20,6 @@ from zerolite.medqa.batches import Order, collate, micro_batches
 from zerolite.medqa.loss import label_loss
 from zerolite.medqa.processes import join
 from zerolite.medqa.prompts import encode
-
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="shared data not beside the repository")
-
-
-def tiny_llama(**settings) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        **settings,
-    )
-    return LlamaForCausalLM(config)
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +44,12 @@ def arguments(folder: Path, output: Path, **options) -> list[str]:
     return to_flags(options)
 
 
-def to_flags(options: dict) -> list[str]:
-    return [p for name, value in options.items() for p in ([f"--{name}"] + [str(value)] * (value is not True))]
-
-
 def trained(argv: list[str]) -> dict[str, torch.Tensor]:
     """Run train_medqa.py's two halves; the parameters that it ends with."""
     run = train_medqa.prepare(parse(argv))
     assert train_medqa.train(run) == 0
     with zerolite.full_params(run.model):
         return {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
-
-
-def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
 
 
 # The division of a step's rows #

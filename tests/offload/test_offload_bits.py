@@ -11,11 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
+from case_runs import plain_case, train_case
 from cases import CASES
-from models import assert_close, assert_same_bits, build, drawn, whole
-from test_autograd_cases import LR, WEIGHT_DECAY, zero_grad
-from test_autograd_cases import reference as plain_case
+from models import assert_close, assert_same_bits, build, whole
 from trial import HALF, Result, Trial, reference, train_each
 from zerolite_kernels import cpu
 
@@ -224,32 +222,12 @@ def test_fp64_equals_plain_torch(ranks, drive, model):
         assert result.norms == pytest.approx(expected.norms, rel=1e-9)
 
 
-def case_on_rank(name: str, stage: int, offload: Offload):
-    """As test_autograd_cases has it, offloaded."""
-    import zerolite
-
-    case = CASES[name]()
-    model = drawn(case.build).double()
-    case.prepare(model)
-    precision = zerolite.Precision(torch.float64, torch.float64)
-    model = zerolite.shard(model, stage=stage, precision=precision, offload=offload)
-    optimizer = zerolite.AdamW(case.groups(model), lr=LR, weight_decay=WEIGHT_DECAY)
-    norms = []
-    for step in range(case.steps):
-        case.step(model, dist.get_rank(), step, lambda: zerolite.no_sync(model))
-        optimizer.step()
-        norms.append(optimizer.grad_norm)
-        zero_grad(case, model, optimizer)
-    with zerolite.full_params(model):
-        return whole(model), norms
-
-
 def cases_on_rank(cases: list[tuple[str, int]], offload: Offload):
     """What the first case that raises does is what the test is told."""
     results = []
     for name, stage in cases:
         try:
-            results.append(case_on_rank(name, stage, offload))
+            results.append(train_case(name, stage, offload))
         except Exception as error:
             raise RuntimeError(f"{name} at stage {stage}: {error}") from error
     return results

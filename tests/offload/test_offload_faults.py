@@ -1,6 +1,6 @@
 """A worker that dies or stands still ends every rank with a `WorkerError` that names it; nothing outlives its trainer.
 
-Ranks are forked from a process that has imported everything; each starts its own workers, as a trainer does.
+Ranks are forked from one of the pool; each starts its own workers, as a trainer does.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from limits import until
 from ranks import Pool
-from test_checkpoint_faults import fork
 from zerolite_kernels import cpu
+from zygote import fork
 
 NUM_WORKERS = 2
 END_S = 10.0
@@ -61,15 +62,6 @@ def train_for_ever(folder: Path, rank: int, port: int, stage: int, clip: float |
         (folder / f"end-{rank}.part").write_text(f"{type(error).__name__}: {error}")
         (folder / f"end-{rank}.part").rename(folder / f"end-{rank}")
         raise
-
-
-def until(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 def start_two(folder: Path, stage: int, clip: float | None):

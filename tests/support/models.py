@@ -12,6 +12,18 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 VOCAB, HIDDEN, ROWS, LENGTH = 64, 16, 12, 8  # 12 rows: 1, 2, 3 and 4 ranks cut them evenly
 LOSS_SCALE = 2.0**-4
@@ -20,8 +32,6 @@ Batch = dict[str, Tensor]
 
 
 def llama(tied: bool = False, layers: int = 2, hidden: int = HIDDEN, **options) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,
@@ -41,8 +51,6 @@ def llama(tied: bool = False, layers: int = 2, hidden: int = HIDDEN, **options) 
 
 
 def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return GPT2LMHeadModel(
@@ -51,8 +59,6 @@ def gpt2() -> nn.Module:
 
 
 def t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
     return T5ForConditionalGeneration(
         T5Config(
             vocab_size=VOCAB,
@@ -70,8 +76,6 @@ def t5() -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
     return MixtralForCausalLM(
         MixtralConfig(
             vocab_size=VOCAB,
@@ -88,8 +92,6 @@ def mixtral() -> nn.Module:
 
 
 def qwen_moe() -> nn.Module:
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-
     return Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
             vocab_size=VOCAB,

@@ -1,4 +1,4 @@
-"""A pool of persistent rank processes: torch is imported once a process, not once a test.
+"""A pool of persistent rank processes, forks of the zygote: nothing is imported once a process or once a test.
 
 `pool(world).run(fn, *args)` runs a module-level function on ranks 0..world-1 in lockstep, in a fresh gloo process
 group, and returns the list of results. An exception on a rank is raised in the test with rank and traceback; a hang is
@@ -8,24 +8,23 @@ survives pytest: ranks die with their parent, and never by `exit` (gloo's thread
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import pickle
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-TIMEOUT_S = 60.0  # one run, from the send to the last result
-START_S = 120.0  # for a process to import torch
+from limits import Limit, until
+from zygote import zygote
+
+TIMEOUT_S = 60.0  # one run, from the send to the last result; as all of these, of a quiet machine
+START_S = 20.0  # for a process to be forked
 GRACE_S = 5.0  # for the other ranks, once one has failed
-PR_SET_PDEATHSIG = 1
+LOOK_S = 0.5  # between two looks at the load
 
 
 class RankError(RuntimeError):
@@ -49,22 +48,18 @@ class Rank:
     def __init__(self, number: int) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), str(number), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                    "OMP_NUM_THREADS": "1",
-                    "HF_HUB_OFFLINE": "1",
-                },
-            )
+            self.process = zygote().start(serve, theirs, number)
         self.pipe = Connection(ours.detach())
         self.ready = False
 
     def receive(self):
         return pickle.loads(self.pipe.recv_bytes())
+
+    def end(self) -> None:
+        """It leaves by itself when the pipe is closed, unless it hangs."""
+        self.pipe.close()
+        until(lambda: self.process.poll() is not None, GRACE_S)
+        self.kill()
 
     def kill(self) -> None:
         self.process.kill()
@@ -84,17 +79,17 @@ class Pool:
 
     def start(self, world: int) -> list[Rank]:
         if any(rank.process.poll() is not None for rank in self.ranks):  # killed from outside since the last run
-            self.close()
+            self.kill()
         while len(self.ranks) < world:
             self.ranks.append(Rank(len(self.ranks)))
         for number, rank in enumerate(self.ranks[:world]):
             if not rank.ready:
                 try:
-                    if not rank.pipe.poll(START_S):
+                    if not until(lambda rank=rank: rank.pipe.poll(0.01), START_S):
                         raise RankTimeout(f"rank {number} did not start in {START_S:.0f} s")
                     rank.ready = rank.receive()
                 except (EOFError, ConnectionError, RankTimeout):
-                    self.close()  # the next run starts anew
+                    self.kill()  # the next run starts anew
                     raise
         return self.ranks[:world]
 
@@ -103,6 +98,11 @@ class Pool:
         return str(Path(self.folder.name) / str(self.runs))
 
     def close(self) -> None:
+        for rank in self.ranks:
+            rank.end()
+        self.ranks = []
+
+    def kill(self) -> None:
         for rank in self.ranks:
             rank.kill()
         self.ranks = []
@@ -120,7 +120,7 @@ class Team:
             rank.pipe.send_bytes(task)
         answers, broken = self._gather(ranks)  # in the order of arrival: the first failure is the cause
         if broken or len(answers) < self.world:
-            self.pool.close()
+            self.pool.kill()
         for answer in answers.values():
             if isinstance(answer, RankError):
                 raise answer
@@ -132,10 +132,10 @@ class Team:
         return [answers[number] for number in range(self.world)]
 
     def _gather(self, ranks: list[Rank]) -> tuple[dict, bool]:
-        answers, broken, deadline = {}, False, time.monotonic() + self.timeout
+        answers, broken, limit = {}, False, Limit(self.timeout)
         waiting = {rank.pipe: number for number, rank in enumerate(ranks)}
-        while waiting and (left := deadline - time.monotonic()) > 0:
-            for pipe in wait(list(waiting), timeout=left):
+        while waiting and not limit.is_over():
+            for pipe in wait(list(waiting), timeout=min(limit.left, LOOK_S)):
                 number = waiting.pop(pipe)
                 try:
                     answers[number] = ranks[number].receive()
@@ -143,23 +143,14 @@ class Team:
                     answers[number] = RankError(number, "ProcessDied", f"exit {ranks[number].process.wait()}", "")
                     broken = True
                 if isinstance(answers[number], RankError):
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    limit.left = min(limit.left, GRACE_S)
         return answers, broken
 
 
-def main() -> None:
-    descriptor, number, parent = (int(value) for value in sys.argv[1:])
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
-        os._exit(1)
-    serve(Connection(descriptor), number)
-
-
-def serve(pipe: Connection, number: int) -> None:
+def serve(descriptor: int, number: int) -> None:
     """The life of a rank process: answer until the pipe closes."""
-    import torch
-
-    torch.set_num_threads(1)
+    pipe = Connection(descriptor)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     pipe.send_bytes(pickle.dumps(True))
     while True:
         try:
@@ -200,9 +191,3 @@ def leave() -> None:
     gc.freeze()  # what is left are modules: the next collection need not look at them
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    import ranks  # by its name, so that a RankError here is the class that the test knows
-
-    ranks.main()

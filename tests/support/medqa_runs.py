@@ -1,0 +1,30 @@
+"""What runs of train_medqa.py are made of: a tiny model and a command line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paths import SHARED
+from transformers import LlamaConfig, LlamaForCausalLM
+
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="shared data not beside the repository")
+
+
+def tiny_llama(**settings) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        **settings,
+    )
+    return LlamaForCausalLM(config)
+
+
+def to_flags(options: dict) -> list[str]:
+    return [p for name, value in options.items() for p in ([f"--{name}"] + [str(value)] * (value is not True))]
