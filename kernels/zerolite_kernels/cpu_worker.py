@@ -33,7 +33,7 @@ Row = ctypes.Array[ctypes.c_uint64]  # a thread's, of 8 numbers
 
 CHUNK_NUMEL = 1024 * PARTIAL_NUMEL  # between two heartbeats
 
-# The control memory: a header, a row a thread, a ring of commands, and a ring of times a thread. All numbers are uint64.
+# The control memory, all uint64: a header, a row a thread, a ring of commands, and a ring of times a thread.
 SUBMITTED, ARENA_BYTES, IS_STOPPING, NUM_THREADS = range(4)  # of the header
 ERROR_OFFSET, ERROR_BYTES = 1024, 3072  # text, zero-terminated, of the first worker that failed
 THREADS_OFFSET, THREAD_BYTES = 4096, 64
