@@ -71,7 +71,7 @@ def _empty_model(folder: Path) -> transformers.PreTrainedModel:
 
     model = meta_init.parameters_on_meta(make)
     if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)  # type: ignore[assignment]
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
 
 

@@ -60,12 +60,12 @@ def build(
         hooks.install(engine, unit)
         for bucket in unit.buckets:
             for slot, parameter in enumerate(bucket.parameters.tensors):
-                parameter._zerolite_info = ParameterInfo(engine, bucket, slot)  # type: ignore[attr-defined]
+                parameter._zerolite_info = ParameterInfo(engine, bucket, slot)
     if precision is not None:
         hooks.cast_inputs(engine, precision.param)
     if engine.loss_scale is not None:
         hooks.scale_loss(engine)
-    model._zerolite = engine  # type: ignore[assignment]
+    model._zerolite = engine
     model_methods.adapt(engine)
 
 

@@ -23,7 +23,7 @@ def register(model: nn.Module, extension: Extension) -> None:
     """Have the engine call an extension's methods. Idempotent for equal extensions."""
     extensions = extensions_of(model)
     if extension not in extensions:
-        model._zerolite_extensions = [*extensions, extension]  # type: ignore[assignment]
+        model._zerolite_extensions = [*extensions, extension]
 
 
 def extensions_of(model: nn.Module) -> list[Extension]:

@@ -20,11 +20,11 @@ def parameters_on_meta(build: Callable[[], M]) -> M:
         if parameter is not None and not parameter.is_meta:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_on_meta
     try:
         return build()
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register
 
 
 def materialize(model: nn.Module, plan: UnitPlan, device: torch.device) -> None:
@@ -49,9 +49,9 @@ def materialize(model: nn.Module, plan: UnitPlan, device: torch.device) -> None:
         # Parents after children: some architectures initialise a submodule's weights from the module above it.
         for module in reversed([m for m in plan.module.modules() if _is_inside(m, own)]):
             if hasattr(model, "_init_weights"):
-                model._init_weights(module)  # type: ignore[operator]
+                model._init_weights(module)
             elif module in modules and hasattr(module, "reset_parameters"):
-                module.reset_parameters()  # type: ignore[operator]
+                module.reset_parameters()
     for module in modules:
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.numel() > 0 and not tensor.is_meta and is_unset(tensor):

@@ -19,7 +19,7 @@ def adapt(engine: Engine) -> None:
         # torch's own asks for model.parameters(), which would wait for the workers; no gradient lives in them.
         engine.clear_gradients(set_to_none)
 
-    model.zero_grad = zero_grad  # type: ignore[method-assign]
+    model.zero_grad = zero_grad
     if engine.fetch_queue.shards:
         _fetch_when_read(engine)
     if all(bucket.parameters.stays_unsharded for unit in engine.units for bucket in unit.buckets):
@@ -45,14 +45,14 @@ def _generate_together(engine: Engine) -> None:
 
     With whole parameters nothing is gathered, and one rank may generate while the others do not.
     """
-    own_generate: Callable = engine.model.generate  # type: ignore[assignment]
+    own_generate: Callable = engine.model.generate
 
     @functools.wraps(own_generate)
     def generate(*args, **kwargs):
         kwargs.setdefault("synced_gpus", engine.full_depth == 0)
         return own_generate(*args, **kwargs)
 
-    engine.model.generate = generate  # type: ignore[assignment]
+    engine.model.generate = generate
 
 
 def _fetch_when_read(engine: Engine) -> None:
@@ -71,6 +71,6 @@ def _fetch_when_read(engine: Engine) -> None:
     def fetch(module: nn.Module, *args) -> None:
         engine.fetch()
 
-    model.named_parameters = named_parameters  # type: ignore[method-assign]  # model.parameters() asks this one
+    model.named_parameters = named_parameters  # model.parameters() asks this one
     model.register_state_dict_pre_hook(fetch)
     model.register_load_state_dict_pre_hook(fetch)

@@ -28,7 +28,7 @@ def listen() -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1 or dist.group.WORLD is _world:
         return
     _world, _failures = dist.group.WORLD, []
-    clone = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # a connection of its own
+    clone = distributed_c10d._get_default_store().clone()  # a connection of its own
     _listener = threading.Thread(target=_sleep, args=(clone, _failures), name="zerolite-abort", daemon=True)
     _listener.start()
 
