@@ -25,8 +25,9 @@ from zerolite.runtime.collectives import Pending
 from zerolite.shards.grad_norm import add_up, sum_of_squares
 from zerolite.shards.layout import Range
 from zerolite.shards.parameters import FlatParameters
-from zerolite.shards.shard import BucketSpec, Rule, ShardStates, Update
+from zerolite.shards.shard import BucketSpec, ShardStates
 from zerolite.shards.states import LEGAL, ShardState, illegal
+from zerolite.shards.update import Rule, Update
 
 
 class HostShard:
@@ -258,17 +259,9 @@ class HostShard:
         self._set_state(ShardState.STEPPING)
 
     def prepare(self, rule: Rule, states: ShardStates, updates: Sequence[Update], num_slots: int) -> torch.Tensor:
-        layout, device = self.spec.layout, self.host.device.device
-        rows = torch.zeros(layout.world_size, num_slots, 2, dtype=torch.float64)
         assert isinstance(states, HostStates)
-        gradient = self._gradient()
-        parts = [update.range for update in updates]
-        numbers = [rule.numbers(update) for update in updates]
-        sums = self.memory.sums(abi.PREPARE, parts, gradient, states.encoded, numbers)
-        for update, entries in zip(updates, sums, strict=True):
-            squares = torch.tensor([add_up(entries[0::2]), add_up(entries[1::2])], dtype=torch.float64)
-            rows[update.range.start // layout.shard_numel, update.slot] += squares
-        return rows.to(device)
+        rows = self.memory.prepare(self._gradient(), states.encoded, rule, updates, num_slots)
+        return rows.to(self.host.device.device)
 
     def resident_master(self) -> torch.Tensor | None:
         return None

@@ -19,8 +19,10 @@ from zerolite.config import LOW_PRECISION, master_dtype
 from zerolite.offload.arena import SharedTensor
 from zerolite.offload.host import Host
 from zerolite.runtime.cpu_kernels import GRADIENT_DTYPES
+from zerolite.shards.grad_norm import add_up
 from zerolite.shards.layout import Range
 from zerolite.shards.shard import BucketSpec
+from zerolite.shards.update import Rule, Update
 
 if TYPE_CHECKING:
     from zerolite.offload.states import State
@@ -170,6 +172,23 @@ class ShardMemory:
         entries = results.values[: sum(counts)].tolist()
         ends = [sum(counts[: index + 1]) for index in range(len(counts))]
         return [entries[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+    def prepare(
+        self,
+        gradient: SharedTensor,
+        states: Mapping[str, "State"],
+        rule: Rule,
+        updates: Sequence[Update],
+        num_slots: int,
+    ) -> torch.Tensor:
+        """Have PREPARE done and wait; fp64 (world_size, num_slots, 2) as `Shard.prepare` gives it, on the host."""
+        rows = torch.zeros(self.layout.world_size, num_slots, 2, dtype=torch.float64)
+        numbers = [rule.numbers(update) for update in updates]
+        sums = self.sums(abi.PREPARE, [update.range for update in updates], gradient, states, numbers)
+        for update, entries in zip(updates, sums, strict=True):
+            squares = torch.tensor([add_up(entries[0::2]), add_up(entries[1::2])], dtype=torch.float64)
+            rows[update.range.start // self.layout.shard_numel, update.slot] += squares
+        return rows
 
 
 def num_partials(part: Range, shard_numel: int) -> int:

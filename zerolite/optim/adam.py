@@ -1,7 +1,7 @@
 """Adam over sharded parameters."""
 
-from zerolite.optim.base import ShardedOptimizer, check_hyperparameters
-from zerolite.optim.rules import AdamRule
+from zerolite.optim.base import ShardedOptimizer
+from zerolite.optim.rules import AdamRule, check_hyperparameters
 
 
 class Adam(ShardedOptimizer):

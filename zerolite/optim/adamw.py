@@ -1,7 +1,7 @@
 """AdamW over sharded parameters."""
 
-from zerolite.optim.base import ShardedOptimizer, check_hyperparameters
-from zerolite.optim.rules import AdamWRule
+from zerolite.optim.base import ShardedOptimizer
+from zerolite.optim.rules import AdamWRule, check_hyperparameters
 
 
 class AdamW(ShardedOptimizer):

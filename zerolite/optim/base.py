@@ -25,7 +25,8 @@ from zerolite.optim.grad_stats import GradStats, reduce_grad_stats
 from zerolite.optim.rules import Rule
 from zerolite.runtime import trace
 from zerolite.shards.bucket import Bucket
-from zerolite.shards.shard import ShardStates, Update
+from zerolite.shards.shard import ShardStates
+from zerolite.shards.update import Update
 
 
 class StepKey(NamedTuple):
@@ -340,15 +341,3 @@ def _name(parameter: torch.Tensor) -> str:
 def _clip_factor(norm: float, max_norm: float) -> float:
     """torch.nn.utils.clip_grad_norm_'s factor."""
     return min(1.0, max_norm / (norm + 1e-6))
-
-
-def check_hyperparameters(lr, betas, eps, weight_decay) -> None:
-    """ValueError as torch.optim's constructors raise it."""
-    if not lr >= 0:
-        raise ValueError(f"lr is a number of at least 0, got {lr}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas are two numbers in [0, 1), got {betas}")
-    if not eps >= 0:
-        raise ValueError(f"eps is a number of at least 0, got {eps}")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay is a number of at least 0, got {weight_decay}")

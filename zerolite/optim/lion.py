@@ -1,7 +1,7 @@
 """Lion over sharded parameters."""
 
-from zerolite.optim.base import ShardedOptimizer, check_hyperparameters
-from zerolite.optim.rules import LionRule
+from zerolite.optim.base import ShardedOptimizer
+from zerolite.optim.rules import LionRule, check_hyperparameters
 
 
 class Lion(ShardedOptimizer):

@@ -15,7 +15,7 @@ from zerolite_kernels.cpu.command import Command
 
 from zerolite.runtime import cpu_kernels
 from zerolite.shards.grad_norm import add_up, sum_of_squares
-from zerolite.shards.shard import Operands, Update
+from zerolite.shards.update import Operands, Update
 
 
 def scaled_gradient(operands: Operands, update: Update) -> torch.Tensor:
@@ -166,3 +166,15 @@ def trust_ratio(parameter_squares: float, direction_squares: float) -> float:
     if parameter_squares == 0 or direction_squares == 0:
         return 1.0
     return math.sqrt(parameter_squares) / math.sqrt(direction_squares)
+
+
+def check_hyperparameters(lr, betas, eps, weight_decay) -> None:
+    """ValueError as torch.optim's constructors raise it."""
+    if not lr >= 0:
+        raise ValueError(f"lr is a number of at least 0, got {lr}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas are two numbers in [0, 1), got {betas}")
+    if not eps >= 0:
+        raise ValueError(f"eps is a number of at least 0, got {eps}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay is a number of at least 0, got {weight_decay}")

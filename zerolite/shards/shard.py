@@ -8,7 +8,7 @@ by itself for what is queued before.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -18,11 +18,10 @@ from zerolite.runtime.device import Device
 from zerolite.runtime.mesh import RankMesh
 from zerolite.shards.grad_norm import exact_sum_of_squares, sum_of_squares
 from zerolite.shards.layout import BucketLayout, Range
+from zerolite.shards.update import Operands, Rule, Update
 
 if TYPE_CHECKING:
     from zerolite.shards.parameters import FlatParameters
-
-Hyperparameters = Mapping[str, Any]  # a param group of torch.optim's
 
 
 @dataclass(frozen=True)
@@ -50,44 +49,6 @@ class BucketSpec:
     def stepped_dtype(self) -> torch.dtype:
         """What the optimizer works in."""
         return self.dtype if self.gradient_dtype is None else master_dtype(self.dtype)
-
-
-@dataclass(frozen=True)
-class Update:
-    """One update of one segment: which elements, and every number that a rule needs."""
-
-    range: Range
-    hyper: Hyperparameters
-    step: int  # this step's number, from 1
-    multiplier: float  # of the gradient: clip factor, loss scale
-    seed: int = 0  # of stochastic rounding
-    slot: int = 0  # of the parameter, where the rule works a parameter at a time
-    trust_ratio: float = 1.0  # LAMB's
-
-
-@dataclass(frozen=True)
-class Operands:
-    """The tensors of one update, all 1D and of one length; parameter and states are of one dtype, fp32 or fp64."""
-
-    parameter: torch.Tensor
-    gradient: torch.Tensor
-    states: Mapping[str, torch.Tensor]
-    position: int = 0  # of the first element in the rank's shard
-
-
-class Rule(Protocol):
-    """An optimizer's arithmetic on segments: `optim.rules`."""
-
-    @property
-    def state_names(self) -> tuple[str, ...]: ...
-
-    def numbers(self, update: Update) -> dict[str, float]: ...
-
-    def step(self, operands: Operands, update: Update) -> None: ...
-
-    def prepare(self, operands: Operands, update: Update) -> torch.Tensor: ...
-
-    def is_one_pass(self, operands: Operands) -> bool: ...
 
 
 class ShardStates(Protocol):
