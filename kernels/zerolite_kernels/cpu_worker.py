@@ -25,9 +25,8 @@ if __name__ == "__main__":
     # Only the script's own folder is on the path, and `-S` leaves out site-packages.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from zerolite_kernels.cpu.command import FILL, PARTIAL_NUMEL, Command
+from zerolite_kernels.cpu.command import FILL, PARTIAL_NUMEL, Command, Execute
 
-Execute = Callable[[mmap.mmap, Command, int, int], None]  # elements [first, last) of a command whose base is the arena
 RunInFile = Callable[[Execute, mmap.mmap, Command, int, int], None]
 Row = ctypes.Array[ctypes.c_uint64]  # a thread's, of 8 numbers
 
@@ -43,14 +42,17 @@ TIMES_BYTES = RING_NUMEL * 16  # of each command when it began and ended, CLOCK_
 
 
 def control_bytes(num_threads: int) -> int:
+    """The size of the control memory."""
     return times_offset(num_threads, num_threads)
 
 
 def times_offset(num_threads: int, thread: int) -> int:
+    """Where a thread's ring of times begins in the control memory."""
     return ring_offset(num_threads) + RING_NUMEL * ctypes.sizeof(Command) + thread * TIMES_BYTES
 
 
 def ring_offset(num_threads: int) -> int:
+    """Where the ring of commands begins in it."""
     return THREADS_OFFSET + num_threads * THREAD_BYTES
 
 
@@ -91,13 +93,16 @@ class Worker:
         self.trainer_fd = os.pidfd_open(setup.trainer_pid)
 
     def row(self, thread: int) -> Row:
+        """A thread's row of the control memory, shared with the trainer."""
         return (ctypes.c_uint64 * 8).from_buffer(self.control_map, THREADS_OFFSET + thread * THREAD_BYTES)
 
     def times(self, thread: int) -> Row:
+        """A thread's ring of times: begin and end of its last RING_NUMEL commands."""
         offset = times_offset(self.setup.num_threads, thread)
         return (ctypes.c_uint64 * (2 * RING_NUMEL)).from_buffer(self.control_map, offset)
 
     def command(self, number: int) -> Command:
+        """A copy of the command of that number: the trainer may reuse its place once all threads are past it."""
         offset = self.ring_offset + number % RING_NUMEL * ctypes.sizeof(Command)
         return Command.from_buffer_copy(self.control_map, offset)
 
@@ -138,6 +143,7 @@ def _load(library: str | None) -> Execute:
 
 
 def run_thread(worker: Worker, thread: int, core: int | None, wake_fd: int) -> None:
+    """One thread's life: report ready, do every command in order, sleep between them, end when told to."""
     setup = worker.setup
     try:
         if core is not None:
@@ -196,6 +202,7 @@ def _do(worker: Worker, run_in_file: RunInFile | None, command: Command, thread:
 
 
 def main() -> None:
+    """Run the threads of this process until the trainer stops them or is gone."""
     setup = Setup(**json.loads(sys.argv[1]))
     # Ctrl-C and torchrun's SIGTERM reach the whole process group; the trainer decides when its workers end.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

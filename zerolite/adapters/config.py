@@ -4,11 +4,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 DEEP_KINDS = ("prefix", "p-tuning-v2")
 KINDS = ("prompt", "p-tuning", *DEEP_KINDS)
 
+T = TypeVar("T")
 Targets = str | tuple[str, ...] | list[str]
 
 
@@ -29,7 +31,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"the rank r is an integer from 1, got {r!r}")
@@ -40,6 +42,7 @@ class LoraConfig:
             raise ValueError(f"dropout is a probability from 0 to below 1, got {self.dropout!r}")
 
     def rank_of(self, layer_name: str) -> int:
+        """r, or the rank that `rank_pattern` has for the layer."""
         return _first_match(self.rank_pattern, layer_name, self.r)
 
     def scale_of(self, layer_name: str) -> float:
@@ -48,7 +51,7 @@ class LoraConfig:
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
 
-def _first_match(pattern: Mapping, layer_name: str, default):
+def _first_match(pattern: Mapping[str, T], layer_name: str, default: T) -> T:
     """The value of the first key that matches the name's end, as in PEFT."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", layer_name)), default)
 

@@ -5,6 +5,7 @@ content; this file moves it between disk and model.
 """
 
 import json
+import os
 import shutil
 import uuid
 import warnings
@@ -32,7 +33,7 @@ FORMATS = {"LORA": lora_files, **dict.fromkeys(prompt_files.KINDS, prompt_files)
 Content = tuple[dict, dict[str, Tensor]]  # a configuration, and tensors by their names in the file
 
 
-def save(model: nn.Module, folder, name: str | None = None) -> None:
+def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> None:
     """Write an adapter, the active one or the one called `name`, as a folder that PEFT opens. Collective if sharded.
 
     Rank 0 writes. Values keep the parameters' dtype. The folder is written beside its place, read again, compared with
@@ -57,7 +58,7 @@ def save(model: nn.Module, folder, name: str | None = None) -> None:
 
 
 @torch.no_grad()
-def load(model: nn.Module, folder, name: str = "default") -> nn.Module:
+def load(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> nn.Module:
     """Load an adapter from a folder that PEFT or `save` wrote; returns the model. Collective if sharded.
 
     A model that is not sharded gets a new adapter called `name`, as the active one, and its base is frozen. A sharded

@@ -204,10 +204,10 @@ class Together:
         parent.register_forward_pre_hook(self._open, prepend=True)
         parent.register_forward_hook(self._close, always_call=True)
 
-    def _open(self, parent: nn.Module, args) -> None:
+    def _open(self, parent: nn.Module, args: tuple) -> None:
         self.is_open = True
 
-    def _close(self, parent: nn.Module, args, output) -> None:
+    def _close(self, parent: nn.Module, args: tuple, output: object) -> None:
         self.is_open = False
         self.outputs.clear()
         self.key = ()

@@ -155,10 +155,10 @@ def _refuse_unsupported(config: dict) -> None:
 
 
 def _check_types(read: dict[str, Any]) -> None:
-    def is_names(value) -> bool:
+    def is_names(value: object) -> bool:
         return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
-    def is_patterns(value) -> bool:
+    def is_patterns(value: object) -> bool:
         return isinstance(value, dict) and all(_is_regular(key) for key in value)
 
     indices, targets = read["layers_to_transform"], read["target_modules"]

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _only(adapters: Adapters, name: str):
+def _only(adapters: Adapters, name: str) -> Iterator[None]:
     """Inside, forwards use the adapter called `name`, whatever is active or disabled outside."""
     before = adapters.active, adapters.num_disabled
     adapters.active, adapters.num_disabled = name, 0

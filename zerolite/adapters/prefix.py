@@ -10,7 +10,8 @@ module makes that its cache.
 
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ class PrefixLayer(DynamicLayer):
         self.is_initialized = True
         self.is_read = False
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(prefix and keys, prefix and values) for attention; nothing is stored."""
         self.is_read = True
         return _in_front(self.keys, key_states), _in_front(self.values, value_states)
 
@@ -73,7 +75,7 @@ def install_prefix(base: nn.Module, attentions: list[nn.Module]) -> None:
             layer._can_checkpoint_with_cache = True  # else transformers logs, wrongly here, that the cache is dropped
 
 
-def _find_prefix(attention: nn.Module, args, kwargs):
+def _find_prefix(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Pre-hook of an attention module: the keyword PREFIX, where it is passed, becomes the cache."""
     if PREFIX not in kwargs:
         return None
@@ -82,7 +84,7 @@ def _find_prefix(attention: nn.Module, args, kwargs):
     return args, kwargs
 
 
-def _take_prefix_back(base: nn.Module, args, kwargs, output):
+def _take_prefix_back(base: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """Forward hook of the decoder: removes the prefix from the output. ValueError where a layer did not read it."""
     cache = kwargs.get(cache_keyword(type(base).forward))
     if not isinstance(cache, Cache) or not all(isinstance(layer, PrefixLayer) for layer in cache.layers):
@@ -112,7 +114,7 @@ def attentions_of(base: nn.Module, layers: int) -> list[nn.Module]:
 
 
 @functools.cache
-def cache_keyword(forward) -> str | None:
+def cache_keyword(forward: Callable) -> str | None:
     """The name of a forward's cache argument: "cache" since transformers 5.2x, "past_key_values" before."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)

@@ -2,11 +2,11 @@
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from zerolite.adapters.config import DEEP_KINDS, KINDS, PromptConfig
 from zerolite.adapters.prefix import attentions_of, cache_keyword, give_prefix, install_prefix
@@ -68,7 +68,16 @@ def shape_of_supported(model: nn.Module) -> Shape:
     return shape_of(model)
 
 
-def _resolved(kind, tokens, init, text_ids, encoder, encoder_hidden, shape) -> PromptConfig:
+def _resolved(
+    kind: str,
+    tokens: int,
+    init: str | None,
+    text_ids: Sequence[int] | None,
+    encoder: str | None,
+    encoder_hidden: int | None,
+    shape: Shape,
+) -> PromptConfig:
+    """The configuration with its defaults; ValueError for arguments that do not go together."""
     if kind not in KINDS:
         raise ValueError(f"kind= is one of {', '.join(KINDS)}, got {kind!r}")
     if not isinstance(tokens, int) or tokens < 1:
@@ -131,10 +140,11 @@ class Prompts(nn.ModuleDict):
         self.adapters = adapters
 
     def current(self) -> VirtualTokens | None:
+        """The virtual tokens that forwards use now; None: the active adapter is no prompt, or is off."""
         adapter = self.adapters.current
         return self[adapter.name] if adapter is not None and isinstance(adapter.config, PromptConfig) else None
 
-    def before_model(self, model: nn.Module, args, kwargs):
+    def before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the model: virtual tokens that have logits get the label IGNORED."""
         current = self.current()
         if current is None or current.config.is_deep:
@@ -147,7 +157,7 @@ class Prompts(nn.ModuleDict):
             inputs["logits_to_keep"] = inputs["logits_to_keep"] + count  # positions of real tokens
         return (), inputs
 
-    def before_decoder(self, base: nn.Module, args, kwargs):
+    def before_decoder(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the decoder: puts the virtual tokens in front, unless its cache holds them already."""
         current = self.current()
         if current is None:
@@ -177,7 +187,7 @@ class Prompts(nn.ModuleDict):
         return (), inputs
 
 
-def _refuse_unsupported(inputs: dict, cache, config: PromptConfig) -> None:
+def _refuse_unsupported(inputs: dict, cache: Cache | None, config: PromptConfig) -> None:
     mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
     if (
         mask is not None
@@ -198,13 +208,13 @@ def _refuse_unsupported(inputs: dict, cache, config: PromptConfig) -> None:
         raise ValueError(f"virtual tokens of kind {config.kind!r} have no token_type_ids: leave them out")
 
 
-def _by_name(module: nn.Module, args, kwargs) -> dict:
+def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """All arguments of a module's forward as keywords: a new dict, which a pre-hook may change."""
     return {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
 
 
 @functools.cache
-def _parameter_names(forward) -> list[str]:
+def _parameter_names(forward: Callable) -> list[str]:
     return list(inspect.signature(forward).parameters)[1:]
 
 

@@ -63,6 +63,7 @@ def matches(name: str, targets: Targets) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether LoRA can go on the module: nn.Linear, or transformers' Conv1D, which is one with a transposed weight."""
     return isinstance(module, nn.Linear | Conv1D)
 
 

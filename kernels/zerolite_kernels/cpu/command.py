@@ -11,6 +11,8 @@ and by which thread. Blocks of int8 states and of partial sums lie on a grid fro
 """
 
 import ctypes
+import mmap
+from collections.abc import Callable
 
 BLOCK_NUMEL = 128  # elements that share one fp32 scale in int8 states; runs start at multiples of it
 PARTIAL_NUMEL = 4096  # elements that share one fp64 partial sum; threads' shares are cut at multiples of it
@@ -44,6 +46,8 @@ STORE = 1  # flag
 
 
 class Command(ctypes.Structure):
+    """Fields that an op does not use are 0."""
+
     _fields_ = [
         ("op", ctypes.c_uint32),
         ("rule", ctypes.c_uint32),
@@ -78,3 +82,5 @@ class Command(ctypes.Structure):
 
 
 assert ctypes.sizeof(Command) == 208
+
+Execute = Callable[[mmap.mmap, Command, int, int], None]  # elements [first, last) of a command on the arena

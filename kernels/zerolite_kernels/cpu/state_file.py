@@ -9,7 +9,8 @@ would hold them a second time and evict what the trainer needs. Imports neither 
 import ctypes
 import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from zerolite_kernels.cpu.command import (
     IN_PLACE_FP64,
@@ -19,6 +20,7 @@ from zerolite_kernels.cpu.command import (
     STATES_FP32,
     STATES_INT8,
     Command,
+    Execute,
 )
 
 CHUNK_NUMEL = 128 * PARTIAL_NUMEL  # 2 MiB of fp32 a state and chunk
@@ -26,6 +28,7 @@ NUM_BUFFERS = 3  # being read, updated, written
 
 
 def address_of(memory: mmap.mmap) -> int:
+    """Of its first byte, in this process."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
@@ -39,6 +42,7 @@ def read(fd: int, memory: memoryview, offset: int) -> None:
 
 
 def write(fd: int, memory: memoryview, offset: int) -> None:
+    """Write all of `memory`, aligned like `offset` to a page, to a file."""
     while memory:
         count = os.pwritev(fd, [memory], offset)
         memory, offset = memory[count:], offset + count
@@ -52,7 +56,7 @@ class StateFile:
         self.threads = ThreadPoolExecutor(4)
         self.buffers: list[tuple[mmap.mmap, mmap.mmap]] = []
 
-    def run(self, execute, memory: mmap.mmap, command: Command, first: int, last: int) -> None:
+    def run(self, execute: Execute, memory: mmap.mmap, command: Command, first: int, last: int) -> None:
         """Execute [first, last) of a command whose moments lie in the file; whole pages, which nobody else touches."""
         if first >= last:
             return
@@ -64,7 +68,7 @@ class StateFile:
         offsets = [command.exp_avg] if command.rule == LION else [command.exp_avg, command.exp_avg_sq]
         starts = list(range(first - first % PARTIAL_NUMEL, last, CHUNK_NUMEL))
 
-        def transfer(move, index: int) -> list:
+        def transfer(move: Callable[[int, memoryview, int], None], index: int) -> list[Future[None]]:
             start = starts[index]
             nbytes = (min(start + CHUNK_NUMEL, -(-last // PARTIAL_NUMEL) * PARTIAL_NUMEL) - start) * width
             views = [memoryview(buffer)[:nbytes] for buffer in self.buffers[index % NUM_BUFFERS]]
@@ -73,7 +77,7 @@ class StateFile:
                 for view, offset in zip(views, offsets, strict=False)
             ]
 
-        writes: list[list] = []
+        writes: list[list[Future[None]]] = []
         reads = transfer(read, 0)
         for index, start in enumerate(starts):
             _finish(reads)
@@ -92,7 +96,7 @@ class StateFile:
             _finish(futures)
 
 
-def _finish(futures: list) -> None:
+def _finish(futures: list[Future[None]]) -> None:
     wait(futures)
     for future in futures:
         future.result()

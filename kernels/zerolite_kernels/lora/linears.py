@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,7 @@ def check(
 
 @functools.cache
 def has_triton() -> bool:
+    """Whether triton is installed; it is not imported."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -122,7 +124,7 @@ class LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         backend: str,
         scale: float,
         dropout: float,
@@ -149,7 +151,7 @@ class LoraLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *dys: Tensor):
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         n, dropout = len(dys), ctx.dropout
         x, S, bits, *tensors = ctx.saved_tensors
         weights, As, Bs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]

@@ -67,6 +67,7 @@ def unpacked_bytes(device: torch.device) -> Tensor:
 
 
 def row_chunks(x: Tensor) -> Iterator[slice]:
+    """Chunks of the rows of x (M, K): see [Note: chunks]."""
     step = max(1, min(CHUNK_ROWS, CHUNK_NUMEL // x.shape[1]))
     return (slice(begin, min(begin + step, len(x))) for begin in range(0, len(x), step))
 

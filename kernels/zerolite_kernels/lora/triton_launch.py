@@ -135,6 +135,7 @@ def parts(n: int) -> list[slice]:
 
 
 def rank_block(r: int) -> int:
+    """Columns of a tile along the rank: a power of two from 16, which is the least that a tensor core multiplies."""
     return min(MAX_BLOCK_R, max(16, triton.next_power_of_2(r)))
 
 

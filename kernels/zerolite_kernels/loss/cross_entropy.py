@@ -16,6 +16,7 @@ close to 0, where fp16 has no digits: in fp16 it is held times 2**15, which the 
 import importlib
 import math
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -126,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum(dtype=torch.float64).to(dtype)  # one number a token: more digits cost nothing
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "linear_cross_entropy is differentiable once: with create_graph=True its gradients would pass for "
