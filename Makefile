@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test soak lint clean
+.PHONY: train test test-full soak lint clean
 
 # Plain `torch` on a machine without a GPU would pull gigabytes of CUDA; pip finds a CPU wheel of this version.
 $(VENV)/installed: pyproject.toml
@@ -18,6 +18,10 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Every combination of what `make test` runs a covering array of: at night and before a release.
+test-full: $(VENV)/installed
+	ZEROLITE_TESTS=full $(BIN)/python -m pytest
 
 # Long campaigns of what `make test` does a tenth of.
 soak: $(VENV)/installed

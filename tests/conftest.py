@@ -46,7 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             tests[item.parent, item.originalname].append(item)
     left_out = set()
     for cases in tests.values():
-        chosen = set(crosses.cover([axes_of(case) for case in cases]))
+        strength = 1 if cases[0].get_closest_marker("each") else 2
+        chosen = set(crosses.cover([axes_of(case) for case in cases], strength))
         left_out |= {case for case in cases if axes_of(case) not in chosen}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]

@@ -422,6 +422,7 @@ def train_on_rank(family: str, options: dict, stage: int, checkpointing: bool):
     return parameters, logits_of(model.eval()).detach()
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     "family, options, checkpointing",

@@ -150,6 +150,7 @@ CASES += [(2, torch.bfloat16, "states"), (3, torch.float32, "states")]
 CASES += [(3, torch.float32, "parameters"), (3, torch.bfloat16, "parameters")]
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("stage, dtype, how", CASES)
 def test_merging_sharded_models(ranks, tmp_path, stage, dtype, how, variant):
@@ -183,6 +184,7 @@ def load_with_dora(folder, stage: int, offload, dtype):
     return {name: p.clone() for name, p in adapter.parameters.items()}, masters, logits, plain
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("offload, dtype", [(None, None), (None, torch.bfloat16), ("cpu", torch.bfloat16)])
 def test_doras_magnitudes_are_settled_on_a_sharded_base(ranks, tmp_path, stage, offload, dtype):

@@ -392,6 +392,7 @@ def on_one_process(case: str):
     return {name: parameter.detach().clone() for name, parameter in model.prompts.named_parameters()}
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("case", ["prompt", "p-tuning-lstm", "prefix", "prefix-mlp"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_sharded_training_ends_where_one_process_does(ranks, case, stage):

@@ -303,6 +303,7 @@ def resume(stage: int, rule: str, dtype: torch.dtype):
     return full(model), full(again)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     "rule, dtype",

@@ -64,6 +64,7 @@ def master_weight_loop(name: str, world: int, param: torch.dtype, reduce: torch.
     return whole(model), norms
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     "param, reduce",
@@ -177,6 +178,7 @@ def torch_scaled_steps(rules: dict | None, gradients: list[float]):
     return skipped, norms, whole(model)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("rules", [*RULES, None], ids=["halve", "quarter", "eighth", "defaults"])
 def test_loss_scaling_follows_torchs_grad_scaler(ranks, rules, stage):
@@ -252,6 +254,7 @@ def spared(dtype: torch.dtype, stage: int):
     return full(model)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_with_inf_or_nan_on_one_rank_changes_nothing_and_says_so_on_all(ranks, stage, dtype):

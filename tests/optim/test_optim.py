@@ -84,6 +84,7 @@ def plain_torch(rule: str, options: dict, world: int, dtype: torch.dtype, clip=N
     return plain(lambda step, parameters: optimizer.step(), model, world, dtype, clip)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     "rule, options",
