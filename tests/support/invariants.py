@@ -56,8 +56,8 @@ def check(engine) -> tuple[Counter, Counter]:
     assert sum(slots[name] for name in names) == len(engine.fetch_queue.shards)
     host = engine.placement.host
     if host is not None:
-        done, submitted = host.pool._num_done(), host.pool.submitted
-        assert done <= submitted <= host.pool._num_done() + RING_NUMEL
+        done, submitted = host.pool.num_done(), host.pool.submitted
+        assert done <= submitted <= host.pool.num_done() + RING_NUMEL
     return states, slots
 
 

@@ -28,6 +28,7 @@ from zerolite.engine.reducer import Reducer
 from zerolite.errors import ZeroliteError
 from zerolite.offload.placement import Placement
 from zerolite.runtime import device as devices
+from zerolite.runtime import trace
 from zerolite.runtime.mesh import RankMesh
 from zerolite.shards.bucket import Bucket, TrainableBucket, Unit
 from zerolite.shards.layout import Partition
@@ -78,10 +79,13 @@ class Engine:
             self.abandon_backward()  # the last one raised
         unit.forward_depth += 1
         if unit.forward_depth == 1:
+            unit.end_forward = trace.flight("recompute" if in_backward else "forward", unit.name)
             self._gather(unit, -1 if in_backward else 1)
 
     def post_forward(self, unit: Unit, needs_backward: bool) -> None:
         unit.forward_depth -= 1
+        if unit.forward_depth == 0:
+            unit.end_forward()
         if is_in_backward() or unit.forward_depth > 0:
             return
         if needs_backward:
@@ -131,12 +135,16 @@ class Engine:
         if not self._is_backward_open:
             self.open_backward()
         unit.backward_uses += is_first
+        if is_first:
+            unit.end_backward = trace.flight("backward", unit.name)
         self._gather(unit, -1)
 
     def post_backward(self, unit: Unit) -> None:
         """The gradients of the unit's inputs are complete, so its parameters are needed no more in this use."""
         unit.backward_uses -= 1
         unit.pending_uses -= 1
+        unit.end_backward()
+        unit.end_backward = trace.nothing
         if unit.backward_uses <= 0:
             self.free(unit)
         if unit.pending_uses <= 0 and self.is_syncing:

@@ -45,10 +45,12 @@ class FetchQueue:
         while self._stepped and self._stepped[0].unit_index <= unit_index:
             self._stepped[0].start_fetch(self._readers_done)
             self._stepped.popleft()
-        for shard in self._stepped:
-            if not shard.memory.is_done():
-                return
-            shard.start_h2d(self._readers_done)
+        if self._stepped:
+            done = self._stepped[0].host.pool.num_done()
+            for shard in self._stepped:
+                if shard.memory.fence > done:
+                    return
+                shard.start_h2d(self._readers_done)
 
     def synchronize(self, unit_index: int) -> None:
         """Fetch every stepped shard up to a unit, and wait until what stays unsharded is readable."""

@@ -36,6 +36,7 @@ class HostShard:
     owned: torch.Tensor  # 1D, the range in the parameters' dtype: on the device, or in the arena where that is streamed
     parameters: FlatParameters
     steps_in_background = True
+    step_kind = "worker step"
 
     def __init__(
         self, spec: BucketSpec, host: Host, staging: torch.Tensor, unsharded: torch.Tensor, stays_unsharded: bool
@@ -90,7 +91,8 @@ class HostShard:
         device = self.host.device
         event = device.record()
         self._h2d_event = (event,)
-        gather = self.spec.mesh.shard.all_gather(unsharded, own, self.label)
+        with trace.phase("all-gather", self.spec.unit_name):
+            gather = self.spec.mesh.shard.all_gather(unsharded, own, self.label)
         return Pending((*gather.steps, lambda: device.wait(event)), gather.keepalive, self.label)
 
     def publish(self) -> None:

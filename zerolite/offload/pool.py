@@ -126,7 +126,7 @@ class Pool:
         self._header[ARENA_BYTES] = arena_bytes
         size, base = ctypes.sizeof(Command), ring_offset(self.num_threads)
         for command in commands:
-            if self.submitted - RING_NUMEL >= self._num_done():
+            if self.submitted - RING_NUMEL >= self.num_done():
                 self._wake()
                 self.wait(self.submitted - RING_NUMEL + 1)
             offset = base + self.submitted % RING_NUMEL * size
@@ -135,7 +135,7 @@ class Pool:
                 self._spans.expect(trace.recording, self.submitted, command.op, label)
             self.submitted += 1
             self._header[SUBMITTED] = self.submitted
-        self._forget(self._num_done())
+        self._forget(self.num_done())
         self._doubt.append((self.submitted, label))
         self._wake()
         return self.submitted
@@ -144,16 +144,17 @@ class Pool:
         for fd in self._wake_fds:
             os.eventfd_write(fd, 1)
 
-    def _num_done(self) -> int:
+    def num_done(self) -> int:
+        """How many commands all threads have done."""
         return min(row[DONE] for row in self._rows)
 
     def is_done(self, number: int) -> bool:
         """Whether all threads have counted up to `number`."""
-        return self._num_done() >= number
+        return self.num_done() >= number
 
     def wait(self, number: int) -> None:
         """Sleep until every thread has done the commands before `number`; WorkerError where one cannot."""
-        self._sleep_until(lambda: self._num_done() >= number, "working", STUCK_SECONDS)
+        self._sleep_until(lambda: self.num_done() >= number, "working", STUCK_SECONDS)
         self._forget(number)
 
     def _forget(self, number: int) -> None:

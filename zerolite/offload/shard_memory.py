@@ -18,6 +18,7 @@ from zerolite_kernels.cpu.command import PARTIAL_NUMEL, Command
 from zerolite.config import LOW_PRECISION, master_dtype
 from zerolite.offload.arena import SharedTensor
 from zerolite.offload.host import Host
+from zerolite.runtime import trace
 from zerolite.runtime.cpu_kernels import GRADIENT_DTYPES
 from zerolite.shards.grad_norm import add_up
 from zerolite.shards.layout import Range
@@ -64,7 +65,8 @@ class ShardMemory:
 
     def wait(self) -> None:
         """Sleep until the workers have passed the fence; WorkerError where one cannot."""
-        self.host.wait(self.fence)
+        with trace.phase("worker step wait", self.spec.unit_name):
+            self.host.wait(self.fence)
 
     def is_done(self) -> bool:
         return self.host.pool.is_done(self.fence)

@@ -230,6 +230,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with trace.phase("optimizer step", type(self).__name__):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         engine = self._engine
         engine.before_step()
         stats = self._reduce_grad_stats()
@@ -248,7 +253,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if loss_scale is not None:
             loss_scale.update(overflowed=self.step_was_skipped)
             self._stats = None  # the norm was of gradients under the old scale
-        return loss
 
     def _update(self, stats: GradStats, multiplier: float) -> None:
         """Step the used slots of every bucket on gradients times `multiplier`, first units first, and publish."""
@@ -258,7 +262,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._prepare(work)
         for bucket, keys, updates in sorted(work, key=lambda item: not item.bucket.shard.steps_in_background):
             if any(keys):
-                with trace.phase("optimizer step", bucket.unit.name):
+                with trace.phase(bucket.shard.step_kind, bucket.unit.name):
                     bucket.shard.step(self.rule, self._states[bucket], updates)
                 bucket.shard.publish()
         for bucket in buckets:
@@ -321,7 +325,7 @@ def _warn_skipped(engine: Engine, stats: GradStats) -> None:
     warnings.warn(
         f"step skipped on every rank, nothing changed: gradients of {', '.join(names[:4])}"
         f"{' and others' if len(names) > 4 else ''} hold Inf or NaN",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

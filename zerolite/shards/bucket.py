@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from zerolite.runtime import trace
 from zerolite.shards.gradients import FlatGradients
 from zerolite.shards.layout import BucketLayout, Slot
 from zerolite.shards.parameters import FlatParameters
@@ -55,6 +56,7 @@ class Unit:
         self.communicates = False  # some bucket does
         self.forward_depth = 0  # forwards of the module that are running now
         self.backward_uses = 0  # of the module, begun and not ended, in this backward
+        self.end_forward = self.end_backward = trace.nothing  # ends the unit's flight in the trace
         self.pending_uses = 0  # forwards whose backward has not ended; a hint only, a graph may be dropped
 
     def add(self, bucket: Bucket) -> None:

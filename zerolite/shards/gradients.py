@@ -102,7 +102,8 @@ class FlatGradients:
         self._in_flight = None
         spec = self.spec
         with spec.device.on(self.stream):
-            pending.wait()
+            with trace.phase("reduce-scatter wait", spec.unit_name):
+                pending.wait()
             self._end_flight()
             spec.mesh.replicas.all_reduce(shard)
             if spec.owns_all:

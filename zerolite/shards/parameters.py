@@ -63,8 +63,7 @@ class FlatParameters:
 
     def start_gather(self) -> None:
         """Start filling `unsharded` from every rank's owned range. Collective."""
-        with trace.phase("all-gather", self.unit_name):
-            self.expect(self.shard.gather(self.unsharded))
+        self.expect(self.shard.gather(self.unsharded))
 
     def expect(self, pending: Pending) -> None:
         """`unsharded` is readable once `pending` is done."""
@@ -75,7 +74,8 @@ class FlatParameters:
     def wait(self) -> None:
         """Order this stream after the gather in flight; the parameters are readable from here on."""
         if self.pending is not None:
-            self.pending.wait()
+            with trace.phase("all-gather wait", self.unit_name):
+                self.pending.wait()
             self.pending = None
             self._end_flight()
             self._set_state(ParameterState.UNSHARDED)

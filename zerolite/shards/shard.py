@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from zerolite.config import master_dtype
+from zerolite.runtime import trace
 from zerolite.runtime.collectives import Pending
 from zerolite.runtime.device import Device
 from zerolite.runtime.mesh import RankMesh
@@ -71,6 +72,7 @@ class Shard(Protocol):
     range: Range
     parameters: "FlatParameters"  # the unsharded buffer that this range belongs to
     steps_in_background: bool  # `step` returns before its workers are done
+    step_kind: str  # of the phase that `step` is, for the trace
 
     # Values
 
@@ -169,6 +171,7 @@ class DeviceShard:
     master: torch.Tensor | None  # 1D, the range in fp32; what is stepped where `owned` has 16 bits
     parameters: "FlatParameters"
     steps_in_background = False
+    step_kind = "optimizer step"
 
     def __init__(self, spec: BucketSpec, staging: torch.Tensor, unsharded: torch.Tensor, stays_unsharded: bool):
         """staging, unsharded: (layout.numel,), the bucket's values in `spec.stepped_dtype` and rounded to its dtype."""
@@ -201,7 +204,8 @@ class DeviceShard:
 
     def gather(self, unsharded: torch.Tensor) -> Pending:
         """Start the all-gather. Collective."""
-        return self.spec.mesh.shard.all_gather(unsharded, self.owned, self.label)
+        with trace.phase("all-gather", self.spec.unit_name):
+            return self.spec.mesh.shard.all_gather(unsharded, self.owned, self.label)
 
     def publish(self) -> None:
         if self.parameters.stays_unsharded and not self.spec.owns_all:
