@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from saved import attempt, make, rank, tree
 
+import zerolite
+
 
 def save_and_load(folder: Path, as_text: bool, is_old: bool) -> list:
     """The extra that came back, and (text, file) of every FutureWarning, from two loops of two steps."""
-    import zerolite
-
     model, optimizer = make(3)
     target = str(folder) if as_text else folder
     first, second = (target, model) if is_old else (model, target)
@@ -43,8 +43,6 @@ def test_the_old_order_works_and_says_so(ranks, tmp_path, as_text):
 
 
 def wrong_orders(folder: Path) -> list[tuple[str, str]]:
-    import zerolite
-
     model, optimizer = make(1)
     calls = []
     for first, second in ((model, model), (folder, folder), (model, None), (model, optimizer), (7, model)):
@@ -65,8 +63,6 @@ def test_neither_order_is_a_type_error(ranks, tmp_path):
 
 
 def save_by_name(folder: Path):
-    import zerolite
-
     model, optimizer = make(2)
     zerolite.save(folder=folder, model=model, optimizer=optimizer, extra=rank())
     return zerolite.load(folder=folder, model=model, optimizer=optimizer)
