@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import load
 from paths import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,7 +17,7 @@ def run(script: str, arguments: str, output: Path) -> str:
     """Run a benchmark on two ranks of the CPU; what it prints."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # two ranks, also where there is one GPU
     command = [sys.executable, ROOT / "benchmarks" / script, *arguments.split(), "--output", output]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280 * load())
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -100,7 +101,7 @@ def test_finetune_methods_writes_complete_results(tmp_path):
     command = f"{arguments} --output {tmp_path} -- {small}"
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "finetune_methods.py", *command.split()],
-        capture_output=True, text=True, timeout=280,
+        capture_output=True, text=True, timeout=280 * load(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     full, prefix = json.loads((tmp_path / "finetune_methods_cpu.json").read_text())["rows"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import load
 from paths import ROOT
 from zerolite_kernels import cpu
 
@@ -16,7 +17,9 @@ SCRIPT = ROOT / "benchmarks" / "cpu_optimizer.py"
 def test_cpu_optimizer_writes_complete_results(tmp_path):
     """One small group on one process: every contender has a time, zerolite's a share of the ceiling."""
     arguments = "--sizes 1 --rounds 1 --sample 1 --groups lion --layouts 1x1 --output".split()
-    done = subprocess.run([sys.executable, SCRIPT, *arguments, tmp_path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *arguments, tmp_path], capture_output=True, text=True, timeout=120 * load()
+    )
     assert done.returncode == 0, done.stderr
 
     report = json.loads((tmp_path / "cpu_optimizer.json").read_text())

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from limits import Limit
+from limits import Limit, load
 from ranks import Pool
 from saved import attempt, make
 from zygote import fork
@@ -203,7 +203,7 @@ def kill_at_random(root: Path, trials: int, seed: int) -> tuple[int, list[str]]:
             arguments = (root, rank, stage, rendezvous, mouth)
             children.append(fork(lambda arguments=arguments: save_for_ever(*arguments)))
         os.close(mouth)
-        select.select([ear], [], [], HANG_S)  # the first version is written
+        select.select([ear], [], [], HANG_S * load())  # the first version is written
         time.sleep(draw.uniform(0, 0.1))
         victims = draw.choice([[0], [1], [0, 1]])
         for victim in victims:
