@@ -10,11 +10,12 @@ from models import Stack, assert_same_bits, build, drawn, whole
 from trial import Trial, train_each
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("no_sync", [True, False], ids=["no_sync", "every-backward-syncs"])
 @pytest.mark.parametrize("model", ["llama", "llama-tied", "gpt2", "t5", "mixtral"])
 def test_every_stage_gives_the_same_bits(ranks, model, no_sync):
     trial = Trial(
-        model, torch.float32, steps=6, accumulation=2, no_sync=no_sync, max_grad_norm=0.5, two_groups=model != "gpt2"
+        model, torch.float32, steps=4, accumulation=2, no_sync=no_sync, max_grad_norm=0.5, two_groups=model != "gpt2"
     )
     check_stages(ranks, trial)
 

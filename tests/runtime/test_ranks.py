@@ -33,6 +33,10 @@ def die_on(rank: int) -> None:
         os._exit(7)
 
 
+def say(text: str) -> None:
+    print(text)
+
+
 def alone() -> tuple[bool, int]:
     return dist.is_initialized(), torch.get_num_threads()
 
@@ -45,6 +49,15 @@ def test_results_come_in_rank_order_from_groups_of_any_size(ranks, world):
 
 def test_without_torch_distributed(ranks):
     assert ranks(1, distributed=False).run(alone) == [(False, 1)]
+
+
+def test_what_a_rank_prints_is_captured(capfd):
+    pool = Pool()
+    try:
+        pool(1, distributed=False).run(say, "from a rank")
+    finally:
+        pool.close()
+    assert "from a rank" in capfd.readouterr().out
 
 
 def test_an_error_names_its_rank_and_a_hang_ends():

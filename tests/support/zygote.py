@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
@@ -66,12 +67,14 @@ class Process:
 class Zygote:
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sys.stdout.flush()
+        sys.stderr.flush()
         self.pid = fork(lambda: breed(self.socket, theirs))
         theirs.close()
 
     def start(self, work: Callable, connection: socket.socket, *arguments) -> Process:
-        """A process that runs `work(descriptor of the connection, *arguments)`."""
-        socket.send_fds(self.socket, [pickle.dumps((work, arguments))], [connection.fileno()])
+        """A process that runs `work(descriptor of the connection, *arguments)`; pytest captures what it prints."""
+        socket.send_fds(self.socket, [pickle.dumps((work, arguments))], [connection.fileno(), 1, 2])
         return Process(self, pickle.loads(self.socket.recv(1 << 10)))
 
     def reap(self, pid: int, options: int) -> int | None:
@@ -90,17 +93,29 @@ def breed(others: socket.socket, requests: socket.socket) -> None:
     gc.collect()
     gc.freeze()  # forks share what is imported, and their collections need not look at it
     while True:
-        message, descriptors, *_ = socket.recv_fds(requests, 1 << 16, 1)
+        message, descriptors, *_ = socket.recv_fds(requests, 1 << 16, 3)
         if not message:
             return
         first, second = pickle.loads(message)
         if descriptors:
-            reply = fork(lambda: first(descriptors[0], *second))  # noqa: B023
-            os.close(descriptors[0])
+            reply = fork(lambda: begin(descriptors, first, second))  # noqa: B023
+            for descriptor in descriptors:
+                os.close(descriptor)
         else:
             pid, status = os.waitpid(first, second)
             reply = os.waitstatus_to_exitcode(status) if pid else None
         requests.send(pickle.dumps(reply))
+
+
+def begin(descriptors: list[int], work: Callable, arguments: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    connection, out, err = descriptors
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    os.close(out)
+    os.close(err)
+    sys.stdout.reconfigure(line_buffering=True)
+    work(connection, *arguments)
 
 
 @functools.cache

@@ -13,6 +13,10 @@ from zerolite.engine import extensions
 from zerolite.engine.engine import find_engine
 
 
+def has_its_values(model: nn.Module) -> None:
+    """Of an adapter whose values do not come from the base."""
+
+
 @dataclass
 class Adapter:
     """One adapter: its configuration and its parameters, by their names in the model."""
@@ -20,7 +24,7 @@ class Adapter:
     name: str
     config: LoraConfig | PromptConfig
     # Gives parameters of this kind the values that a base on the meta device could not give. Collective.
-    compute_initial_values: Callable[[nn.Module], None] = lambda model: None
+    compute_initial_values: Callable[[nn.Module], None] = has_its_values
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     is_merged: bool = False  # it is part of the base's weights, so forwards leave it out
 
@@ -65,7 +69,7 @@ def begin(
     model: nn.Module,
     name: str,
     config: LoraConfig | PromptConfig,
-    compute_initial_values: Callable[[nn.Module], None],
+    compute_initial_values: Callable[[nn.Module], None] = has_its_values,
 ) -> Adapter:
     """Register a new adapter, without parameters yet, as the active one; everything that was there is frozen.
 
