@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import crosses
 import psutil
 import pytest
 from limits import Limit, load
@@ -62,7 +63,7 @@ def stop_while_training(process: subprocess.Popen, number: signal.Signals) -> tu
     return process.returncode, [*lines, *out.strip().splitlines()], err
 
 
-@pytest.mark.parametrize("offload", [[], ["--offload", "cpu"]], ids=["", "offload"])
+@pytest.mark.parametrize("offload", [["--offload", "cpu"], *([[]] if crosses.FULL else [])])  # two torchruns each
 def test_sigterm_to_all_ranks_leaves_a_checkpoint_to_go_on_from(flags, tmp_path, offload):
     """torchrun signals process groups: the optimizer's workers too."""
     output = tmp_path / "out put"
