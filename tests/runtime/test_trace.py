@@ -18,6 +18,7 @@ from zerolite_kernels.command import FILL, Command
 from zerolite.offload.arena import Arena
 from zerolite.offload.pool import Pool
 from zerolite.runtime import chrome_trace, trace
+from zerolite.runtime import device as devices
 from zerolite.runtime.device import Cpu
 
 
@@ -166,3 +167,41 @@ def test_a_fork_writes_nothing(folder):
     assert not list(folder.iterdir())
     trace.write()
     assert json.loads((folder / "rank-00000.json").read_text())["traceEvents"]
+
+
+class Event:
+    """A stand-in for a CUDA event: it happens 1 ms after the one before, and is known to have happened when told."""
+
+    count, happened = 0, 0
+
+    def __init__(self):
+        Event.count += 1
+        self.number = Event.count
+
+    def synchronize(self) -> None:
+        Event.happened = max(Event.happened, self.number)
+
+    def query(self) -> bool:
+        return self.number <= Event.happened
+
+    def elapsed_time(self, other: Event) -> float:
+        assert self.query() and other.query()
+        return float(other.number - self.number)
+
+
+def test_streams_of_a_gpu_have_tracks(folder, monkeypatch):
+    """A phase is also a span of the stream that was current, by the device's clock, once its events have happened."""
+    monkeypatch.setattr(trace._streams, "_origin", None)
+    monkeypatch.setattr(devices, "timed_event", lambda: (7, Event()))
+    with trace.phase("optimizer step", "AdamW"), trace.phase("H2D", "layers.0", 64):  # events 1 to 4
+        pass
+    trace.flight("all-gather", "layers.0")()  # 5 and 6
+    trace.write()
+    assert not [span for span in spans(folder) if "stream" in span["tid"]]
+    Event.happened = 100
+    trace.write()
+    inner, outer, flown = [span for span in spans(folder) if "stream" in span["tid"]]
+    assert [span["tid"] for span in (inner, outer, flown)] == ["stream 7"] * 2 + ["stream, all-gather in flight"]
+    assert [span["dur"] for span in (inner, outer, flown)] == [1000, 3000, 1000]
+    assert inner["ts"] - outer["ts"] == pytest.approx(1000) and flown["ts"] - outer["ts"] == pytest.approx(4000)
+    assert inner["args"] == {"name": "layers.0", "bytes": 64}

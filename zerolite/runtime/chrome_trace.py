@@ -35,6 +35,7 @@ class Span(NamedTuple):
     name: str  # of the unit, or of what is worked on
     begin: int  # ns
     end: int  # ns
+    nbytes: int = 0  # that were copied
 
 
 class Source(Protocol):
@@ -60,6 +61,7 @@ class ChromeTrace:
         self._process = os.getpid()
         self._names: dict[Track, tuple[str, str]] = {}  # (process, thread)
         self._flying: dict[str, list[bool]] = {}  # kind -> which of its tracks are in use
+        self._own: dict[str, int] = {}  # name of a track that is no thread's -> its number
         self._lock = threading.Lock()
         self._next_write = time.monotonic_ns() + int(WRITE_SECONDS * 1e9)
         atexit.register(self.write)
@@ -93,12 +95,24 @@ class ChromeTrace:
             tracks[number] = True
             return number
 
-    def end_flight(self, kind: str, number: int) -> Track:
+    def end_flight(self, kind: str, number: int) -> str:
+        """The name of the flight's track, which is free again."""
         with self._lock:
             self._flying[kind][number] = False
-            track = Track(self._process, FIRST_OWN_TRACK + 16 * list(self._flying).index(kind) + number)
-            self._names[track] = ("", f"{kind} in flight" + (f" ({number + 1})" if number else ""))
-            return track
+        return f"{kind} in flight" + (f" ({number + 1})" if number else "")
+
+    def own(self, name: str) -> Track:
+        """A track of this process that is no thread's."""
+        with self._lock:
+            number = self._own.setdefault(name, len(self._own))
+        track = Track(self._process, FIRST_OWN_TRACK + number)
+        self._names[track] = ("", name)
+        return track
+
+    def close(self) -> None:
+        """Write for the last time."""
+        self.write()
+        atexit.unregister(self.write)
 
     def write(self) -> None:
         """Replace the file by one with all spans so far."""
@@ -138,7 +152,7 @@ def _event(span: Span) -> dict:
         "tid": span.track.thread,
         "ts": span.begin / 1000,
         "dur": (span.end - span.begin) / 1000,
-        "args": {"name": span.name},
+        "args": {"name": span.name} | ({"bytes": span.nbytes} if span.nbytes else {}),
     }
 
 

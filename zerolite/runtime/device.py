@@ -125,6 +125,14 @@ def on_cpu(*tensors: torch.Tensor) -> bool:
     return all(tensor.device.type == "cpu" for tensor in tensors)
 
 
+def timed_event() -> tuple[int, torch.cuda.Event] | None:
+    """(number of the current stream, event at its present end whose time can be read), where a GPU is in use."""
+    if not torch.cuda.is_initialized():
+        return None
+    stream = torch.cuda.current_stream()
+    return stream.stream_id, stream.record_event(torch.cuda.Event(enable_timing=True))
+
+
 def nvtx_range(label: str) -> contextlib.AbstractContextManager[object]:
-    """Context that NVIDIA's profilers show by this label, where there is a GPU."""
-    return torch.cuda.nvtx.range(label) if torch.cuda.is_available() else contextlib.nullcontext()
+    """Context that NVIDIA's profilers show by this label, where a GPU is in use."""
+    return torch.cuda.nvtx.range(label) if torch.cuda.is_initialized() else contextlib.nullcontext()

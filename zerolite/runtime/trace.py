@@ -28,6 +28,7 @@ from torch.autograd import profiler
 
 from zerolite.runtime import device as devices
 from zerolite.runtime.chrome_trace import ChromeTrace, Span
+from zerolite.runtime.stream_spans import StreamSpans
 
 # Takes any arguments, does nothing, and is false, so that a context's exceptions pass; see [Note: off costs one call].
 nothing: Callable[..., Any] = "".format
@@ -41,36 +42,43 @@ class _Off:
 OFF = _Off()
 
 recording: ChromeTrace | None = None  # changed by `start` and `stop` alone
+_streams = StreamSpans()
 
 
-def phase(kind: str, name: str) -> AbstractContextManager[object]:
-    """A context: what this thread does inside is of this kind, and for the unit of this name."""
+def phase(kind: str, name: str, nbytes: int = 0) -> AbstractContextManager[object]:
+    """A context: what this thread does inside is of this kind, for the unit of this name; `nbytes` of a copy."""
     if recording is None and not profiler._is_profiler_enabled:
         return OFF
-    return _phase(kind, name)
+    return _phase(kind, name, nbytes)
 
 
 @contextmanager
-def _phase(kind: str, name: str) -> Iterator[None]:
+def _phase(kind: str, name: str, nbytes: int) -> Iterator[None]:
     label, recorded = f"zerolite::{kind} ({name})", recording
     profiled = profiler.record_function(label) if profiler._is_profiler_enabled else OFF
     with profiled, devices.nvtx_range(label):
-        begin = time.monotonic_ns()
+        if recorded is None:
+            yield
+            return
+        begin, mark = time.monotonic_ns(), _streams.begin()
         try:
             yield
         finally:
-            if recorded is not None:
-                recorded.add(Span(recorded.this_thread(), kind, name, begin, time.monotonic_ns()))
+            _streams.end(mark, kind, name, nbytes)
+            recorded.add(Span(recorded.this_thread(), kind, name, begin, time.monotonic_ns(), nbytes))
 
 
 def flight(kind: str, name: str) -> Callable[..., object]:
     """Work that begins now, in the Chrome trace only; call what is returned, once, when somebody has waited for it."""
     if recording is None:
         return nothing
-    recorded, begin, number = recording, time.monotonic_ns(), recording.begin_flight(kind)
+    recorded, begin, mark = recording, time.monotonic_ns(), _streams.begin()
+    number = recorded.begin_flight(kind)
 
     def end() -> None:
-        recorded.add(Span(recorded.end_flight(kind, number), kind, name, begin, time.monotonic_ns()))
+        track = recorded.end_flight(kind, number)
+        _streams.end(mark, kind, name, flight=track)
+        recorded.add(Span(recorded.own(track), kind, name, begin, time.monotonic_ns()))
 
     return end
 
@@ -90,7 +98,8 @@ def write() -> None:
 def stop() -> None:
     """Write, and record no more."""
     global recording
-    write()
+    if recording is not None:
+        recording.close()
     recording = None
 
 
