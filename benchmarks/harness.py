@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MIB = 2**20
+RESULTS = Path(__file__).parent / "results"
 
 
 # --- the device, decided once ---------------------------------------------------------------------------------------
@@ -92,11 +93,11 @@ def launch(worker: Callable, arguments: dict, ranks: int, env: dict | None = Non
     with tempfile.TemporaryDirectory(prefix="zerolite-bench-") as name:
         folder = Path(name)
         (folder / "arguments.json").write_text(json.dumps(arguments))
-        target = f"{Path(inspect.getfile(worker)).stem}:{worker.__name__}"
+        script = str(Path(inspect.getfile(worker)).resolve())
         logs = [open(folder / f"{rank}.log", "w") for rank in range(ranks)]
         processes = [
             subprocess.Popen(
-                [sys.executable, __file__, target, name],
+                [sys.executable, __file__, script, worker.__name__, name],
                 env=os.environ
                 | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
                 | (env or {}),
@@ -128,15 +129,15 @@ def _wait(processes: list[subprocess.Popen], folder: Path, deadline: float) -> N
             raise RankError(f"rank {rank} ended with exit code {process.returncode}:\n" + "\n".join(tail))
 
 
-def _run_worker(target: str, folder: Path) -> None:
+def _run_worker(script: Path, function: str, folder: Path) -> None:
     """The body of one launched process. Ends with os._exit: gloo's threads can abort a plain interpreter exit."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if DEVICE is Cuda:
         torch.cuda.set_device(rank)
     dist.init_process_group(DEVICE.backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    module, function = target.split(":")
-    worker = getattr(importlib.import_module(module), function)
+    sys.path.insert(0, str(script.parent))
+    worker = getattr(importlib.import_module(script.stem), function)
     result = worker(**json.loads((folder / "arguments.json").read_text()))
     (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
@@ -262,6 +263,7 @@ def machine_facts(packages: tuple[str, ...]) -> dict:
     if shutil.which("git"):
         git = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
         commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    script = os.path.relpath(Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1])
     words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
     return {
         "cpu": models[0] if models else platform.machine(),
@@ -274,7 +276,7 @@ def machine_facts(packages: tuple[str, ...]) -> dict:
         "versions": {name: version(name) for name in packages},
         "commit": commit or "unknown",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
+        "command": shlex.join(["python", script, *words]),
     }
 
 
@@ -336,4 +338,4 @@ def bar_panels(path: Path, title: str, panels: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    _run_worker(sys.argv[1], Path(sys.argv[2]))
+    _run_worker(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -24,7 +24,7 @@ def run(script: str, arguments: str, output: Path) -> str:
 
 def test_zero_step_writes_complete_results(tmp_path):
     """Two ranks, DDP and zerolite's stage 2: every field is there, the losses are those of one process."""
-    run("zero_step.py", "--size tiny --ranks 2 --steps 2 --repeats 1 --modes zerolite2", tmp_path)
+    run("steps/zero_step.py", "--size tiny --ranks 2 --steps 2 --repeats 1 --modes zerolite2", tmp_path)
     path = tmp_path / "zero_step_tiny_fp32_cpu.json"
     report = json.loads(path.read_text())
     assert {"cpu", "cores", "memory_gib", "gpu", "versions", "commit", "date", "command"} <= report["facts"].keys()
@@ -50,7 +50,7 @@ def test_offload_writes_complete_results(tmp_path):
     arguments = (
         "--model tiny --steps 2 --repeats 1 --accumulation 2 --clip 0.5 --modes zerolite_offload torchao_offload"
     )
-    printed = run("offload.py", arguments, tmp_path)
+    printed = run("offload/offload.py", arguments, tmp_path)
     assert "torchao_offload did not run: " in printed
 
     path = tmp_path / "offload_tiny_fp32_cpu.json"
@@ -77,7 +77,7 @@ def test_offload_writes_complete_results(tmp_path):
 def test_lora_writes_complete_results(tmp_path):
     """Every contender's time, error against fp64 and bytes; ours keeps less than PEFT, at dropout 0.05 far less."""
     pytest.importorskip("peft")
-    run("lora.py", "--kinds qkv --models tiny --tokens 48 --ranks 8 --rounds 1 --sample-ms 1", tmp_path)
+    run("adapters/lora.py", "--kinds qkv --models tiny --tokens 48 --ranks 8 --rounds 1 --sample-ms 1", tmp_path)
     report = json.loads((tmp_path / "lora_fp32_cpu.json").read_text())
     (case,) = report["cases"]
     rows = case["rows"]
@@ -100,7 +100,7 @@ def test_finetune_methods_writes_complete_results(tmp_path):
     arguments = f"--base {tmp_path / 'base'} --methods full prefix"
     command = f"{arguments} --output {tmp_path} -- {small}"
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "finetune_methods.py", *command.split()],
+        [sys.executable, ROOT / "benchmarks" / "adapters" / "finetune_methods.py", *command.split()],
         capture_output=True, text=True, timeout=280 * load(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

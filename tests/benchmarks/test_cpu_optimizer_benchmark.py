@@ -10,7 +10,7 @@ from limits import load
 from paths import ROOT
 from zerolite_kernels import cpu
 
-SCRIPT = ROOT / "benchmarks" / "cpu_optimizer.py"
+SCRIPT = ROOT / "benchmarks" / "host" / "cpu_optimizer.py"
 
 
 @pytest.mark.skipif(cpu.path() is None or shutil.which("cc") is None, reason="needs the host kernels and a C compiler")

@@ -27,8 +27,8 @@ MAX_RANK = 256
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Who computes an operation where triton runs: (without dropout, with dropout). Products with W stay with cuBLAS, and so
-# does what is a plain product, "torch". The choice is by measurement: benchmarks/lora.py has both sides. No GPU has
-# measured it yet; until then it follows from the bytes that each side moves.
+# does what is a plain product, "torch". The choice is by measurement: benchmarks/adapters/lora.py has both sides. No
+# GPU has measured it yet; until then it follows from the bytes that each side moves.
 CHOICES = {
     "lora_xa": ("torch", "triton"),
     "lora_db_ds": ("triton", "triton"),

@@ -5,9 +5,9 @@ same data and seed, the same fused AdamW, each in fresh processes. DDP runs at t
 a contender's step counts as a ratio to their mean, and how far the two lie apart is the noise. Per-step losses stand
 beside those of `single`: one process, plain torch, the joint batch.
 
-    python benchmarks/zero_step.py --size s                  # 33.5M parameters; two ranks on this machine
-    python benchmarks/zero_step.py --size m --repeats 1      # 142.9M
-    python benchmarks/zero_step.py --size s --precision bf16
+    python benchmarks/steps/zero_step.py --size s                  # 33.5M parameters; two ranks on this machine
+    python benchmarks/steps/zero_step.py --size m --repeats 1      # 142.9M
+    python benchmarks/steps/zero_step.py --size s --precision bf16
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import statistics
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what all benchmarks share
 
 import harness
 import torch.distributed as dist
@@ -293,7 +296,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="ddp is always run")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS)
     options = parser.parse_args()
     options.modes = ["ddp", *(mode for mode in options.modes if mode != "ddp")]
     report = collect(options)

@@ -2,14 +2,17 @@
 
 Runs `train_medqa.py` without offload and with each state format, one after the other, and compares the validation loss.
 
-    python benchmarks/offload_states.py                        # the defaults of train_medqa.py on two ranks
-    python benchmarks/offload_states.py -- --max_steps 200     # what follows -- goes to every run
+    python benchmarks/offload/offload_states.py                        # the defaults of train_medqa.py on two ranks
+    python benchmarks/offload/offload_states.py -- --max_steps 200     # after --: for every run
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what all benchmarks share
 
 import harness
 import main_job
@@ -64,7 +67,7 @@ after the other, on a machine that others use too: no benchmark.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS)
     parser.add_argument("extra", nargs="*", help="options of train_medqa.py, after --")
     options = parser.parse_args()
     facts = harness.machine_facts(("torch", "transformers"))

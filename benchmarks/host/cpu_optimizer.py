@@ -8,9 +8,9 @@ Contenders take turns, round by round. Just before and after each sample of zero
 and writes the same streams in place and computes next to nothing (ceiling.c). Layouts: processes x threads, each on a
 core of its own; two processes hold half of the elements each.
 
-    python benchmarks/cpu_optimizer.py                                   # all of it, about half an hour
-    python benchmarks/cpu_optimizer.py --sizes 1 --rounds 3 --groups adam --layouts 2x1
-    PYTHONPATH=kernels python benchmarks/cpu_optimizer.py                # another environment, with DeepSpeed
+    python benchmarks/host/cpu_optimizer.py                                   # all of it, about half an hour
+    python benchmarks/host/cpu_optimizer.py --sizes 1 --rounds 3 --groups adam --layouts 2x1
+    PYTHONPATH=kernels python benchmarks/host/cpu_optimizer.py                # another environment, with DeepSpeed
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ import mmap
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what all benchmarks share
 
 import harness
 import torch
@@ -421,7 +424,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="processes x threads")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sample", type=int, default=20, help="millions of elements that a sample steps, at least")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS)
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     options.layouts = [layout for layout in options.layouts if math.prod(LAYOUTS[layout]) <= cores]

@@ -3,14 +3,17 @@
 Runs `train_medqa.py` on a pretrained base with each method, one after the other: trainable parameters, bytes of model
 states on a rank, speed, and validation loss before and after, each at its own usual learning rate.
 
-    python benchmarks/finetune_methods.py --base outputs/medqa/model                 # after `make train`
-    python benchmarks/finetune_methods.py --base folder -- --train_file a.jsonl      # what follows -- goes to every run
+    python benchmarks/adapters/finetune_methods.py --base outputs/medqa/model             # after `make train`
+    python benchmarks/adapters/finetune_methods.py --base folder -- --train_file a.jsonl  # after --: for every run
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what all benchmarks share
 
 import harness
 import main_job
@@ -75,7 +78,7 @@ def main() -> None:
     parser.add_argument("--base", required=True, help="folder of the pretrained model")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS)
     parser.add_argument("extra", nargs="*", help="options of train_medqa.py, after --")
     options = parser.parse_args()
     facts = harness.machine_facts(("torch", "transformers"))

@@ -6,9 +6,9 @@ nothing hides, device and host memory, bytes over the bus; with and without accu
 fresh processes. zerolite without offload runs at the start and at the end of every repeat: how far the two lie apart
 is the noise, and ratios are to their mean. A timeline of two steps shows what overlaps.
 
-    python benchmarks/offload.py --model s                                 # on the CPU, two ranks
-    python benchmarks/offload.py --model 7b --gpu-memory 24GiB             # on a GPU that may use so much memory
-    python benchmarks/offload.py --model 7b --gpu-memory 24GiB --largest   # how many layers of that shape train
+    python benchmarks/offload/offload.py --model s                                # on the CPU, two ranks
+    python benchmarks/offload/offload.py --model 7b --gpu-memory 24GiB            # on a GPU that may use so much memory
+    python benchmarks/offload/offload.py --model 7b --gpu-memory 24GiB --largest  # how many layers of that shape train
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import importlib.util
 import os
 import re
 import statistics
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what all benchmarks share
 
 import harness
 import psutil
@@ -445,7 +448,7 @@ def main() -> None:
     )
     parser.add_argument("--largest", action="store_true", help="grow the number of layers instead")
     parser.add_argument("--most-layers", type=int, default=512, help="with --largest, no more than these")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS)
     options = parser.parse_args()
     batch = LARGE_BATCH if options.model in LARGE else (MICRO_BATCH, SEQUENCE)
     options.micro_batch, options.sequence = options.micro_batch or batch[0], options.sequence or batch[1]

@@ -4,8 +4,8 @@ Contenders: the frozen layers without any LoRA; PEFT at dropout 0 and 0.05; PEFT
 that Unsloth and axolotl use (written here from the formula, without dropout); zerolite at dropout 0 and 0.05. They take
 turns, round by round, on the same inputs, weights and gradients; ratios are those within a round.
 
-    python benchmarks/lora.py                                                     # small shapes on the CPU, 7b on a GPU
-    python benchmarks/lora.py --models 7b 13b 70b --tokens 1024 8192 32768 --ranks 8 16 64 128 --dtype bf16
+    python benchmarks/adapters/lora.py                                   # small shapes on the CPU, 7b on a GPU
+    python benchmarks/adapters/lora.py --models 7b 13b 70b --tokens 1024 8192 32768 --ranks 8 16 64 128 --dtype bf16
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what all benchmarks share
 
 import harness
 import torch
@@ -306,7 +309,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sample-ms", type=float, default=50.0, help="least length of one sample")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="with compiled PEFT")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS)
     options = parser.parse_args()
     names = list(CONTENDERS)
     if harness.version("peft") is None:
