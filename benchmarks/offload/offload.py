@@ -14,12 +14,14 @@ is the noise, and ratios are to their mean. A timeline of two steps shows what o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import re
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of what all benchmarks share
@@ -32,7 +34,9 @@ import torch.distributed as dist
 from contenders import LARGE, MICRO_BATCH, OFFLOADERS, SEQUENCE, SIZES, How, batches, build_model
 from harness import DEVICE, MIB
 
-WARMUP, WATCHED = 3, 3  # untimed steps before the timed ones, and after them, watched by a recorder
+from zerolite.runtime import trace
+
+WARMUP, WATCHED = 3, 3  # untimed steps before the timed ones, and after them, while a trace is recorded
 LARGE_BATCH = (4, 1024)  # rows and tokens of a micro-batch
 BASE = "zerolite"  # the mode that ratios are to
 DRAWN = (BASE, "zerolite_offload", "deepspeed2_offload")  # in the timeline, where they ran
@@ -60,21 +64,20 @@ def measure(mode: str, how: dict, model: dict, steps: int, checkpointing: bool, 
     rank, world = dist.get_rank(), dist.get_world_size()
     joint = how.micro_batch * how.accumulation * world
     data = iter(batches(WARMUP + steps + WATCHED + 1, rank, world, joint, model["sequence"]))
-    recorder = timeline.Recorder(getattr(llama, "_zerolite", None))
     losses, memory = [], {}
 
     def step(look=lambda: None):
         loss_sum = 0.0
         for ids in next(data).chunk(how.accumulation):
-            with recorder.phase("forward"):
+            with phase("forward"):
                 loss = training.forward(ids)
-            with recorder.phase("backward"):
+            with phase("backward"):
                 training.backward(loss)
             loss_sum = loss_sum + loss.detach()
             del loss
         losses.append(loss_sum / how.accumulation)
         look()
-        with recorder.phase("step"):
+        with phase("step"):
             training.step()
 
     def look():
@@ -87,24 +90,43 @@ def measure(mode: str, how: dict, model: dict, steps: int, checkpointing: bool, 
     DEVICE.reset_peak()
     times = [harness.seconds(step) for _ in range(steps)]
     memory["peak"] = DEVICE.peak_bytes() if DEVICE is harness.Cuda else None
-    recorder.start()
-    for _ in range(WATCHED):
-        step()
-    recorder.stop()
+    spans = watch(step, getattr(llama, "_zerolite", None))
     with harness.BusBytes() as bus:
         step(look)
-    bus_bytes = {name: value / WATCHED for name, value in recorder.bus_bytes.items()}
-    if DEVICE is harness.Cuda and recorder.zero is None:
-        bus_bytes = {"down": bus.down, "up": bus.up}
+    if hasattr(llama, "_zerolite"):
+        bus_bytes = {row: sum(s.nbytes for s in spans if s.row == row) / WATCHED for row in ("down", "up")}
+    else:
+        bus_bytes = {"down": bus.down, "up": bus.up} if DEVICE is harness.Cuda else None
     return {
         "parameters": parameters,
         "times": times,
         "losses": [loss.item() for loss in losses],
         "memory": memory,
-        "bus": bus_bytes if DEVICE is harness.Cuda or recorder.zero is not None else None,
-        "exposed": {name: value / WATCHED for name, value in timeline.exposed(recorder.spans).items()},
-        "spans": [dataclasses.astuple(span) for span in last_steps(recorder.spans)],
+        "bus": bus_bytes,
+        "exposed": {name: value / WATCHED for name, value in timeline.exposed(spans).items()},
+        "spans": [dataclasses.astuple(span) for span in timeline.last_steps(spans, WATCHED - 1)],
     }
+
+
+@contextlib.contextmanager
+def phase(name: str):
+    """A part of the step; while steps are watched, what the device does of it is waited for."""
+    with trace.phase(timeline.LOOP, name):
+        yield
+        if trace.recording is not None:
+            DEVICE.synchronize()
+
+
+def watch(step, zero) -> list[timeline.Span]:
+    """Take the watched steps; what the trace says of them. zero: the engine, where zerolite has sharded the model."""
+    with tempfile.TemporaryDirectory(prefix="zerolite-trace-") as folder:
+        trace.start(folder)
+        for _ in range(WATCHED):
+            step()
+        if zero is not None and zero.host is not None:
+            zero.host.wait(zero.host.pool.submitted)
+        trace.stop()
+        return timeline.read(Path(folder), dist.get_rank())
 
 
 def limit_memory(nbytes: int | None) -> None:
@@ -124,13 +146,6 @@ def model_states(model: torch.nn.Module, training) -> dict | None:
     usage = zerolite.measure(model, training.optimizer)
     device = usage.parameters_bytes + usage.gradients_bytes + usage.optimizer_bytes
     return {"device": device, "host": usage.host_bytes}
-
-
-def last_steps(spans: list[timeline.Span]) -> list[timeline.Span]:
-    """What came after the first watched step, in seconds since its end."""
-    first_end = min(span.end for span in spans if span.row == "phase" and span.label == "step")
-    later = [span for span in spans if span.end > first_end]
-    return [dataclasses.replace(s, start=max(s.start - first_end, 0.0), end=s.end - first_end) for s in later]
 
 
 # --- over the runs --------------------------------------------------------------------------------------------------
