@@ -117,14 +117,14 @@ def phase(name: str):
             DEVICE.synchronize()
 
 
-def watch(step, zero) -> list[timeline.Span]:
-    """Take the watched steps; what the trace says of them. zero: the engine, where zerolite has sharded the model."""
+def watch(step, engine) -> list[timeline.Span]:
+    """Run the watched steps; what the trace says of them. engine: of a model that zerolite has sharded."""
     with tempfile.TemporaryDirectory(prefix="zerolite-trace-") as folder:
         trace.start(folder)
         for _ in range(WATCHED):
             step()
-        if zero is not None and zero.host is not None:
-            zero.host.wait(zero.host.pool.submitted)
+        if engine is not None and engine.placement.host is not None:
+            engine.placement.host.wait(engine.placement.host.pool.submitted)
         trace.stop()
         return timeline.read(Path(folder), dist.get_rank())
 

@@ -79,8 +79,8 @@ class Engine:
             self.abandon_backward()  # the last one raised
         unit.forward_depth += 1
         if unit.forward_depth == 1:
-            unit.end_forward = trace.flight("recompute" if in_backward else "forward", unit.name)
             self._gather(unit, -1 if in_backward else 1)
+            unit.end_forward = trace.flight("recompute" if in_backward else "forward", unit.name)
 
     def post_forward(self, unit: Unit, needs_backward: bool) -> None:
         unit.forward_depth -= 1
@@ -98,11 +98,12 @@ class Engine:
         """Make a unit readable, with the gather of its neighbour under way: the next unit, in backward the previous."""
         ahead = neighbour(self.units, unit, step)
         last = max(unit.index, ahead.index) if ahead is not None and ahead.communicates else unit.index
-        self.fetch_queue.fetch_until(last)
-        self.unshard(unit)
-        if ahead is not None:
-            self.unshard(ahead)
-        unit.wait()
+        with trace.phase("unshard", unit.name):
+            self.fetch_queue.fetch_until(last)
+            self.unshard(unit)
+            if ahead is not None:
+                self.unshard(ahead)
+            unit.wait()
 
     def unshard(self, unit: Unit) -> None:
         """Start gathering a unit. Collective."""
@@ -135,9 +136,9 @@ class Engine:
         if not self._is_backward_open:
             self.open_backward()
         unit.backward_uses += is_first
+        self._gather(unit, -1)
         if is_first:
             unit.end_backward = trace.flight("backward", unit.name)
-        self._gather(unit, -1)
 
     def post_backward(self, unit: Unit) -> None:
         """The gradients of the unit's inputs are complete, so its parameters are needed no more in this use."""

@@ -82,7 +82,7 @@ class HostShard:
             if self.is_streamed:
                 self.memory.wait()
                 own = self.range.of(unsharded)
-                with trace.phase("H2D", self.spec.unit_name):
+                with trace.phase("H2D", self.spec.unit_name, self.owned.nbytes):
                     self.host.device.copy(own, self.owned)
             return self._gather(unsharded, own)
 
@@ -115,7 +115,7 @@ class HostShard:
         with self.host.device.on(self.host.h2d_stream):
             self.host.device.wait(readers_done)
             if not self.is_streamed:  # else the next gather begins on the host
-                with trace.phase("H2D", self.spec.unit_name):
+                with trace.phase("H2D", self.spec.unit_name, self.owned.nbytes):
                     self.host.device.copy(self.owned, self.memory.parameter.values)
             self._h2d_event = (self.host.device.record(),)
         self._set_state(ShardState.FETCHING)
@@ -163,11 +163,11 @@ class HostShard:
                 term = sum_of_squares(part.of(reduced, self.range), part.start - shard.start)
                 squares = term if squares is None else squares + term
             self._squares = squares
-        device = self.host.device
-        with device.on(self.host.d2h_stream, after_current=True), trace.phase("D2H", self.spec.unit_name):
+        device, name = self.host.device, self.spec.unit_name
+        with device.on(self.host.d2h_stream, after_current=True), trace.phase("D2H", name, reduced.nbytes):
             device.copy(self.memory.gradient.values, reduced)
             self._d2h_event = device.record()
-        self._end_d2h = trace.flight("D2H", self.spec.unit_name)
+        self._end_d2h = trace.flight("D2H", name)
         self._is_staged = True
         self._reduced, self._buffer = reduced, buffer
         return None
