@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from traces import assert_nested, spans
 from zerolite_kernels import cpu
-from zerolite_kernels.command import FILL, Command
+from zerolite_kernels.cpu.command import FILL, Command
 
 from zerolite.offload.arena import Arena
 from zerolite.offload.pool import Pool
