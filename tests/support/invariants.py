@@ -31,13 +31,14 @@ def parameter_state(parameters) -> str:
 
 def slot_state(shard) -> str:
     """Of a host shard's place in the arena: free, filling, ready, stepping, stepped or returning; exactly one."""
+    is_done = shard.memory.fence <= shard.host.pool.num_done()
     is_filling, has_gradient = shard._reduced is not None, shard.has_gradient
     if shard.state.name == "FETCHING":
-        assert shard.memory.is_done() and not is_filling
+        assert is_done and not is_filling
         return "returning"
     if shard.state.name == "STEPPING":
         assert not is_filling, "no gradient is copied over what workers read"
-        return "stepped" if shard.memory.is_done() else "stepping"
+        return "stepped" if is_done else "stepping"
     if is_filling:
         return "filling"
     return "ready" if has_gradient else "free"

@@ -23,16 +23,16 @@ def neighbour(units: list[Unit], unit: Unit, step: int) -> Unit | None:
     return units[index]
 
 
-def unsharded_buckets(engine: Engine, buckets: Iterable[Bucket] | None = None, *, writeback: bool) -> Iterator[Bucket]:
-    """Yield the model's buckets, or some of them, one after the other while they are readable. Collective.
+def unsharded_buckets(engine: Engine, buckets: Iterable[Bucket], *, writeback: bool) -> Iterator[Bucket]:
+    """Yield some of the model's buckets one after the other, in the order of units, while readable. Collective.
 
     One unit is gathered at a time, and freed before the next. writeback: what was written into the parameters before
     the next turn is kept, in this rank's shard and its master; every rank must write the same.
     """
-    wanted = None if buckets is None else {id(bucket) for bucket in buckets}
+    wanted = set(buckets)
     engine.fetch()
     for unit in engine.units:
-        chosen = [bucket for bucket in unit.buckets if wanted is None or id(bucket) in wanted]
+        chosen = [bucket for bucket in unit.buckets if bucket in wanted]
         if not chosen:
             continue
         engine.unshard(unit)

@@ -27,7 +27,7 @@ from zerolite.shards.layout import Range
 from zerolite.shards.parameters import FlatParameters
 from zerolite.shards.shard import BucketSpec, ShardStates
 from zerolite.shards.states import LEGAL, ShardState, illegal
-from zerolite.shards.update import Rule, Update
+from zerolite.shards.update import Rule, TwoPassRule, Update
 
 
 class HostShard:
@@ -260,7 +260,9 @@ class HostShard:
         self.memory.submit(commands, "stepping")
         self._set_state(ShardState.STEPPING)
 
-    def prepare(self, rule: Rule, states: ShardStates, updates: Sequence[Update], num_slots: int) -> torch.Tensor:
+    def prepare(
+        self, rule: TwoPassRule, states: ShardStates, updates: Sequence[Update], num_slots: int
+    ) -> torch.Tensor:
         assert isinstance(states, HostStates)
         rows = self.memory.prepare(self._gradient(), states.encoded, rule, updates, num_slots)
         return rows.to(self.host.device.device)

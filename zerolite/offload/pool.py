@@ -148,10 +148,6 @@ class Pool:
         """How many commands all threads have done."""
         return min(row[DONE] for row in self._rows)
 
-    def is_done(self, number: int) -> bool:
-        """Whether all threads have counted up to `number`."""
-        return self.num_done() >= number
-
     def wait(self, number: int) -> None:
         """Sleep until every thread has done the commands before `number`; WorkerError where one cannot."""
         self._sleep_until(lambda: self.num_done() >= number, "working", STUCK_SECONDS)

@@ -23,7 +23,7 @@ from zerolite.runtime.cpu_kernels import GRADIENT_DTYPES
 from zerolite.shards.grad_norm import add_up
 from zerolite.shards.layout import Range
 from zerolite.shards.shard import BucketSpec
-from zerolite.shards.update import Rule, Update
+from zerolite.shards.update import TwoPassRule, Update
 
 if TYPE_CHECKING:
     from zerolite.offload.states import State
@@ -67,9 +67,6 @@ class ShardMemory:
         """Sleep until the workers have passed the fence; WorkerError where one cannot."""
         with trace.phase("worker step wait", self.spec.unit_name):
             self.host.wait(self.fence)
-
-    def is_done(self) -> bool:
-        return self.host.pool.is_done(self.fence)
 
     # Values #
 
@@ -179,7 +176,7 @@ class ShardMemory:
         self,
         gradient: SharedTensor,
         states: Mapping[str, "State"],
-        rule: Rule,
+        rule: TwoPassRule,
         updates: Sequence[Update],
         num_slots: int,
     ) -> torch.Tensor:

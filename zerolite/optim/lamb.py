@@ -14,7 +14,7 @@ class Lamb(ShardedOptimizer):
     A ratio is of the whole parameter, though the states are sharded.
     """
 
-    rule = LambRule()
+    rule: LambRule = LambRule()
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, *, max_grad_norm: float | None = None

@@ -5,6 +5,7 @@ operations; on the CPU, and in the workers, the host kernels run the same rule i
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ def scaled_gradient(operands: Operands, update: Update) -> torch.Tensor:
     return operands.gradient.to(operands.parameter.dtype, copy=True).mul_(update.multiplier)
 
 
-class Rule:
+class Rule(ABC):
     """What the rules share: their form as a command to the host kernels."""
 
     name: int  # of the host kernels
@@ -79,12 +80,9 @@ class Rule:
         else:
             self.step_in_torch(operands, update)
 
-    def prepare(self, operands: Operands, update: Update) -> torch.Tensor:
-        """The first of two passes, for a rule that needs one."""
-        raise NotImplementedError(f"{type(self).__name__} steps in one pass")
-
+    @abstractmethod
     def step_in_torch(self, operands: Operands, update: Update) -> None:
-        raise NotImplementedError
+        """The same in torch's operations, on a device or where the host kernels were not built."""
 
 
 class AdamRule(Rule):

@@ -19,7 +19,7 @@ from zerolite.runtime.device import Device
 from zerolite.runtime.mesh import RankMesh
 from zerolite.shards.grad_norm import exact_sum_of_squares, sum_of_squares
 from zerolite.shards.layout import BucketLayout, Range
-from zerolite.shards.update import Operands, Rule, Update
+from zerolite.shards.update import Operands, Rule, TwoPassRule, Update
 
 if TYPE_CHECKING:
     from zerolite.shards.parameters import FlatParameters
@@ -137,7 +137,9 @@ class Shard(Protocol):
     def step(self, rule: Rule, states: ShardStates, updates: Sequence[Update]) -> None:
         """Step the updates' segments; where a slot has no gradient on any rank, it counts as zeros."""
 
-    def prepare(self, rule: Rule, states: ShardStates, updates: Sequence[Update], num_slots: int) -> torch.Tensor:
+    def prepare(
+        self, rule: TwoPassRule, states: ShardStates, updates: Sequence[Update], num_slots: int
+    ) -> torch.Tensor:
         """LAMB's first pass; fp64 (world_size, num_slots, 2): squares of parameter and direction, a row a shard."""
 
     def resident_master(self) -> torch.Tensor | None:
@@ -273,7 +275,9 @@ class DeviceShard:
                 rule.step(self._operands(states, part), update)
         self._round_master()
 
-    def prepare(self, rule: Rule, states: ShardStates, updates: Sequence[Update], num_slots: int) -> torch.Tensor:
+    def prepare(
+        self, rule: TwoPassRule, states: ShardStates, updates: Sequence[Update], num_slots: int
+    ) -> torch.Tensor:
         layout, device = self.spec.layout, self.spec.device.device
         # A row a shard, so that the order of summation does not depend on who owns which shards.
         rows = torch.zeros(layout.world_size, num_slots, 2, dtype=torch.float64, device=device)
