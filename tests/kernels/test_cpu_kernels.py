@@ -1,144 +1,41 @@
 """The host kernels against torch.optim, formulas in fp64 and torch's conversions; and every path, cut and reference
 against each other, bit by bit."""
 
-import ctypes
 import itertools
 import math
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zerolite_kernels import cpu
+from regions import (
+    BEST,
+    BETAS,
+    CLIP,
+    DECAY,
+    EPS,
+    GRADIENTS,
+    LIBRARY,
+    LOW_PRECISION,
+    LR,
+    PATHS,
+    Region,
+    gradient_of,
+    initial,
+)
 from zerolite_kernels.cpu import command as K
 from zerolite_kernels.cpu import reference
 
-LIBRARY = cpu.load()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the host kernels were not built: no C++ compiler at install")
-
-PATHS = [p for p in (b"avx512", b"avx2", b"plain") if LIBRARY is not None and LIBRARY.zl_use(p) == 0]
-BEST = PATHS[0] if PATHS else b""
-if PATHS:
-    LIBRARY.zl_use(BEST)
 
 RULES = [K.ADAM, K.ADAMW, K.LION, K.LAMB]
 STATES = [K.STATES_FP32, K.STATES_BF16, K.STATES_INT8]
 FP32_KINDS = [K.IN_PLACE_FP32, K.SPLIT_BF16, K.MASTER_BF16, K.MASTER_FP16]
-GRADIENTS = {K.FP32: torch.float32, K.BF16: torch.bfloat16, K.FP16: torch.float16, K.FP64: torch.float64}
-LOW_PRECISION = {K.SPLIT_BF16: torch.bfloat16, K.MASTER_BF16: torch.bfloat16, K.MASTER_FP16: torch.float16}
-LR, BETAS, EPS, DECAY, CLIP = 1e-2, (0.9, 0.99), 1e-8, 0.1, 0.5
 ALL_KINDS = [
     (rule, states, kind, gradient)
     for rule, states, kind, gradient in itertools.product(RULES, STATES, range(5), GRADIENTS)
     if (kind == K.IN_PLACE_FP64) == (gradient == K.FP64) and not (gradient == K.FP64 and states)
 ]
-
-
-class Region:
-    """A region of `numel` elements in an arena of its own, at odd addresses, with canaries between the tensors.
-
-    `run` does steps with the gradients that `gradient_of` gives; the runs are `pieces` of the region, each cut anew.
-    """
-
-    GAP = 61
-
-    def __init__(self, rule, states, kind, gradient, numel, first=0, last=None, seed=0):
-        self.rule, self.states, self.kind, self.gradient_dtype, self.numel = rule, states, kind, gradient, numel
-        self.first, self.last = first, numel if last is None else last
-        is_fp64 = kind == K.IN_PLACE_FP64
-        full = torch.float64 if is_fp64 else torch.float32
-        state = {K.STATES_FP32: full, K.STATES_BF16: torch.bfloat16, K.STATES_INT8: torch.uint8}[states]
-        blocks, partials = -(-numel // K.BLOCK_NUMEL), -(-numel // K.PARTIAL_NUMEL)
-        sizes = {
-            "gradient": (GRADIENTS[gradient], numel),
-            "parameter": (LOW_PRECISION.get(kind, full), numel),
-            "master": (torch.int16 if kind == K.SPLIT_BF16 else torch.float32, numel if kind in LOW_PRECISION else 0),
-            "exp_avg": (state, numel),
-            "exp_avg_scale": (torch.float32, blocks),
-            "exp_avg_sq": (state, numel),
-            "exp_avg_sq_scale": (torch.float32, blocks),
-            "result": (torch.float64, 2 * partials),
-        }
-        self.offsets, self.tensors, end = {}, {}, self.GAP
-        for name, (dtype, count) in sizes.items():
-            self.offsets[name], end = end, end + count * dtype.itemsize + self.GAP
-        self.arena = np.full(end, 0xA5, np.uint8)
-        for name, (dtype, count) in sizes.items():
-            part = memoryview(self.arena)[self.offsets[name] :][: count * dtype.itemsize]
-            self.tensors[name] = torch.frombuffer(part, dtype=dtype).zero_() if count else torch.zeros(0, dtype=dtype)
-        self.step = 0
-        self.load(initial(numel, seed).to(full))
-
-    def load(self, full: torch.Tensor) -> None:
-        """Set the parameter."""
-        if self.kind == K.SPLIT_BF16:
-            bits = full.view(torch.int32)
-            self.tensors["parameter"].view(torch.int16).copy_((bits + 0x8000) >> 16)
-            self.tensors["master"].copy_(bits)
-        else:
-            self.tensors["master" if self.kind in LOW_PRECISION else "parameter"].copy_(full)
-            if self.kind in LOW_PRECISION:
-                self.tensors["parameter"].copy_(full)
-
-    def full(self) -> torch.Tensor:
-        """The parameter in fp32, or fp64."""
-        if self.kind == K.SPLIT_BF16:
-            high, low = self.tensors["parameter"].view(torch.int16).int(), self.tensors["master"].int()
-            return ((high << 16) + low).view(torch.float32)
-        return self.tensors["master" if self.kind in LOW_PRECISION else "parameter"].clone()
-
-    def state(self, name: str) -> torch.Tensor:
-        if self.states != K.STATES_INT8:
-            return self.tensors[name].to(torch.float64 if self.kind == K.IN_PLACE_FP64 else torch.float32)
-        out = torch.zeros(self.numel)
-        decode = getattr(LIBRARY, f"zl_decode_{name}")
-        decode(self.tensors[name].data_ptr(), self.tensors[f"{name}_scale"].data_ptr(), out.data_ptr(), self.numel)
-        return out
-
-    def command(self, op=K.STEP, **changes) -> K.Command:
-        t = max(self.step, 1)
-        fields = {
-            "op": op, "rule": self.rule, "states": self.states, "gradient_dtype": self.gradient_dtype,
-            "parameter_kind": self.kind, "numel": self.numel, "first": self.first, "last": self.last, **self.offsets,
-            "seed": 1000 + t, "position": 7, "multiplier": CLIP, "lr": LR, "beta1": BETAS[0], "beta2": BETAS[1],
-            "eps": EPS, "weight_decay": DECAY, "bias_correction1": 1 - BETAS[0] ** t,
-            "bias_correction2_sqrt": math.sqrt(1 - BETAS[1] ** t), "trust_ratio": 1.0,
-        }  # fmt: skip
-        return K.Command(**(fields | changes))
-
-    def do(self, command: K.Command, cuts=(), execute=None) -> None:
-        if execute is not None:
-            return execute(memoryview(self.arena), command, command.first, command.last)
-        marks = [0, *cuts, max(self.numel, command.last)]
-        for first, last in zip(marks, marks[1:], strict=False):
-            assert LIBRARY.zl_execute(self.arena.ctypes.data, command, first, last) == 0
-
-    def run(self, steps: int, cuts=(), execute=None, unused=slice(0, 0)) -> None:
-        for _ in range(steps):
-            self.step += 1
-            self.tensors["gradient"].copy_(gradient_of(self.numel, self.step))[unused] = 0
-            command = self.command()
-            if self.rule == K.LAMB:
-                command.op = K.PREPARE
-                self.do(command, [cut // K.PARTIAL_NUMEL * K.PARTIAL_NUMEL for cut in cuts], execute)
-                # Of the first partial block alone: any number will do here.
-                squares = self.tensors["result"][:2].tolist()
-                command.op, command.trust_ratio = K.STEP, math.sqrt(squares[0] / squares[1]) if squares[1] else 1.0
-            self.do(command, cuts, execute)
-
-    def bytes(self) -> bytes:
-        return self.arena.tobytes()
-
-
-def initial(numel: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def gradient_of(numel: int, step: int) -> torch.Tensor:
-    return 0.1 * torch.randn(numel, generator=torch.Generator().manual_seed(100 + step))
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.decode())
@@ -453,198 +350,3 @@ def test_what_is_unknown_is_refused(changes, answer):
 def test_unknown_paths_are_refused():
     """And the path stays."""
     assert LIBRARY.zl_use(b"mmx") != 0 and LIBRARY.zl_path() == BEST
-
-
-# --- states of low precision -----------------------------------------------------------------------------------------
-
-
-def kept_after_one_step(states: int, exp_avg: torch.Tensor, seed: int, position: int = 0) -> tuple[torch.Tensor, ...]:
-    """exp_avg and its square, rounded by a step that gives just these moments: betas 0, gradient exp_avg."""
-    region = Region(K.ADAMW, states, K.IN_PLACE_FP32, K.FP32, exp_avg.numel())
-    region.tensors["gradient"].copy_(exp_avg)
-    region.do(region.command(beta1=0.0, beta2=0.0, multiplier=1.0, seed=seed, position=position))
-    return region.state("exp_avg"), region.state("exp_avg_sq")
-
-
-def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    return torch.corrcoef(torch.stack([a, b]))[0, 1].abs().item()
-
-
-@pytest.mark.parametrize("states", [K.STATES_BF16, K.STATES_INT8], ids=["bf16", "int8"])
-def test_stochastic_rounding_is_unbiased(states):
-    """The mean of many roundings is the number itself, of momentum and variance, within four standard errors; errors
-    of neighbours, of the two states and of two steps are unrelated."""
-    numel = 2**17
-    values = torch.linspace(0.2, 0.99, 64).repeat(numel // 64)
-    values[::128] = 1.0  # the largest of each block
-    errors = []
-    for seed in range(8):
-        kept = kept_after_one_step(states, values, seed)
-        errors.append([(kept[0] - values).double(), (kept[1] - values * values).double()])
-    for which in range(2):
-        error = torch.stack([each[which] for each in errors]).view(8, -1, 64)[:, :, 1:]
-        error = error.transpose(0, 2).flatten(1)  # (63 values, samples)
-        standard = error.std(1) / math.sqrt(error.shape[1])
-        assert (error.std(1) > 0).any()
-        assert (error.mean(1).abs() <= 4 * standard + 1e-6).all(), (error.mean(1) / standard).abs().max()
-    bound = 5 / math.sqrt(numel)
-    first, second = errors[0]
-    assert correlation(first, second) < bound and correlation(first, errors[1][0]) < bound
-    assert correlation(first[:-1], first[1:]) < bound and correlation(second[:-1], second[1:]) < bound
-
-
-@pytest.mark.parametrize("states", [K.STATES_BF16, K.STATES_INT8], ids=["bf16", "int8"])
-def test_stochastic_rounding_depends_on_place_and_seed_alone(states):
-    """The same seed and place in the bucket round alike, wherever a region starts; another seed rounds otherwise."""
-    values = torch.rand(1024, generator=torch.Generator().manual_seed(0))
-    whole = kept_after_one_step(states, values, seed=5)[0]
-    half = kept_after_one_step(states, values[512:].clone(), seed=5, position=512)[0]
-    assert torch.equal(whole[512:], half)
-    assert not torch.equal(whole, kept_after_one_step(states, values, seed=6)[0])
-
-
-def requantised(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales and what they stand for."""
-    codes, scales = torch.zeros(x.numel(), dtype=torch.uint8), torch.zeros(-(-x.numel() // K.BLOCK_NUMEL))
-    getattr(LIBRARY, f"zl_encode_{name}")(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), x.numel())
-    out = torch.zeros_like(x)
-    getattr(LIBRARY, f"zl_decode_{name}")(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), x.numel())
-    return codes, scales, out
-
-
-FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(FINITE, min_size=1, max_size=300), st.sampled_from(["exp_avg", "exp_avg_sq"]), st.sampled_from(PATHS))
-def test_a_checkpoint_of_int8_states_is_exact(values, name, path):
-    """What codes stand for gives the same codes and scales again: zeros, subnormals and huge numbers too."""
-    x = torch.tensor(values)
-    x = x.abs() if name == "exp_avg_sq" else x
-    LIBRARY.zl_use(path)
-    codes, scales, out = requantised(name, x)
-    again, scales_again, _ = requantised(name, out)
-    LIBRARY.zl_use(BEST)
-    assert torch.equal(codes, again) and torch.equal(scales, scales_again)
-    pair = reference.encode_exp_avg_sq(x) if name == "exp_avg_sq" else reference.encode_exp_avg(x)
-    assert torch.equal(codes, pair[0].view(torch.uint8)) and torch.equal(scales, pair[1])
-    assert torch.equal(getattr(reference, f"decode_{name}")(*pair), out)
-    if name == "exp_avg_sq":
-        for block, decoded in zip(x.split(K.BLOCK_NUMEL), out.split(K.BLOCK_NUMEL), strict=True):
-            assert (decoded > 0).all() if block.max() > 0 else (decoded == 0).all()
-
-
-def test_int8_states_are_as_precise_as_they_say():
-    """Half a step of the momentum, at most 1/64 of the block's largest; 1/32 of a variance within 15 octaves."""
-    generator = torch.Generator().manual_seed(0)
-    m = torch.randn(2**16, generator=generator) * torch.logspace(-12, 12, 2**16)
-    largest = m.view(-1, K.BLOCK_NUMEL).abs().amax(1, keepdim=True)
-    error = (requantised("exp_avg", m)[2] - m).view(-1, K.BLOCK_NUMEL).abs() / largest
-    assert error.max() <= 1 / 64 and error.mean() < 1 / 300
-    v = torch.rand(2**16, generator=generator) + 1e-4
-    assert ((requantised("exp_avg_sq", v)[2] - v).abs() / v).max() <= 1 / 31
-
-
-def test_trained_int8_states_survive_a_checkpoint():
-    """States as training leaves them, through fp32 and back: every byte."""
-    region = Region(K.ADAMW, K.STATES_INT8, K.SPLIT_BF16, K.BF16, 5000)
-    region.run(5)
-    for name in ("exp_avg", "exp_avg_sq"):
-        codes, scales, _ = requantised(name, region.state(name))
-        assert torch.equal(codes, region.tensors[name]) and torch.equal(scales, region.tensors[f"{name}_scale"])
-
-
-def test_a_bad_block_stays_visible():
-    """Inf or NaN in a block of int8 states: the block reads as NaN, its neighbours do not."""
-    for bad, name in itertools.product((math.inf, math.nan), ("exp_avg", "exp_avg_sq")):
-        x = torch.ones(3 * K.BLOCK_NUMEL)
-        x[130] = bad
-        out = requantised(name, x)[2].view(3, -1)
-        assert out[1].isnan().all() and (out[0] == 1).all() and (out[2] == 1).all()
-
-
-@pytest.mark.parametrize("states", [K.STATES_BF16, K.STATES_INT8], ids=["bf16", "int8"])
-def test_low_precision_states_learn_as_well(states):
-    """A noisy regression with inputs of very different sizes, 400 steps: the held-out loss is within 1 % of fp32's."""
-    generator = torch.Generator().manual_seed(0)
-    size = torch.logspace(-1, 1, 64)
-    hidden = torch.randn(64, 16, generator=generator) / 8 / size[:, None]
-    inputs = torch.randn(6000, 64, generator=generator) * size
-    targets = torch.tanh(inputs @ hidden) + 0.1 * torch.randn(6000, 16, generator=generator)
-
-    def loss_with(states: int) -> float:
-        shapes = [(64, 64), (64, 16)]
-        region = Region(K.ADAMW, states, K.IN_PLACE_FP32, K.FP32, sum(a * b for a, b in shapes))
-        start = torch.randn(region.numel, generator=torch.Generator().manual_seed(1)) * 0.05
-        region.load(start)
-
-        def loss(which: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            flat = region.full().requires_grad_()
-            first, second = (w.view(s) for w, s in zip(flat.split([a * b for a, b in shapes]), shapes, strict=True))
-            output = torch.tanh(inputs[which] @ first) @ second
-            return (output - targets[which]).square().mean(), flat
-
-        for step in range(400):
-            value, flat = loss(slice(step * 250 % 5000, step * 250 % 5000 + 250))
-            region.tensors["gradient"].copy_(torch.autograd.grad(value, flat)[0])
-            region.step += 1
-            region.do(region.command(multiplier=1.0, beta2=0.999, lr=3e-3 * (1 - step / 400), weight_decay=0.0,
-                                     bias_correction2_sqrt=math.sqrt(1 - 0.999**region.step)))  # fmt: skip
-        return loss(slice(5000, 6000))[0].item()
-
-    assert loss_with(states) <= 1.01 * loss_with(K.STATES_FP32)
-
-
-# --- the library -----------------------------------------------------------------------------------------------------
-
-
-def test_a_worker_loads_in_milliseconds():
-    """What a worker process does: no torch, no numpy, no zerolite, and no time to speak of."""
-    code = """
-import sys, time
-start = time.perf_counter()
-from zerolite_kernels import cpu
-library = cpu.load()
-took = time.perf_counter() - start
-assert library.zl_path() in (b"avx512", b"avx2", b"plain")
-assert not {"torch", "numpy", "zerolite"} & set(sys.modules), sorted(sys.modules)
-print(took)
-"""
-    took = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    assert min(took) < 0.1
-
-
-def test_threads_share_a_command():
-    """Calls release the GIL and hold no state: four threads on parts of one command give the bytes of one call."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    regions = [Region(K.ADAMW, K.STATES_INT8, K.SPLIT_BF16, K.BF16, 2**18) for _ in range(2)]
-    for region in regions:
-        region.step = 1
-        region.tensors["gradient"].copy_(gradient_of(region.numel, 1))
-    regions[0].do(regions[0].command())
-    command, base, part = regions[1].command(), regions[1].arena.ctypes.data, 2**14
-    with ThreadPoolExecutor(4) as pool:
-        answers = pool.map(lambda i: LIBRARY.zl_execute(base, command, i * part, (i + 1) * part), range(16))
-        assert list(answers) == [0] * 16
-    assert regions[0].bytes() == regions[1].bytes()
-
-
-def test_plain_pointers_and_addresses_that_wrap():
-    """Base 0 means pointers; element 0 may lie outside memory, as long as the range does not."""
-    region = Region(K.ADAMW, K.STATES_FP32, K.IN_PLACE_FP32, K.FP32, 1000)
-    region.tensors["gradient"].copy_(gradient_of(1000, 1))
-    expected = Region(K.ADAMW, K.STATES_FP32, K.IN_PLACE_FP32, K.FP32, 1000)
-    expected.tensors["gradient"].copy_(gradient_of(1000, 1))
-    expected.do(expected.command())
-    shift = 10**6  # element 0 lies this many elements before the tensors
-    addresses = {
-        name: (tensor.data_ptr() - shift * tensor.element_size()) % 2**64 for name, tensor in region.tensors.items()
-    }
-    command = region.command(numel=shift + 1000, first=shift, last=shift + 1000, **addresses)
-    assert LIBRARY.zl_execute(None, command, 0, 2**63) == 0
-    assert region.bytes() == expected.bytes()
-    assert ctypes.sizeof(command) == LIBRARY.zl_command_bytes()
