@@ -59,7 +59,7 @@ def test_16_bit_weights_are_rounded_once(variant, dtype):
     pytest.importorskip("peft", reason="merging is compared with PEFT: pip install peft")
     model = adapted("llama", dtype, targets="all-linear", **VARIANTS[variant])
     twin = peft_twin("llama", model, dtype, target_modules="all-linear", **VARIANTS[variant]).merge_and_unload()
-    truth = copy.deepcopy(model).double()
+    truth, before = copy.deepcopy(model).double(), weights(model)
     merge(truth)
     merge(model)
     theirs = dict(twin.named_parameters())
@@ -67,7 +67,8 @@ def test_16_bit_weights_are_rounded_once(variant, dtype):
         mine = (weights(model)[name].double() - value).abs()
         assert mine.norm() <= 1.001 * (theirs[name].double() - value).norm()
         nearest = (value.to(dtype).double() - value).abs()
-        assert variant == "dora" or (mine <= nearest * 1.0001 + 1e-9).all(), name
+        summed_in_fp32 = torch.finfo(torch.float32).eps * (before[name].double().abs() + value.abs())
+        assert variant == "dora" or (mine <= nearest + 4 * summed_in_fp32).all(), name
 
 
 def test_the_difference_is_that_of_the_logits():

@@ -96,9 +96,14 @@ def row_chunks(num_rows: int, vocabulary: int, chunk_numel: int) -> list[slice]:
 
 
 def vocabulary_blocks(vocabulary: int, row_numel: int, chunk_numel: int) -> list[slice]:
-    """Blocks of the vocabulary of at most so many elements, at least a row: whole tiles, so that rows stay aligned."""
-    step = max(chunk_numel // row_numel, 1)
-    step -= step % TILE if step > TILE else 0
+    """Blocks of the vocabulary of at most so many elements, at least a row: whole tiles, so that rows stay aligned.
+
+    Nearly equal ones, for the same reason as in `row_chunks`: here it is the rows that MKL would sum in one sequence.
+    """
+    longest = max(chunk_numel // row_numel, 1)
+    tile = TILE if longest >= TILE else 1
+    longest -= longest % tile
+    step = math.ceil(vocabulary / math.ceil(vocabulary / longest) / tile) * tile
     return [slice(start, start + step) for start in range(0, vocabulary, step)]
 
 
