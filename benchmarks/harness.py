@@ -23,9 +23,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import IO
 
 import psutil
 import torch
@@ -96,13 +97,14 @@ def launch(worker: Callable, arguments: dict, ranks: int, env: dict | None = Non
         script = str(Path(inspect.getfile(worker)).resolve())
         logs = [open(folder / f"{rank}.log", "w") for rank in range(ranks)]
         processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, script, worker.__name__, name],
-                env=os.environ
+            start_rank(
+                script,
+                worker.__name__,
+                name,
+                os.environ
                 | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
                 | (env or {}),
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                log,
             )
             for rank, log in enumerate(logs)
         ]
@@ -114,6 +116,12 @@ def launch(worker: Callable, arguments: dict, ranks: int, env: dict | None = Non
                 process.wait()
                 log.close()
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def start_rank(script: str, function: str, folder: str, environment: Mapping[str, str], log: IO) -> subprocess.Popen:
+    """A fresh interpreter that runs `run_worker`."""
+    command = [sys.executable, __file__, script, function, folder]
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _wait(processes: list[subprocess.Popen], folder: Path, deadline: float) -> None:
@@ -129,7 +137,7 @@ def _wait(processes: list[subprocess.Popen], folder: Path, deadline: float) -> N
             raise RankError(f"rank {rank} ended with exit code {process.returncode}:\n" + "\n".join(tail))
 
 
-def _run_worker(script: Path, function: str, folder: Path) -> None:
+def run_worker(script: Path, function: str, folder: Path) -> None:
     """The body of one launched process. Ends with os._exit: gloo's threads can abort a plain interpreter exit."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -338,4 +346,4 @@ def bar_panels(path: Path, title: str, panels: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    _run_worker(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    run_worker(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

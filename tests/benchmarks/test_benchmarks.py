@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 from limits import load
 from paths import ROOT
@@ -15,11 +16,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 def run(script: str, arguments: str, output: Path) -> str:
     """Run a benchmark on two ranks of the CPU; what it prints."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # two ranks, also where there is one GPU
-    command = [sys.executable, ROOT / "benchmarks" / script, *arguments.split(), "--output", output]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280 * load())
+    command = [*arguments.split(), "--output", str(output)]
+    return programs.run(ROOT / "benchmarks" / script, command, {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_ranks_of_the_harness_are_fresh_interpreters(tmp_path):
+    """The other tests fork them."""
+    script = tmp_path / "asking.py"
+    script.write_text(
+        "import os, sys\n"
+        "import harness\n"
+        "def ask(question):\n"
+        "    return [question, os.environ['RANK'], os.environ['OMP_NUM_THREADS'], 'transformers' in sys.modules]\n"
+        "if __name__ == '__main__':\n"
+        "    print(harness.launch(ask, {'question': 'who'}, 2, {'OMP_NUM_THREADS': '3'}))\n"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "benchmarks")}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=280 * load()
+    )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.stdout.strip() == "[['who', '0', '3', False], ['who', '1', '3', False]]"
 
 
 def test_zero_step_writes_complete_results(tmp_path):

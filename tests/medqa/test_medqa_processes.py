@@ -10,19 +10,20 @@ import sys
 from pathlib import Path
 
 import crosses
+import programs
 import psutil
 import pytest
 from limits import Limit, load
 from paths import ROOT
+from programs import Program
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from zerolite.medqa import resume
 from zerolite.medqa.arguments import CORPUS
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 SINGLE = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-END_S = 100.0
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +38,12 @@ def flags(tmp_path_factory) -> list[str]:
     return [*files, "--cutoff_len", "64", "--max_samples", "16", "--logging_steps", "1"]
 
 
-def start(launcher: list[str], arguments: list[str], script: Path = ROOT / "train_medqa.py") -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*launcher, str(script), *arguments], env=ENVIRONMENT, start_new_session=True, **pipes)
+def start(arguments: list[str], ranks: int | None = 2, script: Path = ROOT / "train_medqa.py") -> Program:
+    """By torchrun on so many ranks; None: by python."""
+    return Program(script, arguments, ranks, ENVIRONMENT)
 
 
-def last_words(process: subprocess.Popen) -> tuple[str, str]:
-    """The rest of stdout and stderr, once the process has ended; it does not outlive the test."""
-    try:
-        return process.communicate(timeout=END_S * load())
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-
-
-def stop_while_training(process: subprocess.Popen, number: signal.Signals) -> tuple[int, list[str], str]:
+def stop_while_training(process: Program, number: signal.Signals) -> tuple[int, list[str], str]:
     """Signal the process at its third step: (status, lines of stdout, stderr)."""
     lines = []
     for line in process.stdout:
@@ -59,7 +51,7 @@ def stop_while_training(process: subprocess.Popen, number: signal.Signals) -> tu
         if line.startswith("step 3/"):
             process.send_signal(number)
             break
-    out, err = last_words(process)
+    out, err = process.communicate()
     return process.returncode, [*lines, *out.strip().splitlines()], err
 
 
@@ -68,7 +60,7 @@ def test_sigterm_to_all_ranks_leaves_a_checkpoint_to_go_on_from(flags, tmp_path,
     """torchrun signals process groups: the optimizer's workers too."""
     output = tmp_path / "out put"
     flags = [*flags, *offload, "--output_dir", str(output), "--max_steps", "1000000", "--stage", "3"]
-    process = start(TORCHRUN, flags)
+    process = start(flags)
     status, lines, err = stop_while_training(process, signal.SIGTERM)
     assert status != 0 and "Traceback" not in err.split("torch/distributed")[0]
     assert lines[-1].startswith("stopped by SIGTERM: ") and "is complete; go on with: torchrun" in lines[-1]
@@ -77,14 +69,14 @@ def test_sigterm_to_all_ranks_leaves_a_checkpoint_to_go_on_from(flags, tmp_path,
     assert step >= 3 and f"{checkpoint} is complete" in lines[-1]
     config = ["--config", str(output / "options.yaml"), "--resume", str(output)]  # what the last line says
     assert lines[-1].endswith(f"train_medqa.py --config '{output}/options.yaml' --resume '{output}'")
-    done = start(TORCHRUN, [*config, "--max_steps", str(step + 2)])
-    out, err = last_words(done)
+    done = start([*config, "--max_steps", str(step + 2)])
+    out, err = done.communicate()
     assert done.returncode == 0, err
     assert f"resumed from {checkpoint} at step {step}" in out and f"step {step + 2}/{step + 2}" in out
 
 
 def test_ctrl_c_on_one_process(flags, tmp_path):
-    process = start(SINGLE, [*flags, "--output_dir", str(tmp_path), "--max_steps", "1000000"])
+    process = start([*flags, "--output_dir", str(tmp_path), "--max_steps", "1000000"], ranks=None)
     status, lines, err = stop_while_training(process, signal.SIGINT)
     assert status == 130 and "Traceback" not in err
     assert lines[-1].startswith("stopped by SIGINT: ") and "go on with: python " in lines[-1]
@@ -102,9 +94,9 @@ def test_a_failing_rank_ends_all_with_its_own_error_first(flags, tmp_path):
         "whole, train_medqa.label_loss = train_medqa.label_loss, fail\n"
         "train_medqa.processes.leave(train_medqa.main())\n"
     )
-    limit = Limit(END_S)
-    process = start(TORCHRUN, [*flags, "--output_dir", str(tmp_path / "out")], script)
-    _, err = last_words(process)
+    limit = Limit(programs.END_S)
+    process = start([*flags, "--output_dir", str(tmp_path / "out")], script=script)
+    _, err = process.communicate()
     assert process.returncode != 0 and not limit.is_over()
     assert "rank 1 failed: no room on this rank" in err and "rank 0 failed" not in err
     assert err.index("rank 1 failed") < err.find("rank 0: ends") or "rank 0: ends" not in err
@@ -113,7 +105,7 @@ def test_a_failing_rank_ends_all_with_its_own_error_first(flags, tmp_path):
 def test_a_killed_worker_ends_the_run_by_name(flags, tmp_path):
     """Both ranks and all four workers end, and the one that was killed is named, once."""
     offload = ["--offload", "cpu", "--offload_workers", "2", "--stage", "3", "--max_steps", "1000000"]
-    process = start(TORCHRUN, [*flags, *offload, "--output_dir", str(tmp_path)])
+    process = start([*flags, *offload, "--output_dir", str(tmp_path)])
     for line in process.stdout:
         if line.startswith("step 3/"):
             break
@@ -121,7 +113,7 @@ def test_a_killed_worker_ends_the_run_by_name(flags, tmp_path):
     workers = {worker for rank in ranks for worker in rank.children() if "cpu_worker.py" in " ".join(worker.cmdline())}
     victim = min(workers, key=lambda worker: worker.pid)
     victim.kill()
-    _, err = last_words(process)
+    _, err = process.communicate()
     assert process.returncode != 0 and len(workers) == 4
     assert re.search(rf"^rank \d: optimizer worker \d \(pid {victim.pid}\) was killed by SIGKILL", err, re.MULTILINE)
     assert not re.search(r"^rank \d failed", err, re.MULTILINE)  # with a traceback
@@ -137,10 +129,13 @@ def test_a_killed_worker_ends_the_run_by_name(flags, tmp_path):
     ],
 )
 def test_a_mistake_is_one_message(launcher, arguments, message, tmp_path):
-    process = start(launcher, [*arguments, "--output_dir", str(tmp_path)])
-    out, err = last_words(process)
+    """Of the real programs, from the interpreter on."""
+    command = [*launcher, str(ROOT / "train_medqa.py"), *arguments, "--output_dir", str(tmp_path)]
+    environment = {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=programs.END_S * load())
+    out, err = done.stdout, done.stderr
     assert err.count(f"train_medqa.py: error: {message}") == 1 and out == ""
     if launcher == SINGLE:
-        assert process.returncode == 2 and err.count("\n") == 1
+        assert done.returncode == 2 and err.count("\n") == 1
     else:
-        assert process.returncode != 0
+        assert done.returncode != 0

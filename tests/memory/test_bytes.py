@@ -26,7 +26,7 @@ def storages() -> dict[int, int]:
 def count(stage: int, dtype: torch.dtype, reduce: torch.dtype):
     import zerolite
 
-    gc.unfreeze()  # what the pool has put aside
+    gc.freeze()  # what is there already is looked at no more
     before = storages()
     torch.manual_seed(0)
     model = llama(layers=20, hidden=64).to(dtype)

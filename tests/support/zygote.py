@@ -72,9 +72,9 @@ class Zygote:
         self.pid = fork(lambda: breed(self.socket, theirs))
         theirs.close()
 
-    def start(self, work: Callable, connection: socket.socket, *arguments) -> Process:
+    def start(self, work: Callable, connection: socket.socket, *arguments, out: int = 1, err: int = 2) -> Process:
         """A process that runs `work(descriptor of the connection, *arguments)`; pytest captures what it prints."""
-        socket.send_fds(self.socket, [pickle.dumps((work, arguments))], [connection.fileno(), 1, 2])
+        socket.send_fds(self.socket, [pickle.dumps((work, arguments))], [connection.fileno(), out, err])
         return Process(self, pickle.loads(self.socket.recv(1 << 10)))
 
     def reap(self, pid: int, options: int) -> int | None:
