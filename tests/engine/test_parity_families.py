@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 from models import assert_close
-from trial import Trial, reference, train
+from trial import Result, Trial, reference, train
 
 STAGES = (0, 1, 2, 3)
 WORLDS = (1, 2, 3, 4)
+
+
+def assert_equal(results: list[Result], expected: Result) -> None:
+    """Parameters and norms of every rank."""
+    for result in results:
+        assert_close(result.parameters, expected.parameters)
+        assert result.norms == pytest.approx(expected.norms, rel=1e-9)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -17,9 +24,7 @@ def test_parameters_equal_plain_torch(ranks, model, world, stage):
     trial = Trial(model, max_grad_norm=0.25)
     expected = reference(trial, world)
     assert min(expected.norms) > 0.25, "clipping must bite"
-    for result in ranks(world).run(train, trial, stage):
-        assert_close(result.parameters, expected.parameters)
-        assert result.norms == pytest.approx(expected.norms, rel=1e-9)
+    assert_equal(ranks(world).run(train, trial, stage), expected)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -27,8 +32,7 @@ def test_parameters_equal_plain_torch(ranks, model, world, stage):
 @pytest.mark.parametrize("model", ["llama-tied", "t5"])
 def test_accumulation_groups_and_schedule_equal_plain_torch(ranks, model, no_sync, stage):
     trial = Trial(model, accumulation=3, no_sync=no_sync, max_grad_norm=0.25, two_groups=True, schedule=True)
-    for result in ranks(3).run(train, trial, stage):
-        assert_close(result.parameters, reference(trial, 3).parameters)
+    assert_equal(ranks(3).run(train, trial, stage), reference(trial, 3))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -36,15 +40,13 @@ def test_accumulation_groups_and_schedule_equal_plain_torch(ranks, model, no_syn
 @pytest.mark.parametrize("model", ["llama", "gpt2", "t5"])
 def test_activation_checkpointing_equals_plain_torch(ranks, model, checkpointing, stage):
     trial = Trial(model, steps=2, checkpointing=checkpointing)
-    for result in ranks(2).run(train, trial, stage):
-        assert_close(result.parameters, reference(trial, 2).parameters)
+    assert_equal(ranks(2).run(train, trial, stage), reference(trial, 2))
 
 
 def test_one_process_without_torch_distributed_equals_plain_torch(ranks):
     trial = Trial("llama", accumulation=2, max_grad_norm=0.25)
     for stage in STAGES:
-        (result,) = ranks(1, distributed=False).run(train, trial, stage)
-        assert_close(result.parameters, reference(trial, 1).parameters)
+        assert_equal(ranks(1, distributed=False).run(train, trial, stage), reference(trial, 1))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -55,5 +57,4 @@ def test_replicas_of_shards_equal_plain_torch(ranks, mesh, stage):
     for size in mesh:
         world *= size
     trial = Trial("llama-tied", accumulation=2, max_grad_norm=0.25, mesh=mesh)
-    for result in ranks(world).run(train, trial, stage):
-        assert_close(result.parameters, reference(trial, world).parameters)
+    assert_equal(ranks(world).run(train, trial, stage), reference(trial, world))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import drawn, joint_batch, llama, loss_of, part
+from models import drawn, joint_batch, layouts_of, llama, loss_of, part
 from saved import Odd, full, make, rank, train, world
 
-from zerolite.shards.layout import ALIGNMENT_NUMEL, pack
-from zerolite.shards.units import BUCKET_NUMEL, plan_units
+from zerolite.shards.layout import ALIGNMENT_NUMEL
+from zerolite.shards.units import BUCKET_NUMEL
 
 WORLD = 2
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -36,13 +36,7 @@ def usage(stage: int, dtype: torch.dtype, reduce: torch.dtype, rule: str):
 def elements() -> tuple[int, int]:
     """(parameters, parameters with padding) of the model on two ranks."""
     model = llama()
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    layouts = [
-        layout
-        for plan in plan_units(model, None, lambda parameter: None)
-        for group in plan.groups
-        for layout in pack([(name, shapes[name]) for name in group.names], WORLD, BUCKET_NUMEL)
-    ]
+    layouts = layouts_of(model, WORLD, BUCKET_NUMEL)
     return sum(parameter.numel() for parameter in model.parameters()), sum(layout.numel for layout in layouts)
 
 

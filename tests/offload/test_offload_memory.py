@@ -9,15 +9,14 @@ import re
 import pytest
 import torch
 from delays import slow_workers
-from models import llama
+from models import layouts_of, llama
 from saved import attempt
 from torch import nn
 from zerolite_kernels import cpu
 from zerolite_kernels.cpu import state_file
 
 from zerolite import Offload, Precision
-from zerolite.shards.layout import pack
-from zerolite.shards.units import BUCKET_NUMEL, plan_units
+from zerolite.shards.units import BUCKET_NUMEL
 
 pytestmark = pytest.mark.skipif(cpu.path() is None, reason="the host kernels were not built")
 
@@ -45,13 +44,7 @@ def usage(stage: int, precision: Precision, offload: Offload, rule: str, backwar
 def owned_and_buckets(stage: int) -> tuple[int, int]:
     """(elements with padding that a rank owns, buckets)."""
     model = llama(hidden=64)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    layouts = [
-        layout
-        for plan in plan_units(model, None, lambda parameter: None)
-        for group in plan.groups
-        for layout in pack([(name, shapes[name]) for name in group.names], WORLD, BUCKET_NUMEL)
-    ]
+    layouts = layouts_of(model, WORLD, BUCKET_NUMEL)
     return sum(layout.numel if stage == 0 else layout.shard_numel for layout in layouts), len(layouts)
 
 

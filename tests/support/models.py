@@ -25,6 +25,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from zerolite.shards.layout import BucketLayout, pack
+from zerolite.shards.units import plan_units
+
 VOCAB, HIDDEN, ROWS, LENGTH = 64, 16, 12, 8  # 12 rows: 1, 2, 3 and 4 ranks cut them evenly
 LOSS_SCALE = 2.0**-4
 
@@ -223,3 +226,14 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         if not torch.equal(actual[name], value)
     }
     assert not different, f"elements that differ: {different}"
+
+
+def layouts_of(model: nn.Module, world: int, bucket_numel: int) -> list[BucketLayout]:
+    """The buckets that a model without sharing or freezing is packed into."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return [
+        layout
+        for plan in plan_units(model, None, lambda parameter: None)
+        for group in plan.groups
+        for layout in pack([(name, shapes[name]) for name in group.names], world, bucket_numel)
+    ]
