@@ -15,17 +15,19 @@ whole parameters (`state[p]` holds this rank's part).
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from zerolite.engine.engine import Engine, ParameterInfo, sharded_info
+from zerolite.engine.engine import Engine, sharded_info
 from zerolite.optim.grad_stats import GradStats, reduce_grad_stats
+from zerolite.optim.groups import Groups
+from zerolite.optim.parameter_states import StateTable
 from zerolite.optim.rules import Rule
 from zerolite.runtime import trace
 from zerolite.shards.bucket import Bucket
-from zerolite.shards.shard import ShardStates
 from zerolite.shards.update import Update
 
 
@@ -56,6 +58,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """
 
     rule: Rule  # set by the subclass
+    state: defaultdict[Any, Any]
     _engine: Engine  # of the parameters
 
     def __init__(self, params, defaults: dict, max_grad_norm: float | None = None):
@@ -63,9 +66,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"max_grad_norm is a positive number, or None not to clip; got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
         self.step_was_skipped = False
-        self._infos: dict[torch.nn.Parameter, ParameterInfo] = {}  # of the parameters that are stepped
-        self._group_of: dict[torch.nn.Parameter, int] = {}  # of those
-        self._states: dict[Bucket, ShardStates] = {}
+        self._groups = Groups()
+        self._table = StateTable(self.rule.state_names)
         self._stats: tuple[int, GradStats] | None = None  # with the version of the gradients that they are of
         self._clip_factor = 1.0  # of clip_grad_norm_, for the next step
         self._grad_norm: float | None = None
@@ -76,27 +78,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         """As torch's. ValueError for parameters of no sharded model, of another one, or unfrozen after sharding."""
         super().add_param_group(param_group)
-        parameters = self.param_groups[-1]["params"]
-        infos = [self._check(parameter) for parameter in parameters]
-        # Frozen parameters are in their group as in torch, and never stepped.
-        stepped = [(p, info) for p, info in zip(parameters, infos, strict=True) if info.bucket.gradients is not None]
-        self._check_host_memory({info.bucket for _, info in stepped} - self._states.keys())
-        for parameter, info in stepped:
-            self._infos[parameter] = info
-            self._group_of[parameter] = len(self.param_groups) - 1
-            self.state[parameter] = {"step": torch.tensor(0.0), **self._resident(parameter, info.bucket)}
+        try:
+            self._follow_groups()
+        except Exception:
+            self.param_groups.pop()
+            raise
 
-    def _check(self, parameter: torch.nn.Parameter) -> ParameterInfo:
-        info = sharded_info(parameter)
-        self._engine = getattr(self, "_engine", info.engine)
-        if info.engine is not self._engine:
-            raise ValueError("the parameters belong to two sharded models: build one optimizer for each")
-        if info.bucket.gradients is None and parameter.requires_grad:
-            raise ValueError(
-                f"{info.name} was frozen when the model was sharded and requires a gradient now: "
-                "set requires_grad before zerolite.shard"
-            )
-        return info
+    def _follow_groups(self) -> None:
+        """Step the parameters that are in `param_groups` now. ValueError as `add_param_group`."""
+        if self._groups.are(self.param_groups):
+            return
+        before, now = self._groups.infos, self._groups.read(self.param_groups)
+        self._engine = now.engine
+        self._check_host_memory({info.bucket for info in now.infos.values()} - self._table.buckets.keys())
+        for parameter in before:
+            if parameter not in now.infos:
+                self._table.remove(parameter)
+        for parameter in now.infos:
+            if parameter not in before:
+                self._table.add(parameter, self.state)
+        self._groups, self._stats = now, None
 
     def _check_host_memory(self, buckets: Iterable[Bucket]) -> None:
         """ZeroliteError where new states need more host memory than there is."""
@@ -104,82 +105,86 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if needed > 0:
             self._engine.placement.check_memory(needed, f"{type(self).__name__}'s states")
 
-    def _resident(self, parameter: torch.nn.Parameter, bucket: Bucket) -> dict[str, torch.Tensor]:
-        """The parameter's part of the states, new if need be, and of the master, where they lie in this process."""
-        if bucket not in self._states:
-            self._states[bucket] = bucket.shard.new_states(self.rule.state_names)
-        resident = dict(self._states[bucket].resident())
-        master = bucket.shard.resident_master()
-        if master is not None:
-            resident["master"] = master
-        return {name: slice_of(parameter, values) for name, values in resident.items()}
-
     def is_stepped(self, parameter: torch.nn.Parameter) -> bool:
         """Whether the parameter is one of this optimizer's and not frozen."""
-        return parameter in self._infos
+        return parameter in self._groups.infos
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; states that workers hold are decoded, for reading. Waits for the workers. Not collective."""
-        packed = super().state_dict()
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        states = _StatesByParameter(self)
-        packed["state"] = {
-            index: {**state, **states.of(parameters[index])} if index < len(parameters) else state
-            for index, state in packed["state"].items()
-        }
-        return packed
+        self._follow_groups()
+        self._table.absorb(self.state)
+        live: defaultdict[Any, Any] = self.state
+        grouped = {parameter for group in self.param_groups for parameter in group["params"]}
+        self.state = defaultdict(dict)
+        for key, state in live.items():
+            if not isinstance(key, torch.Tensor) or key in grouped:
+                self.state[key] = dict(state) if isinstance(state, dict) else state
+        try:
+            return super().state_dict()
+        finally:
+            self.state = live
+            self._table.absorb(live)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of the same layout (stage and world size) gave; `zerolite.load` takes any other.
 
         States hold this rank's range only, of 16-bit parameters with the fp32 "master". Where unsharded parameters
-        stay, the model's own state dict brings the ranges of the other ranks. Not collective.
-        ValueError for param groups of other sizes, or states of other shapes.
+        stay, the model's own state dict brings the ranges of the other ranks. A parameter without states starts anew.
+        Not collective.
+        ValueError, and no change, for param groups of other sizes, states that are missing, or of other shapes.
         """
-        saved = dict(state_dict["state"])
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        self._follow_groups()
         groups = state_dict["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError("loaded state_dict has param groups of other sizes than this optimizer's")
-        states = _StatesByParameter(self)
+        state: defaultdict[Any, Any] = defaultdict(dict, state_dict["state"])
         for group, saved_group in zip(self.param_groups, groups, strict=True):
             for parameter, identity in zip(group["params"], saved_group["params"], strict=True):
-                for name, value in {**self.state.get(parameter, {}), **states.of(parameter)}.items():
-                    loaded = saved[identity][name]
-                    if loaded.shape != value.shape:
-                        raise ValueError(
-                            f"{name} of {_name(parameter)} has shape {tuple(loaded.shape)} in the state_dict and "
-                            f"{tuple(value.shape)} here: it was saved at another stage or world size; "
-                            "use zerolite.save and zerolite.load"
-                        )
-                    value.copy_(loaded)
+                saved = state.pop(identity, {})
+                if parameter in self._groups.infos:
+                    self._table.changes(parameter, saved)
+                    state[parameter] = dict(saved)
+        for group, saved_group in zip(self.param_groups, groups, strict=True):
             group.update({key: value for key, value in saved_group.items() if key != "params"})
-        states.write_back()
+        self._table.absorb(state)
+        self.state = state
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def read_state(self, bucket: Bucket, name: str) -> torch.Tensor:
         """One state of a bucket, 1D, this rank's range; give changed values to `write_state`. Waits for the workers."""
-        return self._states[bucket].read(name)
+        self._table.absorb(self.state)
+        return self._table.buckets[bucket].states.read(name)
 
     def write_state(self, bucket: Bucket, name: str, values: torch.Tensor) -> None:
         """Store values that `read_state` gave and somebody changed. Waits for the workers."""
-        self._states[bucket].write(name, values)
+        self._table.absorb(self.state)
+        self._table.buckets[bucket].states.write(name, values)
 
     def resident_states(self, bucket: Bucket) -> Iterable[torch.Tensor]:
         """The states of a bucket that lie in this process as plain tensors, 1D, this rank's range."""
-        return self._states[bucket].resident().values() if bucket in self._states else ()
+        buckets = self._table.buckets
+        return buckets[bucket].states.resident().values() if bucket in buckets else ()
 
     def describe(self) -> dict[str, Any]:
         """Class, param groups by parameter name, and steps taken, as JSON values."""
         groups = []
         for group in self.param_groups:
-            hyper = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+            hyper = {name: _plain(value) for name, value in group.items() if name not in ("params", "param_names")}
             groups.append({**hyper, "params": [_name(parameter) for parameter in group["params"]]})
-        steps = {_name(parameter): int(state["step"]) for parameter, state in self.state.items()}
+        self._table.absorb(self.state)
+        steps = {_name(parameter): int(self._table.steps[parameter]) for parameter in self._groups.infos}
         return {"class": type(self).__name__, "groups": groups, "steps": steps}
 
     def set_steps(self, steps: dict[str, int]) -> None:
         """Set how many steps each parameter has taken, by name."""
-        for parameter, state in self.state.items():
-            state["step"].fill_(steps[_name(parameter)])
+        self._table.absorb(self.state)
+        for parameter in self._groups.infos:
+            self._table.steps[parameter].fill_(steps[_name(parameter)])
 
     # Gradients #
 
@@ -191,7 +196,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the optimizer's parameters."""
         slots: dict[Bucket, list[int]] = {}
-        for info in self._infos.values():
+        for info in self._groups.infos.values():
             slots.setdefault(info.bucket, []).append(info.index)
         self._engine.clear_gradients(set_to_none, slots)
         self._clip_factor = 1.0
@@ -209,7 +214,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _reduce_grad_stats(self) -> GradStats:
         reducer = self._engine.reducer
         if self._stats is None or self._stats[0] != reducer.version:
-            counts = [[True if p in self._infos else None for p in b.parameters.tensors] for b in reducer.order]
+            counts = [[True if p in self._groups.infos else None for p in b.parameters.tensors] for b in reducer.order]
             stats = reduce_grad_stats(self._engine, counts)  # it may reduce, which is a new version
             self._stats = (reducer.version, stats)
         return self._stats[1]
@@ -237,6 +242,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _step(self) -> None:
         engine = self._engine
         engine.before_step()
+        self._follow_groups()
+        self._table.absorb(self.state)
         stats = self._reduce_grad_stats()
         loss_scale = engine.loss_scale
         norm = self._unscaled_norm(stats)
@@ -257,13 +264,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _update(self, stats: GradStats, multiplier: float) -> None:
         """Step the used slots of every bucket on gradients times `multiplier`, first units first, and publish."""
         used: dict[Bucket, list[bool]] = dict(zip(self._engine.reducer.order, stats.was_used, strict=True))
-        buckets = [bucket for unit in self._engine.units for bucket in unit.buckets if bucket in self._states]
+        buckets = [bucket for unit in self._engine.units for bucket in unit.buckets if bucket in self._table.buckets]
         work = [self._plan(bucket, used[bucket], multiplier) for bucket in buckets]
         self._prepare(work)
         for bucket, keys, updates in sorted(work, key=lambda item: not item.bucket.shard.steps_in_background):
             if any(keys):
                 with trace.phase(bucket.shard.step_kind, bucket.unit.name):
-                    bucket.shard.step(self.rule, self._states[bucket], updates)
+                    bucket.shard.step(self.rule, self._table.buckets[bucket].states, updates)
                 bucket.shard.publish()
         for bucket in buckets:
             bucket.parameters.wait()
@@ -272,13 +279,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Count the used slots' steps, and cut this rank's range into segments that are stepped alike."""
         keys: list[StepKey | None] = []
         for index, (parameter, is_used) in enumerate(zip(bucket.parameters.tensors, was_used, strict=True)):
-            if parameter not in self._infos or not is_used or not parameter.requires_grad:
+            if parameter not in self._groups.infos or not is_used or not parameter.requires_grad:
                 keys.append(None)
                 continue
-            state = self.state[parameter]
-            state["step"] += 1
+            step = self._table.steps[parameter].add_(1)
             slot = index if self.rule.is_per_parameter else 0
-            keys.append(StepKey(self._group_of[parameter], int(state["step"]), slot))
+            keys.append(StepKey(self._groups.group_of[parameter], int(step), slot))
         updates = []
         for segment, (group, step, slot) in bucket.layout.segments(bucket.shard.range, keys):
             seed = step << 24 | bucket.position  # of stochastic rounding: the same on every rank and after a resume
@@ -287,34 +293,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _prepare(self, work: list[Work]) -> None:
         """What a rule must know of all buckets before it steps the first."""
-
-
-class _StatesByParameter:
-    """States and masters as a state dict has them: read once a bucket, by parameter; `write_back` stores changes."""
-
-    def __init__(self, optimizer: ShardedOptimizer):
-        self.optimizer = optimizer
-        self._read: dict[Bucket, dict[str, torch.Tensor]] = {}
-
-    def of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        if not self.optimizer.is_stepped(parameter):
-            return {}
-        bucket = sharded_info(parameter).bucket
-        if bucket not in self._read:
-            states = {name: self.optimizer.read_state(bucket, name) for name in self.optimizer.rule.state_names}
-            values = bucket.shard.values()
-            if values.dtype != bucket.shard.spec.dtype:
-                states["master"] = values
-            self._read[bucket] = states
-        return {name: slice_of(parameter, values) for name, values in self._read[bucket].items()}
-
-    def write_back(self) -> None:
-        for bucket, states in self._read.items():
-            for name, values in states.items():
-                if name == "master":
-                    bucket.shard.set_values(values)
-                else:
-                    self.optimizer.write_state(bucket, name, values)
 
 
 def _warn_skipped(engine: Engine, stats: GradStats) -> None:
@@ -329,17 +307,13 @@ def _warn_skipped(engine: Engine, stats: GradStats) -> None:
     )
 
 
-def slice_of(parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
-    """A parameter's part of a range that this rank owns: in its shape where all of it is here, else 1D."""
-    info = sharded_info(parameter)
-    slot, owned = info.bucket.layout.slots[info.index], info.bucket.shard.range
-    part = slot.range.intersect(owned)
-    own = part.of(values, owned)
-    return own.view(slot.shape) if part.numel == slot.numel else own
-
-
 def _name(parameter: torch.Tensor) -> str:
     return sharded_info(parameter).name
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter as a JSON value: a learning rate may be a tensor."""
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _clip_factor(norm: float, max_norm: float) -> float:

@@ -24,8 +24,9 @@ class Lamb(ShardedOptimizer):
 
     def _prepare(self, work: list[Work]) -> None:
         """Update all moments, then set every parameter's trust ratio, from one small all-gather."""
+        states = self._table.buckets
         squares = [
-            bucket.shard.prepare(self.rule, self._states[bucket], updates, len(keys)) for bucket, keys, updates in work
+            bucket.shard.prepare(self.rule, states[bucket].states, updates, len(keys)) for bucket, keys, updates in work
         ]
         for (_, _, updates), rows in zip(work, self._sum_over_ranks(work, squares), strict=True):
             # Rows are added one after the other: the order of summation does not depend on who owns which shards.
