@@ -143,7 +143,7 @@ MUTANTS = {
         HostShard,
         "start_h2d",
         "device.wait(readers_done)",
-        "pass",
+        "device",
     ),
     "a copy to the device reads what workers write": (HostShard, "start_h2d", "self.memory.wait()", "pass"),
     "parameters are read before they are copied": (HostShard, "start_fetch", "self.host.device.wait(*event)", "None"),

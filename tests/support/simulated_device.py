@@ -20,7 +20,7 @@ from zerolite_kernels.cpu import command as abi
 class SimulatedDevice:
     """The methods of `zerolite.runtime.device.Cuda`, on an `Order`."""
 
-    backend = "nccl"
+    backend, bound = "nccl", None
     chunk_numel = 1024
 
     def __init__(self, order: Order):
@@ -28,6 +28,9 @@ class SimulatedDevice:
         self.device = torch.device("cpu")
         self.is_copying = False
         self._num_streams = 0
+
+    def select(self) -> None:
+        pass
 
     def new_stream(self) -> str:
         self._num_streams += 1
@@ -60,11 +63,8 @@ class SimulatedDevice:
         finally:
             self.is_copying = False
 
-    def pin(self, memory: torch.Tensor) -> None:
-        pass
-
-    def unpin(self, memory: torch.Tensor) -> None:
-        pass
+    def pin(self, memory: torch.Tensor) -> bool:
+        return False
 
 
 class Watch(TorchDispatchMode):

@@ -52,8 +52,8 @@ class HostShard:
         self.label = f"gathering {spec.layout.name}"
         self.state = ShardState.IDLE
         self._h2d_event: tuple | None = None  # (event,) behind the last H2D copy; a tuple: on the CPU the event is None
-        # () fp64, of this rank's shard of the gradient. Written on the reduction's stream and read on the compute stream,
-        # which owns it: one for the whole run, so that it is never given back to the allocator between the two.
+        # () fp64, of this rank's shard of the gradient. Written on the reduction's stream, read on the compute stream,
+        # which owns it: one for the whole run, so that it never goes back to the allocator between the two.
         self._squares = torch.zeros((), dtype=torch.float64, device=spec.device.device)
         self._has_squares = False
         self._is_staged = False  # the pinned gradient is not in the sum
