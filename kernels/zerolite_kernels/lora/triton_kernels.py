@@ -54,7 +54,7 @@ def _add_xa(acc, x, a, a_mask, bits, bits_mask, seed, threshold, columns, rows, 
     return tl.dot(x, tl.load(a, mask=a_mask, other=0.0), acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "M"])
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def xa_kernel(
     x, a, bits, s, seed, threshold, keep_scale, projection, M, K, r, columns_per_program, stride_xm, stride_xk,
     stride_sn, stride_sm,
