@@ -186,6 +186,11 @@ def on_cpu(*tensors: torch.Tensor) -> bool:
     return all(tensor.device.type == "cpu" for tensor in tensors)
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies where the Triton kernels can work on it."""
+    return tensor.device.type == "cuda"
+
+
 def timed_event() -> tuple[int, torch.cuda.Event] | None:
     """(number of the current stream, event at its present end whose time can be read), where a GPU is in use."""
     if not torch.cuda.is_initialized():
