@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from limits import until
+from simulated_device import simulated
 
+import zerolite
 from zerolite.errors import WorkerError
 from zerolite.medqa import processes
 from zerolite.offload.arena import Arena
@@ -82,6 +85,59 @@ def test_a_model_on_a_gpu_needs_nccl(machine):
         devices.target(OnGpu("cuda:1"), None)
     machine(2, 1, "cpu:gloo,cuda:nccl")
     assert devices.target(OnGpu("cuda:1"), None) == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    "dtype, size, op",
+    [
+        (torch.bfloat16, 2, "AVG"),
+        (torch.bfloat16, 3, "SUM"),
+        (torch.float32, 6, "SUM"),
+        (torch.float32, 8, "AVG"),
+        (torch.float16, 3, "AVG"),  # its sum could leave the range
+    ],
+)
+def test_nccl_divides_before_it_adds_only_where_that_is_exact(monkeypatch, dtype, size, op):
+    """At 3, 5, 6, 7 ranks AVG rounds each term once more than a division of the sum, which the CPU does."""
+    seen = []
+
+    def reduce_scatter(out, full, op, group, async_op):
+        seen.append(op)
+        out.copy_(full[: out.numel()] * (1 if op == dist.ReduceOp.AVG else size))  # of ranks that hold the same
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(dist, "reduce_scatter_tensor", reduce_scatter)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: size)
+    out = torch.zeros(4, dtype=dtype)
+    NcclGroup(None).reduce_scatter(torch.full((4 * size,), 0.5, dtype=dtype), out, size, "").wait()
+    assert seen == [getattr(dist.ReduceOp, op)] and out.tolist() == [0.5] * 4
+
+
+def test_buffers_are_contiguous_before_they_are_broadcast():
+    """NCCL refuses others."""
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("table", torch.arange(6.0).view(2, 3).T)
+    model.register_buffer("same", torch.ones(()).expand(4))
+    zerolite.shard(model, stage=0)
+    assert all(buffer.is_contiguous() for buffer in model.buffers())
+    assert model.table.tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_only_what_is_copied_is_pinned():
+    """Parameters and gradients, 2 + 4 bytes a parameter in bf16: not the masters, the moments, and their sums."""
+    with simulated() as order:
+        model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(3)))
+        model = zerolite.shard(model, 2, None, zerolite.Offload(threads=1), zerolite.Precision(torch.bfloat16))
+        optimizer = zerolite.AdamW(model.parameters())
+        for _ in range(2):
+            model(torch.ones(1, 32)).sum().backward()
+        optimizer.step()
+        engine = model._zerolite
+        numel = sum(bucket.layout.numel for unit in engine.units for bucket in unit.buckets)
+        assert engine.device.pinned_bytes == 6 * numel < engine.placement.host_bytes / 2
+        list(model.parameters())
+    assert order.findings == set()
 
 
 class Driver(devices.Cuda):

@@ -27,6 +27,7 @@ class SimulatedDevice:
         self.order = order
         self.device = torch.device("cpu")
         self.is_copying = False
+        self.pinned_bytes = 0
         self._num_streams = 0
 
     def select(self) -> None:
@@ -64,7 +65,11 @@ class SimulatedDevice:
             self.is_copying = False
 
     def pin(self, memory: torch.Tensor) -> bool:
-        return False
+        self.pinned_bytes += memory.nbytes
+        return True
+
+    def unpin(self, memories: list[torch.Tensor]) -> None:
+        pass
 
 
 class Watch(TorchDispatchMode):
