@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-full soak lint clean
+# What GPU machines carry, on this Python; torch without CUDA. Triton 3.6 interprets with numpy before 2.5 only.
+OLDEST := torch==2.11.0 transformers==5.17.0 triton==3.6.0 numpy==2.4.6
+OLDEST_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: train test test-full test-oldest gpu soak lint clean
 
 # Plain `torch` on a machine without a GPU would pull gigabytes of CUDA; pip finds a CPU wheel of this version.
 $(VENV)/installed: pyproject.toml
@@ -23,6 +27,20 @@ test: $(VENV)/installed
 test-full: $(VENV)/installed
 	ZEROLITE_TESTS=full $(BIN)/python -m pytest
 
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet $(OLDEST) --extra-index-url $(OLDEST_INDEX)
+	.venv-oldest/bin/pip install --quiet $(OLDEST) -e '.[train,test]'
+	touch $@
+
+# What `make test` runs, in an environment of its own; PYTHON=python3.10 for the oldest Python.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest
+
+# On a machine with a GPU and torch for it: build, test, benchmarks, as much as is not done yet. PARTS="steps lora".
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(PARTS)
+
 # Long campaigns of what `make test` does a tenth of.
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow -s
@@ -33,4 +51,4 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -20,6 +20,13 @@ from zygote import zygote  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Without `-m gpu` a GPU is seen by no test, no rank and no script that a test starts: they are of the CPU."""
+    asked = config.option.markexpr.replace("(", " ").replace(")", " ").split()
+    if "gpu" not in asked or "not" in asked[: asked.index("gpu")]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Pool]:
     """`ranks(world).run(fn, *args)`: see ranks.py."""
@@ -56,8 +63,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def skip_without_device(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            if item.get_closest_marker("gpu"):  # not its keywords, which hold the names of folders
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and -m gpu"))
 
 
 def pytest_collection_finish() -> None:

@@ -32,12 +32,21 @@ def shard(
     precision: dtypes; None: parameters keep theirs, 16-bit ones are reduced in fp32 and stepped on an fp32 master.
     units: module classes, or a predicate over modules, gathered and freed as one; None: the repeated block class.
 
+    A model on a GPU trains there. One on the CPU goes to this rank's GPU, by LOCAL_RANK, a unit at a time, so it may be
+    larger than the GPU; it stays where no GPU is visible (CUDA_VISIBLE_DEVICES=""), the mesh is of the CPU, or the
+    process group has no NCCL. The GPU becomes this thread's current device.
+
     Every rank starts from rank 0's values. Afterwards gradients are the mean over ranks and live in the engine, not in
     `parameter.grad`; optimizers are zerolite's. At stage 3 a parameter reads as NaN outside of forward, backward and
     `full_params`. Requires_grad is what it was here: trainable and frozen parameters of a unit lie in buckets apart.
 
+    Every rank must run the same modules and optimizer steps in the same order. gloo's ranks that do not are told so at
+    once; NCCL's wait for each other until the process group's timeout, 10 minutes where it is started here. With
+    TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment torch compares every collective and names the first that differs.
+
     Raises TypeError for a model, mesh, precision or units of another type. Raises ValueError for a stage, mesh, offload
-    or units that cannot be, for a model that is sharded already or lies on several GPUs, and for a parameter on the
+    or units that cannot be, for a model that is sharded already or lies on several GPUs, for a LOCAL_RANK beyond the
+    visible GPUs, for a process group without NCCL of a model on a GPU, and for a parameter on the
     meta device that nothing initialises. Raises ZeroliteError where the machine has not the memory that offload needs,
     and WorkerError where a worker does not start.
     """

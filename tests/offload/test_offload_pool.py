@@ -107,6 +107,14 @@ def test_a_thread_takes_a_physical_core_of_its_own(monkeypatch):
     assert cores_module.cores_of(0, 1, 6) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("num_cores, num_left", [(1, 0), (2, 1), (7, 1), (8, 2), (64, 2)])
+def test_cores_are_left_to_the_trainer(monkeypatch, num_cores, num_left):
+    """One to feed the device, two where there are many; a lone core is shared."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
+    monkeypatch.setattr(cores_module, "_siblings", lambda core: {core})
+    assert cores_module.cores_of(0, 1, None) == list(range(num_left, num_cores))
+
+
 @needs_kernels
 def test_more_commands_than_the_ring_holds():
     """The trainer waits for room; every command is done once."""

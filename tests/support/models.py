@@ -186,7 +186,7 @@ def part(batch: Batch, rank: int, world: int) -> Batch:
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     if "x" in batch:
-        return F.mse_loss(at_least_fp32(model(batch["x"])), batch["y"], reduction="sum") * LOSS_SCALE
+        return F.mse_loss(at_least_fp32(model(batch["x"])), at_least_fp32(batch["y"]), reduction="sum") * LOSS_SCALE
     logits = at_least_fp32(model(**batch, use_cache=False).logits)
     tokens = batch.get("decoder_input_ids", batch["input_ids"])
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") * LOSS_SCALE

@@ -74,7 +74,7 @@ def finish(engine: Engine) -> None:
     for module in engine.model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer = buffer.to(engine.device.device)
+                module._buffers[name] = buffer = buffer.to(engine.device.device).contiguous()  # NCCL takes no other
                 engine.mesh.replicas.broadcast(buffer)
                 engine.mesh.shard.broadcast(buffer)
     for extension in extensions_of(engine.model):

@@ -39,8 +39,8 @@ def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
     targets = F.pad(labels[:, -num_kept:][:, 1:], (0, 1), value=IGNORED).flatten()  # (rows * num_kept,)
     positions = (targets != IGNORED).nonzero().flatten()  # found on the CPU: no wait for the device
     device = next(model.parameters()).device
-    targets, positions = targets[positions].to(device), positions.to(device)
-    inputs = _inputs(batch["input_ids"].to(device), batch["attention_mask"].to(device), num_kept)
+    targets, positions = _send(targets[positions], device), _send(positions, device)
+    inputs = _inputs(_send(batch["input_ids"], device), _send(batch["attention_mask"], device), num_kept)
 
     def of_labels(values: torch.Tensor) -> torch.Tensor:
         """(rows, num_kept or more, n) -> (label tokens, n): virtual tokens come before the batch's."""
@@ -61,6 +61,13 @@ def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
             "its loss cannot be taken in the output layer; have it compute logits in one way"
         )
     return output.logits
+
+
+def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; the host does not wait for it, so that it can be a micro-batch ahead."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_kept: int) -> dict:

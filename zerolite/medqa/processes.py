@@ -48,9 +48,9 @@ class Processes:
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world_size == 1:
             return [mine.tolist()]
-        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(rows, mine)
-        return [row.tolist() for row in rows]
+        rows = mine.new_empty(self.world_size, len(values))
+        dist.all_gather(list(rows), mine)
+        return rows.tolist()  # one wait for the device
 
     def print(self, text: str) -> None:
         """Print on rank 0 only."""
@@ -74,15 +74,30 @@ def join() -> Processes:
 
     Every rank must call it.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = _device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Processes(0, 1, device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
     return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _device() -> torch.device:
+    """This process's GPU by LOCAL_RANK, the only one where one is visible; the CPU where none is."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index, num_visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= num_visible > 1:
+        raise ValueError(
+            f"LOCAL_RANK is {index} and {num_visible} GPUs are visible: start at most {num_visible} processes on this "
+            "machine, or show each of them its own GPU by CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", index if num_visible > 1 else 0)
 
 
 class StopSignals:

@@ -18,7 +18,7 @@ class SharedTensor:
     """One tensor of the arena."""
 
     offset: int  # bytes from the arena's start, a multiple of the page size
-    values: torch.Tensor  # 1D, on the host, pinned where there is a GPU
+    values: torch.Tensor  # 1D, on the host
 
     def __init__(self, offset: int, values: torch.Tensor):
         self.offset, self.values = offset, values
@@ -46,6 +46,7 @@ class Arena:
         self.nbytes = 0
         self._pinned: list[torch.Tensor] = []
         self._pinned_offsets: set[int] = set()
+        self.can_pin = True
         self.close = weakref.finalize(self, _close, os.getpid(), self.fd, self._pinned, device)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> SharedTensor:
@@ -60,21 +61,27 @@ class Arena:
         )  # keeps `memory` alive
 
     def pin(self, shared: SharedTensor) -> None:
-        """Lock a tensor for copies to and from the device, once its pages are placed."""
-        if shared.values.numel() and shared.offset not in self._pinned_offsets:
+        """Lock a tensor for copies to and from the device, once its pages are placed.
+
+        Where the driver cannot, nothing more is tried: it has warned, and copies of pageable memory are right.
+        """
+        if self.can_pin and shared.values.numel() and shared.offset not in self._pinned_offsets:
             self._pinned_offsets.add(shared.offset)
             whole = shared.values.view(torch.uint8)
-            self.device.pin(whole)
-            self._pinned.append(whole)
+            self.can_pin = self.device.pin(whole)
+            if self.can_pin:
+                self._pinned.append(whole)
 
 
 def _close(trainer: int, fd: int, pinned: list[torch.Tensor], device: Device) -> None:
     if os.getpid() != trainer:
         return  # a fork of the trainer, which has no CUDA
-    for memory in pinned:
-        device.unpin(memory)
-    pinned.clear()
-    os.close(fd)
+    try:
+        if pinned:
+            device.unpin(pinned)
+    finally:
+        pinned.clear()
+        os.close(fd)
 
 
 def check_available(needed_bytes: int, num_local_ranks: int, what: str) -> None:

@@ -19,8 +19,8 @@ def cores_of(local_rank: int, num_local_ranks: int, num_threads: int | None) -> 
     first = {min(_siblings(core) & set(mine)): core for core in mine}
     physical = sorted(first, key=mine.index)
     if num_threads is None:
-        # From four cores on, one is left to the trainer, whose Python feeds the device.
-        return physical[1:] if len(physical) >= 4 else physical
+        # One core, of many two, is left to the trainer, whose Python and autograd feed the device, and to NCCL's proxy.
+        return physical[(len(physical) >= 2) + (len(physical) >= 8) :]
     ordered = physical + [core for core in mine if core not in first]
     return [ordered[thread % len(ordered)] for thread in range(num_threads)]
 

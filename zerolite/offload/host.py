@@ -73,8 +73,12 @@ class Host:
         """ZeroliteError, with both sizes, where the machine has less than its ranks are about to take."""
         check_available(needed_bytes, self.num_local_ranks, what)
 
-    def allocate(self, numel: int, dtype: torch.dtype) -> SharedTensor:
-        """Zeros whose pages are placed by the threads that will work on them, pinned where there is a GPU."""
+    def allocate(self, numel: int, dtype: torch.dtype, is_copied: bool = False) -> SharedTensor:
+        """Zeros whose pages are placed by the threads that will work on them.
+
+        is_copied: to or from the device, so it is pinned. The rest, two thirds and more, is not: pinning takes about
+        0.1 s a GB, and the pages from the system.
+        """
         free = self.free_tensors[numel, dtype]
         if free:
             # Reused memory may still be the target of queued commands. Fresh memory cannot, so it needs no wait.
@@ -82,7 +86,8 @@ class Host:
         shared = free.pop() if free else self.arena.allocate(numel, dtype)
         fill = Command(op=FILL, numel=shared.nbytes, last=shared.nbytes, gradient=shared.offset)
         self.wait(self.submit([fill], "placing memory"))
-        self.arena.pin(shared)
+        if is_copied:
+            self.arena.pin(shared)
         return shared
 
     @property

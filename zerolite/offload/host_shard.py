@@ -52,7 +52,10 @@ class HostShard:
         self.label = f"gathering {spec.layout.name}"
         self.state = ShardState.IDLE
         self._h2d_event: tuple | None = None  # (event,) behind the last H2D copy; a tuple: on the CPU the event is None
-        self._squares: torch.Tensor | None = None  # () fp64, of this rank's shard of the gradient; None: not known
+        # () fp64, of this rank's shard of the gradient. Written on the reduction's stream, read on the compute stream,
+        # which owns it: one for the whole run, so that it never goes back to the allocator between the two.
+        self._squares = torch.zeros((), dtype=torch.float64, device=spec.device.device)
+        self._has_squares = False
         self._is_staged = False  # the pinned gradient is not in the sum
         self._is_summed = False  # the sum holds gradients
         self._reduced: torch.Tensor | None = None  # device memory that the D2H copy reads
@@ -155,14 +158,13 @@ class HostShard:
         if self._is_staged:
             self._add_staged()
         self.memory.wait()  # the last step has read the gradient, or the sum has
-        self._squares = None
-        shard = self.spec.shard_range
+        self._has_squares = False
         if is_first:
-            squares: torch.Tensor | None = None
+            shard = self.spec.shard_range
             for part, _ in self.spec.layout.segments(shard, [True] * len(self.spec.layout.slots)):
                 term = sum_of_squares(part.of(reduced, self.range), part.start - shard.start)
-                squares = term if squares is None else squares + term
-            self._squares = squares
+                self._squares.add_(term) if self._has_squares else self._squares.copy_(term)
+                self._has_squares = True
         device, name = self.host.device, self.spec.unit_name
         with device.on(self.host.d2h_stream, after_current=True), trace.phase("D2H", name, reduced.nbytes):
             device.copy(self.memory.gradient.values, reduced)
@@ -193,7 +195,7 @@ class HostShard:
         self.host.device.synchronize(self._d2h_event)
         self.memory.accumulate(is_first=not self._is_summed)
         self._is_staged, self._is_summed = False, True
-        self._squares = None
+        self._has_squares = False
 
     @property
     def has_gradient(self) -> bool:
@@ -221,21 +223,20 @@ class HostShard:
         return self.memory.gradient
 
     def drop_gradient(self) -> None:
-        self._squares = None
-        self._is_staged = self._is_summed = False
+        self._is_staged = self._is_summed = self._has_squares = False
 
     def zero_gradient(self, slots: Sequence[int]) -> None:
         values = self.gradient()
         if values is not None:
             for index in slots:
                 self.spec.layout.slots[index].range.intersect(self.range).of(values, self.range).zero_()
-            self._squares = None
+            self._has_squares = False
 
     def sum_of_squares(self, counts: Sequence[bool | None], is_exact: bool) -> torch.Tensor | float:
         """What came with the gradient or, where other slots count, what the workers sum."""
         if not self.has_gradient:
             return 0.0
-        if self._squares is not None and all(counts) and not is_exact:
+        if self._has_squares and all(counts) and not is_exact:
             return self._squares
         gradient = self._gradient()
         parts = [part for part, _ in self.spec.layout.segments(self.spec.shard_range, counts)]

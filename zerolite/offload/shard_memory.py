@@ -50,12 +50,13 @@ class ShardMemory:
         self.layout, self.range, self.dtype = spec.layout, spec.range, spec.dtype
         self.label = spec.layout.name
         self.fence = 0  # the pool's sequence number after this shard's last command; `wait` blocks until it has passed
-        self.parameter = host.allocate(self.numel, self.dtype)
+        self.parameter = host.allocate(self.numel, self.dtype, is_copied=True)
         self.master = self.sum = None
         if spec.gradient_dtype is not None:
             # Kernels step fp64 on fp64 gradients; the D2H copy widens those of a narrower reduction.
             is_fp64 = self.dtype == torch.float64
-            self.gradient = host.allocate(self.numel, torch.float64 if is_fp64 else spec.gradient_dtype)
+            dtype = torch.float64 if is_fp64 else spec.gradient_dtype
+            self.gradient = host.allocate(self.numel, dtype, is_copied=True)
             if self.dtype in LOW_PRECISION:
                 self.master = host.allocate(self.numel, torch.int16 if self.dtype == torch.bfloat16 else torch.float32)
 

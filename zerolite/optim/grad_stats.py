@@ -99,12 +99,15 @@ def _exchange(engine: Engine, counts: Sequence[Sequence[bool | None]], is_exact:
 
 
 def _as_tensor(numbers: list[torch.Tensor | float], device: torch.device) -> torch.Tensor:
-    """(n,) fp64 on the device; 0-dim tensors are put in there, so that the host does not wait for them."""
+    """(n,) fp64 on the device; 0-dim tensors are put in there, so that the host does not wait for them.
+
+    Nor for the copies: the driver has staged memory that is not pinned when the call returns.
+    """
     packed = torch.tensor([math.nan if isinstance(n, torch.Tensor) else n for n in numbers], dtype=torch.float64)
-    packed = packed.to(device)
+    packed = packed.to(device, non_blocking=True)
     tensors = {index: number for index, number in enumerate(numbers) if isinstance(number, torch.Tensor)}
     if tensors:
-        packed[torch.tensor(list(tensors), device=device)] = torch.stack(list(tensors.values()))
+        packed[torch.tensor(list(tensors)).to(device, non_blocking=True)] = torch.stack(list(tensors.values()))
     return packed
 
 

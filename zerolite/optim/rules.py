@@ -146,7 +146,11 @@ class LambRule(Rule):
         gradient = scaled_gradient(operands, update)
         operands.states["exp_avg"].lerp_(gradient, 1 - beta1)
         operands.states["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        return torch.stack([sum_of_squares(operands.parameter), sum_of_squares(self.direction(operands, update))])
+        position = operands.position
+        squares = [
+            sum_of_squares(values, position) for values in (operands.parameter, self.direction(operands, update))
+        ]
+        return torch.stack(squares)
 
     def direction(self, operands: Operands, update: Update) -> torch.Tensor:
         beta1, beta2 = update.hyper["betas"]

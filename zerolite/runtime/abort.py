@@ -13,6 +13,8 @@ import time
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from zerolite.errors import WorkerError
+
 KEY = "zerolite/abort"
 FOREVER = datetime.timedelta(days=365)
 GRACE_SECONDS = 3.0  # between the end of another rank's connection and the arrival of its message
@@ -39,6 +41,16 @@ def publish(message: str) -> None:
         _failures.append(message)
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it the run
             distributed_c10d._get_default_store().set(KEY, message)
+
+
+def check() -> None:
+    """WorkerError where a failure was published: what an aborted collective has left on the device is no result.
+
+    NCCL's collectives only order streams. The host that reads what one wrote returns from its read when the group is
+    aborted, with whatever lies there; so every such read is followed by this.
+    """
+    if _failures:
+        raise WorkerError(_failures[0])
 
 
 def received() -> str | None:

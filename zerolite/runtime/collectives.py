@@ -40,7 +40,7 @@ class Pending:
                 raise WorkerError(failure) from error
             raise ZeroliteError(
                 f"rank {dist.get_rank()}: {self.label} did not complete: another rank failed, is stuck, or runs other "
-                f"modules or another order of them ({error})"
+                f"modules or another order of them; TORCH_DISTRIBUTED_DEBUG=DETAIL tells which ({error})"
             ) from error
         self.steps, self.keepalive = (), ()
 
@@ -75,8 +75,8 @@ class Group:
         """Rank 0's values on every rank, in place."""
 
     def all_gather_scalars(self, scalars: torch.Tensor) -> torch.Tensor:
-        """Every rank's few numbers `scalars` (n,) as rows (size, n), on the host."""
-        return scalars.unsqueeze(0)
+        """Every rank's few numbers `scalars` (n,) as rows (size, n), on the host. WorkerError where a rank failed."""
+        return scalars.unsqueeze(0).cpu()
 
 
 class NcclGroup(Group):
@@ -88,7 +88,10 @@ class NcclGroup(Group):
         self.size = dist.get_world_size(process_group)
 
     def reduce_scatter(self, full, out, divisor, label):
-        op = dist.ReduceOp.AVG if divisor == self.size else dist.ReduceOp.SUM
+        # NCCL's AVG multiplies each term by 1 / size before it adds them. That rounds once more than a division of the
+        # sum, but for powers of two. fp16 has no room for a sum.
+        has_room = full.dtype != torch.float16 and self.size & (self.size - 1) != 0
+        op = dist.ReduceOp.AVG if divisor == self.size and not has_room else dist.ReduceOp.SUM
         work = dist.reduce_scatter_tensor(out, full, op=op, group=self.process_group, async_op=True)
         if op == dist.ReduceOp.AVG:
             return Pending((work.wait,), (full, out), label)
@@ -107,7 +110,9 @@ class NcclGroup(Group):
     def all_gather_scalars(self, scalars):
         rows = scalars.new_empty(self.size, scalars.numel())
         dist.all_gather_into_tensor(rows.view(-1), scalars, group=self.process_group)
-        return rows.cpu()
+        rows = rows.cpu()  # the host waits here
+        abort.check()
+        return rows
 
 
 class ExchangeGroup(Group):

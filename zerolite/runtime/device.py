@@ -2,8 +2,11 @@
 
 import contextlib
 import os
+import warnings
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -12,10 +15,14 @@ class Cpu:
     """The test bed: one queue (the calling thread), so streams order nothing and events have always happened."""
 
     backend = "gloo"
+    bound: torch.device | None = None  # what `init_process_group(device_id=)` takes
     chunk_numel = 512 * 1024  # what a step works on at once; its scratch, 2 MiB of fp32, stays in a core's cache
 
     def __init__(self):
         self.device = torch.device("cpu")
+
+    def select(self) -> None:
+        """Make it the current device of this thread."""
 
     def new_stream(self):
         return None
@@ -38,11 +45,12 @@ class Cpu:
         """target = source on the current stream; one of them may be pinned host memory."""
         target.copy_(source)
 
-    def pin(self, memory: torch.Tensor) -> None:
-        """Lock host memory in place, so that copies from and to it run beside the host."""
+    def pin(self, memory: torch.Tensor) -> bool:
+        """Lock host memory in place, so that copies from and to it run beside the host; whether that was done."""
+        return False
 
-    def unpin(self, memory: torch.Tensor) -> None:
-        """Undo `pin`."""
+    def unpin(self, memories: Sequence[torch.Tensor]) -> None:
+        """Undo `pin`, once every copy has ended. RuntimeError, after trying all, where the driver refuses one."""
 
 
 class Cuda:
@@ -53,6 +61,10 @@ class Cuda:
 
     def __init__(self, index: int):
         self.device = torch.device("cuda", index)
+        self.bound = self.device  # a communicator made at once, on this GPU: a fault shows before the first collective
+
+    def select(self) -> None:
+        torch.cuda.set_device(self.device)
 
     def new_stream(self):
         return torch.cuda.Stream(self.device)
@@ -76,13 +88,31 @@ class Cuda:
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
-    def pin(self, memory: torch.Tensor) -> None:
+    def pin(self, memory: torch.Tensor) -> bool:
         with torch.cuda.device(self.device):
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)))
+            code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+            if code == 0:
+                return True
+            self._clear_error()
+        # Some drivers cannot lock a mapping (WSL2, some containers). Copies of pageable memory are right.
+        warnings.warn(
+            f"the driver cannot lock {memory.nbytes:,} bytes of host memory ({_reason(code)}): copies between host and "
+            f"{self.device} are right, but slower, and the host waits for them; look at `ulimit -l`, or run outside of "
+            "WSL2 or with a container that may lock memory",
+            stacklevel=2,
+        )
+        return False
 
-    def unpin(self, memory: torch.Tensor) -> None:
+    def _clear_error(self) -> None:
+        """The runtime reports an error again at the next launch: let that be one that does nothing."""
+        with contextlib.suppress(RuntimeError):
+            torch.empty(1, device=self.device).fill_(0)
+
+    def unpin(self, memories: Sequence[torch.Tensor]) -> None:
         torch.cuda.synchronize(self.device)
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())))
+        codes = [int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())) for memory in memories]
+        for code in filter(None, codes):
+            raise RuntimeError(f"the driver cannot unlock host memory of {self.device}: {_reason(code)}")
 
 
 Device = Cpu | Cuda
@@ -97,32 +127,68 @@ def of(device: torch.device) -> Device:
     raise ValueError(f"zerolite runs on CUDA and on the CPU, the model lies on {device}: move it to one of them")
 
 
+def _reason(code: int) -> str:
+    return str(torch.cuda.CudaError(code))
+
+
 def default() -> torch.device:
-    """This rank's device where the model does not tell: its GPU by LOCAL_RANK, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
-    return torch.device("cpu")
+    """This rank's device where the model does not tell: its GPU by LOCAL_RANK, else the CPU.
+
+    Where one GPU is visible, it is this rank's: SLURM binds one to each task. ValueError where LOCAL_RANK is beyond
+    several.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_visible = torch.cuda.device_count()
+    index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())) if num_visible > 1 else 0
+    if index >= num_visible:
+        raise ValueError(
+            f"LOCAL_RANK is {index} and {num_visible} GPUs are visible: start at most {num_visible} processes on this "
+            "machine, or show each of them its own GPU by CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", index)
 
 
 def target(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
-    """Where a model trains: where its tensors lie if that is a GPU, else this rank's default for the mesh.
+    """Where a model trains: where its tensors lie if that is a GPU, else this rank's default.
 
-    ValueError for a model on several GPUs.
+    A mesh of the CPU, or a process group that has no NCCL, keeps a model of the CPU there. ValueError for a model on
+    several GPUs, or on one whose process group has no NCCL.
     """
     kinds = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
     on_gpu = {device for device in kinds if device.type == "cuda"}
     if len(on_gpu) > 1:
         raise ValueError(f"the model lies on several GPUs {sorted(map(str, on_gpu))}: move it to one, or to the CPU")
+    backends = _backends()
     if on_gpu:
-        return on_gpu.pop()
-    if isinstance(mesh, DeviceMesh) and mesh.device_type == "cpu":
+        device = on_gpu.pop()
+        if backends is not None and "nccl" not in backends:
+            raise ValueError(
+                f"the model lies on {device} and the process group was started with {backends!r}: start it with "
+                '"nccl" or "cpu:gloo,cuda:nccl", or let zerolite.shard start it'
+            )
+        return device
+    is_cpu_mesh = isinstance(mesh, DeviceMesh) and mesh.device_type == "cpu"
+    if is_cpu_mesh or (backends is not None and "nccl" not in backends):
         return torch.device("cpu")
     return default()
+
+
+def _backends() -> str | None:
+    """What the world's process group was started with, as "cpu:gloo,cuda:nccl"; None without one of several ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return str(dist.get_backend_config())
 
 
 def on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether all tensors lie in host memory, where the host kernels can work on them."""
     return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies where the Triton kernels can work on it."""
+    return tensor.device.type == "cuda"
 
 
 def timed_event() -> tuple[int, torch.cuda.Event] | None:

@@ -28,19 +28,22 @@ class RankMesh:
         Nothing may be in flight that this rank has started and another has not: see `Engine.all_gather_scalars`.
         """
         rows = self.shard.all_gather_scalars(scalars)
-        rows = self.replicas.all_gather_scalars(rows.reshape(-1).to(scalars.device))
+        if self.replicas.size > 1:  # else no way back to the device, which the host would wait for
+            rows = self.replicas.all_gather_scalars(rows.reshape(-1).to(scalars.device))
         return rows.view(self.replicas.size, self.shard.size, scalars.numel())
 
 
 def mesh_of(mesh: DeviceMesh | None, device: torch.device) -> RankMesh:
-    """The ranks that a model is sharded over, its tensors on `device`. Collective.
+    """The ranks that a model is sharded over, its tensors on `device`, which becomes the current one. Collective.
 
     Without a mesh the whole world shards; without torch.distributed, but with torchrun's variables, it is started.
     TypeError or ValueError for a mesh of another kind, number of dimensions, size or device.
     """
+    own = devices.of(device)
+    own.select()
     if mesh is None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group(devices.of(device).backend, timeout=TIMEOUT)
+            dist.init_process_group(own.backend, timeout=TIMEOUT, device_id=own.bound)
         return RankMesh(group_of(dist.group.WORLD if dist.is_initialized() else None, device), Group())
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh= takes a torch.distributed.DeviceMesh, got {type(mesh).__name__}")

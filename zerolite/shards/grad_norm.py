@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from zerolite.runtime import cpu_kernels
+from zerolite.runtime import cpu_kernels, gpu_kernels
 
 ROW_NUMEL = 1024
 CHUNK_NUMEL = 1024 * ROW_NUMEL
@@ -13,13 +13,15 @@ CHUNK_NUMEL = 1024 * ROW_NUMEL
 def sum_of_squares(tensor: torch.Tensor, position: int = 0) -> torch.Tensor:
     """0-dim fp64 sum of squares of a 1D tensor, elements [position, ...) of a rank's shard of a bucket.
 
-    On the CPU in fp64 throughout, with partial sums on a grid from the shard's start, as workers make them: the result
-    does not depend on who computes it. On a device fp32 within rows of 1024 elements, fp64 over rows: relative error
-    1e-9, several times as fast. An Inf or NaN stays one. Where squares leave fp32's range (a result of Inf or 0)
-    `exact_sum_of_squares` tells.
+    The kernels of the CPU and of a GPU sum in fp64 throughout, with partial sums on a grid from the shard's start, as
+    workers make them: the result does not depend on who computes it. Without kernels, fp32 within rows of 1024 elements
+    and fp64 over rows: relative error 1e-9; where squares leave fp32's range (a result of Inf or 0)
+    `exact_sum_of_squares` tells. An Inf or NaN stays one.
     """
     if cpu_kernels.serves(tensor):
         return torch.tensor(add_up(cpu_kernels.squares(tensor, position)), dtype=torch.float64)
+    if gpu_kernels.serves(tensor):
+        return gpu_kernels.sum_of_squares(tensor, position)
     if tensor.dtype == torch.float64:
         return exact_sum_of_squares(tensor)
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
@@ -34,7 +36,7 @@ def sum_of_squares(tensor: torch.Tensor, position: int = 0) -> torch.Tensor:
 
 def exact_sum_of_squares(tensor: torch.Tensor, position: int = 0) -> torch.Tensor:
     """0-dim fp64 sum of squares, in fp64 throughout: beyond the range of no narrower dtype's squares."""
-    if cpu_kernels.serves(tensor):
+    if cpu_kernels.serves(tensor) or gpu_kernels.serves(tensor):
         return sum_of_squares(tensor, position)
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# M is the number of tokens, another one each batch: a kernel is not compiled again for multiples of 16.
+
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +110,7 @@ def xa_kernel(
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def db_ds_kernel(
     dy, s, b, db, ds, scale, M, N, r, rows_per_program, stride_dym, stride_dyn, stride_sm, stride_dsn, stride_dsm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -147,7 +149,7 @@ def _add_da(acc, x, bits, bits_mask, ds, ds_mask, DROPOUT: tl.constexpr):
     return tl.dot(tl.trans(x), tl.load(ds, mask=ds_mask, other=0.0), acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def da_kernel(
     ds, x, bits, da, keep_scale, M, K, r, rows_per_program, stride_dsn, stride_dsm, stride_xm, stride_xk,
     NUM: tl.constexpr, DROPOUT: tl.constexpr,
@@ -198,7 +200,7 @@ def da_kernel(
         tl.store(da_tile + 2 * r * K, (acc2 * keep_scale).to(da.dtype.element_ty), mask=da_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def dx_kernel(
     dx, ds, a, bits, keep_scale, M, K, r, stride_dsn, stride_dsm,
     NUM: tl.constexpr, DROPOUT: tl.constexpr,
@@ -233,7 +235,7 @@ def dx_kernel(
     tl.store(dx, (dx_tile + total * keep_scale).to(dx.dtype.element_ty), mask=is_row & is_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def sum_kernel(partials, result, num, numel, M, r, stride_n, stride_m, BLOCK: tl.constexpr):
     """partials (num, numel), added first to last -> result (numel / M / r, M, r), its last dimension contiguous."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

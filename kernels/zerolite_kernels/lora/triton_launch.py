@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from zerolite_kernels.current_gpu import on_its_device
 from zerolite_kernels.lora.reference import dropout_threshold
 from zerolite_kernels.lora.triton_kernels import da_kernel, db_ds_kernel, dx_kernel, sum_kernel, xa_kernel
 
@@ -27,12 +28,12 @@ SUM_BLOCK = 1024
 BLOCKS = {
     ("xa", 2, False): (64, 64, 8),
     ("xa", 2, True): (64, 64, 8),
-    ("xa", 4, False): (32, 32, 4),
-    ("xa", 4, True): (32, 32, 8),
+    ("xa", 4, False): (32, 16, 8),
+    ("xa", 4, True): (32, 16, 8),
     ("db_ds", 2, False): (64, 256, 8),
     ("db_ds", 2, True): (64, 128, 8),
-    ("db_ds", 4, False): (32, 64, 4),
-    ("db_ds", 4, True): (32, 64, 8),
+    ("db_ds", 4, False): (32, 64, 8),
+    ("db_ds", 4, True): (32, 32, 8),
     ("da", 2, False): (64, 128, 8),
     ("da", 2, True): (64, 64, 8),
     ("da", 4, False): (32, 64, 4),
@@ -40,10 +41,11 @@ BLOCKS = {
     ("dx", 2, False): (64, 128, 8),
     ("dx", 2, True): (64, 128, 8),
     ("dx", 4, False): (32, 64, 4),
-    ("dx", 4, True): (32, 64, 8),
+    ("dx", 4, True): (32, 32, 8),
 }
 
 
+@on_its_device
 def lora_xa(x: Tensor, A: Tensor, dropout: float, seed: int) -> tuple[Tensor, Tensor | None]:
     """x (M, K), A (n, r, K) -> S (n, M, r) and the masks' bits (n, M, ceil(K / 8)), None without dropout."""
     (M, K), (n, r, _) = x.shape, A.shape
@@ -66,6 +68,7 @@ def lora_xa(x: Tensor, A: Tensor, dropout: float, seed: int) -> tuple[Tensor, Te
     return S, bits
 
 
+@on_its_device
 def lora_db_ds(dy: Tensor, S: Tensor, B: Tensor, scale: float, dS: Tensor, dtype: torch.dtype) -> Tensor:
     """dy (M, N), S (M, r), B (N, r) -> dB (N, r) in `dtype`; dS (M, r) is written."""
     (M, N), r = dy.shape, B.shape[1]
@@ -87,6 +90,7 @@ def lora_db_ds(dy: Tensor, S: Tensor, B: Tensor, scale: float, dS: Tensor, dtype
     return dB
 
 
+@on_its_device
 def lora_da(dS: Tensor, x: Tensor, bits: Tensor | None, dropout: float, dtype: torch.dtype) -> Tensor:
     """dS (n, M, r), x (M, K) -> dA (n, r, K) in `dtype`."""
     (n, M, r), K = dS.shape, x.shape[1]
@@ -108,6 +112,7 @@ def lora_da(dS: Tensor, x: Tensor, bits: Tensor | None, dropout: float, dtype: t
     return dA
 
 
+@on_its_device
 def lora_dx_(dx: Tensor, dS: Tensor, A: Tensor, bits: Tensor | None, dropout: float) -> None:
     """dx (M, K), contiguous, += dS (n, M, r) times A (n, r, K), where kept."""
     (M, K), (n, r, _) = dx.shape, A.shape

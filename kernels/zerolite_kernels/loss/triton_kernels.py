@@ -7,11 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zerolite_kernels.current_gpu import on_its_device
+
 BLOCK = 4096  # logits that a program holds at once: 16 a thread
 NUM_WARPS = 8
 
 
-@triton.jit
+# Rows are slices of longer tensors, which begin anywhere: a variant for each alignment would be compiled, and is no
+# faster, as a program reads one number of each.
+ROWS = ["labels_ptr", "losses_ptr", "largest_ptr", "total_ptr"]
+
+
+@triton.jit(do_not_specialize_on_alignment=ROWS)
 def sum_exponentials_kernel(
     logits_ptr, labels_ptr, losses_ptr, largest_ptr, total_ptr, vocabulary, BLOCK: tl.constexpr
 ):
@@ -34,7 +41,7 @@ def sum_exponentials_kernel(
     tl.store(total_ptr + row, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROWS)
 def gradient_kernel(logits_ptr, labels_ptr, largest_ptr, total_ptr, num_columns, scale, BLOCK: tl.constexpr):
     """scale * (exp(logit - largest) / total - [column is the label]), a block of a row a program."""
     row = tl.program_id(0).to(tl.int64)
@@ -47,6 +54,7 @@ def gradient_kernel(logits_ptr, labels_ptr, largest_ptr, total_ptr, num_columns,
     tl.store(logits_ptr, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
+@on_its_device
 def sum_exponentials(logits: Tensor, labels: Tensor, losses: Tensor, largest: Tensor, total: Tensor) -> None:
     """`reference.sum_exponentials`; a label outside the vocabulary gives a loss of nan."""
     rows, vocabulary = logits.shape
@@ -56,6 +64,7 @@ def sum_exponentials(logits: Tensor, labels: Tensor, losses: Tensor, largest: Te
     )
 
 
+@on_its_device
 def gradient_(logits: Tensor, labels: Tensor, largest: Tensor, total: Tensor, scale: float) -> Tensor:
     """`reference.gradient_`, in place."""
     rows, num_columns = logits.shape

@@ -1,0 +1,1 @@
+"""Sums of squares of gradients on a GPU, the bits that the host kernels give."""
