@@ -23,6 +23,7 @@ import torch
 from zerolite.engine.engine import Engine, ParameterInfo, sharded_info
 from zerolite.optim.grad_stats import GradStats, reduce_grad_stats
 from zerolite.optim.rules import Rule
+from zerolite.optim.step_header import StepSettings
 from zerolite.runtime import trace
 from zerolite.shards.bucket import Bucket
 from zerolite.shards.shard import ShardStates
@@ -69,6 +70,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._stats: tuple[int, GradStats] | None = None  # with the version of the gradients that they are of
         self._clip_factor = 1.0  # of clip_grad_norm_, for the next step
         self._grad_norm: float | None = None
+        self._settings = StepSettings(self)
         super().__init__(params, defaults)
 
     # Param groups and states #
@@ -171,7 +173,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Class, param groups by parameter name, and steps taken, as JSON values."""
         groups = []
         for group in self.param_groups:
-            hyper = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+            hyper = {name: _as_number(v) for name, v in group.items() if name not in ("params", "param_names")}
             groups.append({**hyper, "params": [_name(parameter) for parameter in group["params"]]})
         steps = {_name(parameter): int(state["step"]) for parameter, state in self.state.items()}
         return {"class": type(self).__name__, "groups": groups, "steps": steps}
@@ -203,6 +205,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         norm = self._unscaled_norm(self._reduce_grad_stats())
         self._clip_factor = _clip_factor(norm, max_norm)
+        self._settings.clipped_to = float(max_norm)
         self._grad_norm = norm
         return norm
 
@@ -210,7 +213,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         reducer = self._engine.reducer
         if self._stats is None or self._stats[0] != reducer.version:
             counts = [[True if p in self._infos else None for p in b.parameters.tensors] for b in reducer.order]
-            stats = reduce_grad_stats(self._engine, counts)  # it may reduce, which is a new version
+            stats = reduce_grad_stats(self._engine, counts, self._settings)  # it may reduce, which is a new version
             self._stats = (reducer.version, stats)
         return self._stats[1]
 
@@ -336,6 +339,11 @@ def slice_of(parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tenso
     part = slot.range.intersect(owned)
     own = part.of(values, owned)
     return own.view(slot.shape) if part.numel == slot.numel else own
+
+
+def _as_number(value):
+    """A hyperparameter as JSON has it: torch.optim takes 0-dim tensors for numbers."""
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
 def _name(parameter: torch.Tensor) -> str:
