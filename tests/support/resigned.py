@@ -15,7 +15,7 @@ Header = dict
 def resign(folder: Path, manifest: dict) -> None:
     """Write manifest.json with the sizes and hashes that the files have, and its own."""
     for name, entry in manifest["files"].items() if isinstance(manifest.get("files"), dict) else ():
-        path = folder / name
+        path = folder / name[:200]
         if path.is_file() and isinstance(entry, dict):
             data = path.read_bytes()
             entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
