@@ -47,6 +47,7 @@ class StepSettings:
     def in_words(self) -> dict[str, str]:
         names = self.optimizer.defaults
         words = self._of_class()
+        words["number of parameters by group"] = str([len(group["params"]) for group in self.optimizer.param_groups])
         for index, group in enumerate(self.optimizer.param_groups):
             for name in names:
                 value = group.get(name)
