@@ -227,7 +227,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """One update of this rank's range, and its publication. Returns the closure's loss. Collective.
 
         A step whose gradients hold Inf or NaN changes nothing on any rank; `step_was_skipped` tells. WorkerError where
-        a worker failed, ZeroliteError where ranks have run other modules.
+        a worker failed, ZeroliteError where ranks have run other modules or backwards, or their optimizers differ.
         """
         loss = None
         if closure is not None:

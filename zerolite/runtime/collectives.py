@@ -40,16 +40,21 @@ class Pending:
             for step in self.steps:
                 step()
         except RuntimeError as error:
-            failure = abort.received()
-            if failure is not None:
-                raise WorkerError(failure) from error
-            raise ZeroliteError(
-                f"rank {dist.get_rank()}: {self.label} did not complete ({error}). Another rank failed, is stuck, or "
-                "runs other modules, another order of them, or another number of batches or steps. Give every rank as "
-                "many batches (DistributedSampler, drop_last=True); evaluate, generate and save on all ranks, or in "
-                "full_params, which communicates on entry alone"
-            ) from error
+            raise _failure(self.label, error) from error
         self.steps, self.keepalive = (), ()
+
+
+def _failure(label: str, error: RuntimeError) -> ZeroliteError:
+    """What a collective's failure means: another rank's, where one was published, else what is likely."""
+    failure = abort.received()
+    if failure is not None:
+        return WorkerError(failure)
+    return ZeroliteError(
+        f"rank {dist.get_rank()}: {label} did not complete ({error}). Another rank failed, is stuck, or runs other "
+        "modules, another order of them, or another number of batches or steps. Give every rank as many batches "
+        "(DistributedSampler, drop_last=True); evaluate, generate and save on all ranks, or in full_params, which "
+        "communicates on entry alone"
+    )
 
 
 class Group:
@@ -141,8 +146,11 @@ class ExchangeGroup(Group):
         sent = next(iter(sends.values()))
         header, content_hash = _header(label, sent.nbytes, str(sent.dtype))
         headers = {peer: torch.empty_like(header) for peer in self.peers}
-        header_works = self._post({peer: header for peer in self.peers}, headers, 2 * self.count)
-        works = self._post(sends, receives, content_hash << SEQUENCE_BITS + 1 | 2 * self.count + 1)
+        try:  # a peer may have closed its connection already
+            header_works = self._post({peer: header for peer in self.peers}, headers, 2 * self.count)
+            works = self._post(sends, receives, content_hash << SEQUENCE_BITS + 1 | 2 * self.count + 1)
+        except RuntimeError as error:
+            raise _failure(label, error) from error
 
         def check() -> None:
             for peer, received in headers.items():
