@@ -116,6 +116,20 @@ def lacks_slice(folder: Path) -> None:
     drop_tensor(KEY)(folder)
 
 
+def ends_early(folder: Path) -> None:
+    one_element(folder)
+    edit_metadata(folder, FIRST, "slices", lambda slices: {**slices, KEY: [0, 1]})
+
+
+def given_twice(folder: Path) -> None:
+    """Another slice of the second file says that it is the end of a parameter that the first one has whole."""
+    header, _ = split(folder / SECOND)
+    other = next(k for k, e in header.items() if k.startswith("parameter/") and 0 < e["shape"][0] <= 35)
+    (length,) = header[other]["shape"]
+    edit_file(folder, SECOND, lambda header: header.update({KEY: header.pop(other)}))
+    edit_metadata(folder, SECOND, "slices", lambda slices: {**without(other)(slices), KEY: [35 - length, 35]})
+
+
 DEEP = "[" * 5000 + "]" * 5000
 STRUCTURES: dict[str, tuple[Callable[[Path], None], str]] = {
     "file beside": (rename("../victim/" + SECOND), "`files` are"),
@@ -154,6 +168,8 @@ STRUCTURES: dict[str, tuple[Callable[[Path], None], str]] = {
     "slice without tensor": (drop_tensor(KEY), "holds parameter/first.weight"),
     "neither": (lacks_slice, "holds no parameter/first.weight"),
     "slice moved": (metadata("slices", shifted(3)), "slices of parameter/first.weight"),
+    "ends early": (ends_early, "parameter/first.weight end at 35, got 1"),
+    "given twice": (given_twice, "parameter/first.weight cover it once"),
     "long slice": (metadata("slices", lambda slices: {**slices, KEY: [0, 1 << 60]}), "elements"),
     "one element": (one_element, "elements, got [1]"),
     "strange kind of floats": (retyped(KEY, "I64"), "is I64"),

@@ -77,6 +77,32 @@ def test_a_folder_that_is_exchanged_while_it_is_loaded_is_one_version_or_refused
             assert torch.equal(extras[0]["values"], torch.ones(4))
 
 
+def load_exchanged_after_hashing(root: Path) -> tuple:
+    """The folder is another one as soon as its only file is hashed."""
+    original = atomic_dir.sha256_of
+
+    def exchanging(path: Path) -> str:
+        digest = original(path)
+        shutil.copytree(root / "new", root / ".now.tmp-1")
+        atomic_dir.commit_folder(root / ".now.tmp-1", root / "now")
+        return digest
+
+    atomic_dir.sha256_of = exchanging
+    try:
+        return version_loaded(root / "now")
+    finally:
+        atomic_dir.sha256_of = original
+
+
+def test_the_file_that_was_hashed_is_the_one_that_is_read(ranks, tmp_path):
+    """Opened by its path again, it would be the new one, with the old one's steps and rates."""
+    for name, steps in (("now", 1), ("new", 2)):
+        ranks(1).run(save_version, tmp_path / name, steps)
+    ((_, expected, _),) = ranks(1).run(version_loaded, tmp_path / "now")
+    ((error, tensors, extras),) = ranks(1).run(load_exchanged_after_hashing, tmp_path)
+    assert error == ("", "") and unchanged(expected, tensors) and extras[0]["version"] == 1
+
+
 def load_two_folders(root: Path) -> tuple[str, str]:
     """Each rank has a folder of its own there, as on two machines without a shared disk."""
     model, optimizer = make(3, seed=1)
