@@ -48,7 +48,8 @@ def shard(
     or units that cannot be, for a model that is sharded already or lies on several GPUs, for a LOCAL_RANK beyond the
     visible GPUs, for a process group without NCCL of a model on a GPU, and for a parameter on the
     meta device that nothing initialises. Raises ZeroliteError where the machine has not the memory that offload needs,
-    and WorkerError where a worker does not start.
+    and, on every rank with both values, where ranks give unlike models or arguments. Raises WorkerError where a worker
+    does not start.
     """
     offload = build.check_arguments(stage, offload, precision)
     if not isinstance(model, nn.Module):
@@ -68,7 +69,8 @@ def no_sync(model: nn.Module, enabled: bool = True):
 
     It costs a whole unreduced gradient at every stage, in the reduction's dtype; without it each backward reduces and
     adds to this rank's range. A step with gradients that were never reduced reduces them first.
-    Every rank must enter it alike. Raises ValueError for a model that is not sharded.
+    Every rank must enter it alike, else the next step raises ZeroliteError. Raises ValueError for a model that is not
+    sharded.
     """
     engine = engine_of(model)
     was_syncing = engine.is_syncing

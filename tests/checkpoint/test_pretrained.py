@@ -157,6 +157,9 @@ def count_reads(folder: Path, stage: int) -> tuple[int, int]:
         def get_shape(self):
             return self.inner.get_shape()
 
+        def get_dtype(self):
+            return self.inner.get_dtype()
+
         def __getitem__(self, key):
             nonlocal read
             values = self.inner[key]
@@ -408,26 +411,29 @@ def export_and_fail(folder: Path, failure: str):
     import zerolite
     from zerolite.checkpoint import export
     from zerolite.runtime import atomic_dir as files
+    from zerolite.runtime import safetensors_file
 
     def no_space(*args, **options):
         raise OSError(28, "No space left on device")
 
+    write = safetensors_file.write_safetensors
+
     def full_disk_at_the_second_file(*args, **options):
-        export.save_file = no_space
-        save_file(*args, **options)
+        safetensors_file.write_safetensors = no_space
+        write(*args, **options)
 
     model = zerolite.shard(build("llama", torch.float32), stage=3).eval()
     before = logits_of(model)
     originals = export.FILE_BYTES, files.commit_folder
     try:
         if failure == "disk full":
-            export.FILE_BYTES, export.save_file = 100, full_disk_at_the_second_file
+            export.FILE_BYTES, safetensors_file.write_safetensors = 100, full_disk_at_the_second_file
         elif failure == "commit":
             files.commit_folder = no_space
         error = attempt(lambda: zerolite.export(model, folder))
     finally:
         export.FILE_BYTES, files.commit_folder = originals
-        export.save_file = save_file
+        safetensors_file.write_safetensors = write
     assert torch.equal(logits_of(model), before)
     buckets = [bucket for unit in model._zerolite.units for bucket in unit.buckets]
     is_sharded = all(bucket.parameters.state is ParameterState.SHARDED for bucket in buckets)

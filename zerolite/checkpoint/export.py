@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -18,6 +17,7 @@ from zerolite.engine.engine import engine_of
 from zerolite.engine.extensions import extensions_of
 from zerolite.errors import ZeroliteError
 from zerolite.runtime import atomic_dir as files
+from zerolite.runtime import safetensors_file
 from zerolite.runtime.rank_errors import on_all_ranks
 from zerolite.shards.bucket import Unit
 
@@ -109,7 +109,10 @@ class _Writer:
             return
         self.num_files += 1
         path = self.written / f"part-{self.num_files}"
-        save_file(self.pending, path, metadata={"format": "pt"})
+        # safetensors' own save_file makes a file that the owner alone can read; it, too, has wide dtypes first.
+        names = sorted(self.pending, key=lambda name: (-self.pending[name].dtype.itemsize, name))
+        entries = [(name, self.pending[name].dtype, tuple(self.pending[name].shape)) for name in names]
+        safetensors_file.write_safetensors(path, entries, (self.pending[name] for name in names), {"format": "pt"})
         files.sync_file(path)
         self.weight_map.update(dict.fromkeys(self.pending, self.num_files))
         self.total_bytes += sum(tensor.nbytes for tensor in self.pending.values())

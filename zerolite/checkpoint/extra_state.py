@@ -2,6 +2,8 @@
 
 import torch
 
+from zerolite.errors import CheckpointError
+
 
 def pack(value, path: str, tensors: dict[str, torch.Tensor]):
     """`value` as JSON; its tensors go to `tensors` and leave {"tensor": key}. Dicts, lists and tuples are tagged."""
@@ -22,12 +24,15 @@ def pack(value, path: str, tensors: dict[str, torch.Tensor]):
 
 
 def unpack(value, tensors):
-    if not isinstance(value, dict):
+    """What `pack` was given; `tensors`: an open safetensors file. CheckpointError for what `pack` does not make."""
+    if not isinstance(value, dict | list):
         return value
-    ((tag, content),) = value.items()
-    if tag == "tensor":
+    tag, content = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else ("", None)
+    if tag == "tensor" and isinstance(content, str) and content.startswith("extra/"):
         return tensors.get_tensor(content)
-    if tag == "dict":
+    if tag == "dict" and isinstance(content, dict):
         return {name: unpack(item, tensors) for name, item in content.items()}
-    items = [unpack(item, tensors) for item in content]
-    return items if tag == "list" else tuple(items)
+    if tag in ("list", "tuple") and isinstance(content, list):
+        items = [unpack(item, tensors) for item in content]
+        return items if tag == "list" else tuple(items)
+    raise CheckpointError(f"the checkpoint's extra is not as zerolite.save writes it (at {str(value)[:60]})")

@@ -18,13 +18,8 @@ def is_complete(folder) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
-def read_manifest(folder: Path) -> dict:
-    """The manifest; CheckpointError where it is missing or not one of ours."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        what = "holds no manifest.json" if folder.is_dir() else "does not exist"
-        raise CheckpointError(f"{folder} {what}, so it is no complete checkpoint: name one that zerolite.save wrote")
-    data = path.read_bytes()
+def parse_manifest(data: bytes, path: Path) -> dict:
+    """The manifest in a file's bytes; CheckpointError where it is not one of ours. `path` is for errors."""
     try:
         manifest = json.loads(data)
         if manifest["format"] != FORMAT or manifest["version"] > VERSION:
@@ -32,7 +27,7 @@ def read_manifest(folder: Path) -> dict:
                 f"{path} is of format {manifest['format']} {manifest['version']}, this one reads {FORMAT} {VERSION}"
             )
         digest = manifest["sha256"].encode()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): use another checkpoint") from error
     if data.count(digest) != 1 or hashlib.sha256(data.replace(digest, NO_DIGEST)).hexdigest().encode() != digest:
         raise CheckpointError(f"{path} was altered (its own SHA-256 does not hold): use another checkpoint")

@@ -1,7 +1,9 @@
 """Load a Hugging Face folder into a sharded model: each rank reads its own slices of the safetensors."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,8 +15,10 @@ from zerolite.checkpoint.weight_files import Weights
 from zerolite.config import Offload, Precision
 from zerolite.engine import build, meta_init
 from zerolite.engine.engine import Engine
+from zerolite.errors import CheckpointError
 from zerolite.runtime import device as devices
-from zerolite.runtime.mesh import mesh_of
+from zerolite.runtime.mesh import RankMesh, mesh_of
+from zerolite.runtime.rank_errors import Ranks, on_all_ranks
 from zerolite.shards.bucket import Bucket
 from zerolite.shards.layout import Partition
 from zerolite.shards.units import UnitRule
@@ -38,24 +42,74 @@ def load_pretrained(
     stage, mesh, offload, precision, units: as of `shard`.
 
     A warning names weights of the folder that have no place in the model. Raises ValueError where the folder has no
-    config.json or no weights, misses a file, is damaged, or has other weights than the configuration asks for. Raises
-    what `shard` raises for the other arguments.
+    config.json or no weights, misses a file, is damaged or quantised, or has other weights than the configuration asks
+    for. Raises CheckpointError on every rank where only some ranks can read the folder, or see another one there.
+    Raises what `shard` raises for the other arguments.
     """
     offload = build.check_arguments(stage, offload, precision)
     folder = Path(path)
-    with Weights(folder) as weights:
-        model = _empty_model(folder)
-        if adapt is not None:
-            adapt(model)
-        device = devices.target(model, mesh)
-        engine = Engine(model, Partition(stage), mesh_of(mesh, device), device, precision)
+    with contextlib.ExitStack() as stack:
+        opened: list[tuple[Weights, nn.Module]] = []
+
+        def open_folder() -> str:
+            weights = stack.enter_context(Weights(folder))
+            model = _empty_model(folder)
+            if adapt is not None:
+                adapt(model)
+            opened.append((weights, model))
+            return weights.digest()
+
+        # A rank that cannot open the folder has no model that tells where it trains, and is waited for all the same.
+        work = _Attempt(open_folder)
+        device = devices.target(opened[0][1] if opened else nn.Module(), mesh)
+        ranks = mesh_of(mesh, device)
+        if len(set(work.on_all_ranks(_RanksOf(ranks, device), folder))) > 1:
+            raise CheckpointError(f"ranks see different folders at {folder}: give all of them the same files")
+        ((weights, model),) = opened
+        engine = Engine(model, Partition(stage), ranks, device, precision)
         build.build(engine, units, offload, meta_init.leave_meta, has_values=False)
-        _fill(engine, weights)
-        for name, buffer in model.named_buffers():
-            if name in weights.entries:
-                weights.read(name, 0, buffer.numel(), buffer.data.view(-1))
+        _Attempt(lambda: _read(engine, weights)).on_all_ranks(engine, folder)
+        _gather(engine)
     build.finish(engine)
     return model.eval()
+
+
+@dataclass(frozen=True)
+class _RanksOf:
+    """What gathers numbers before there is an engine."""
+
+    mesh: RankMesh
+    device: torch.device
+
+    def all_gather_scalars(self, scalars: torch.Tensor) -> torch.Tensor:
+        """Every rank's few numbers. Collective."""
+        return self.mesh.all_gather_scalars(scalars.to(self.device))
+
+
+class _Attempt:
+    """Work that was done or failed on this rank, while the other ranks wait for its word."""
+
+    def __init__(self, work: Callable[[], str | None]):
+        self.failure: Exception | None = None
+        self.result = ""
+        try:
+            self.result = work() or ""
+        except Exception as failure:  # whatever it is: see on_all_ranks
+            self.failure = failure
+
+    def on_all_ranks(self, ranks: Ranks, folder: Path) -> list[str]:
+        """Every rank's result; this rank's failure where all failed, CheckpointError where some did. Collective."""
+        failure = self.failure
+        word = f"failed: {type(failure).__name__}: {failure}" if failure is not None else f"done: {self.result}"
+        words = on_all_ranks(ranks, f"loading {folder}", CheckpointError, lambda: word)
+        failed = [f"rank {rank}: {text[8:]}" for rank, text in enumerate(words) if text.startswith("failed: ")]
+        if failure is not None and len(failed) == len(words):
+            raise failure
+        if failed:
+            raise CheckpointError(
+                f"loading {folder} failed on {len(failed)} of {len(words)} ranks; {'; '.join(failed[:4])}"
+            ) from failure
+        return words
 
 
 def _empty_model(folder: Path) -> transformers.PreTrainedModel:
@@ -75,8 +129,8 @@ def _empty_model(folder: Path) -> transformers.PreTrainedModel:
     return model
 
 
-def _fill(engine: Engine, weights: Weights) -> None:
-    """Read this rank's shards, and gather the others' where unsharded parameters stay. Collective."""
+def _read(engine: Engine, weights: Weights) -> None:
+    """Read this rank's shards, and the buffers that the files hold."""
     keys = _keys_of(engine, weights)
     for bucket in _without_values(engine):
         shard, spec = bucket.shard, bucket.shard.spec
@@ -84,12 +138,23 @@ def _fill(engine: Engine, weights: Weights) -> None:
         for slot in bucket.layout.slots:
             part = slot.range.intersect(spec.shard_range)
             weights.read(keys[slot.name], *part.relative_to(slot.range), part.of(values, shard.range))
+        shard.set_values(values)
+    for name, buffer in engine.model.named_buffers():
+        if name in weights.entries:
+            weights.check_dtype(name, buffer.dtype)
+            weights.read(name, 0, buffer.numel(), buffer.data.view(-1))
+
+
+def _gather(engine: Engine) -> None:
+    """Gather the other ranks' shards where unsharded parameters stay. Collective."""
+    for bucket in _without_values(engine):
+        shard, spec = bucket.shard, bucket.shard.spec
         if spec.owns_all:
+            values = shard.values()
             everything = values.to(engine.device.device)
             own = spec.shard_range.of(everything)
             engine.mesh.shard.all_gather(everything, own, f"gathering {bucket.layout.name}").wait()
-            values = everything.to(values.device)
-        shard.set_values(values)
+            shard.set_values(everything.to(values.device))
         shard.publish()
         bucket.parameters.wait()
 
@@ -102,13 +167,14 @@ def _without_values(engine: Engine) -> list[Bucket]:
 def _keys_of(engine: Engine, weights: Weights) -> dict[str, str]:
     """Parameter name -> name in the files: its own or a tied one's, with or without the base model's prefix."""
     model = engine.model
+    weights.check_unquantised([*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())])
     prefix = getattr(model, "base_model_prefix", "")
     aliases: dict[str, list[str]] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for alias, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(names[id(parameter)], []).append(alias)
     keys: dict[str, str] = {}
-    for slot in [slot for bucket in _without_values(engine) for slot in bucket.layout.slots]:
+    for slot, dtype in [(slot, b.shard.spec.dtype) for b in _without_values(engine) for slot in b.layout.slots]:
         names_here = aliases[slot.name]
         candidates = [*names_here, *(f"{prefix}.{name}" for name in names_here)]
         candidates += [name.removeprefix(f"{prefix}.") for name in names_here]
@@ -123,6 +189,7 @@ def _keys_of(engine: Engine, weights: Weights) -> dict[str, str]:
             raise ValueError(
                 f"{key} in {weights.folder} has shape {weights.shape(key)}, config.json asks for {slot.shape}"
             )
+        weights.check_dtype(key, dtype)
         keys[slot.name] = key
     known = {*keys.values(), *(alias for group in aliases.values() for alias in group), *dict(model.named_buffers())}
     unused = sorted(set(weights.entries) - known - {f"{prefix}.{name}" for name in known})

@@ -9,6 +9,7 @@ from zerolite.config import Offload, Precision, reduce_dtype
 from zerolite.engine import hooks, model_methods
 from zerolite.engine.engine import Engine, ParameterInfo
 from zerolite.engine.extensions import extensions_of
+from zerolite.engine.shard_settings import compare_shards
 from zerolite.offload.placement import Policy, place
 from zerolite.shards.bucket import Bucket, TrainableBucket, Unit
 from zerolite.shards.gradients import FlatGradients
@@ -37,7 +38,7 @@ def build(
 
     materialize(model, plan, device): gives a unit's parameters their values, where `has_values`; else it only moves
         them off the meta device, and buckets start as zeros, for the caller to fill.
-    ValueError and ZeroliteError as of `zerolite.shard`.
+    ValueError and ZeroliteError as of `zerolite.shard`; ranks' arguments are compared before anything else travels.
     """
     model, precision = engine.model, engine.precision
 
@@ -46,6 +47,7 @@ def build(
 
     stays_unsharded = [p for extension in extensions_of(model) for p in extension.stays_unsharded(model)]
     plans = plan_units(model, rule, dtype_of, stays_unsharded)
+    compare_shards(engine, plans, offload, dtype_of, has_values)
     policy = Policy(engine.partition, engine.mesh.shard.size, precision, dtype_of)
     engine.placement = place(plans, policy, offload, engine.device, engine.mesh)
     engine.fetch_queue = engine.placement.fetch_queue

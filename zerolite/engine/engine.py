@@ -22,6 +22,7 @@ from torch import nn
 from torch.autograd import Variable
 
 from zerolite.config import Precision
+from zerolite.engine.backward_record import BackwardRecord
 from zerolite.engine.loss_scale import LossScale
 from zerolite.engine.prefetch import neighbour
 from zerolite.engine.reducer import Reducer
@@ -58,6 +59,7 @@ class Engine:
         self.is_syncing = True  # False inside no_sync
         self.full_depth = 0  # nested full_params
         self.gather_order_hash = 0  # of the units gathered so far, in order; compared over ranks by every step
+        self.backwards = BackwardRecord()
         self._is_backward_open = False
         self._was_loss_scaled = False
 
@@ -176,6 +178,7 @@ class Engine:
                 "scaled: call the model itself and compute the loss from what it returns"
             )
         self._was_loss_scaled = False
+        self.backwards.add(self.is_syncing)
         if self.is_syncing:
             self.reducer.finish()
         self._end_backward()
@@ -199,6 +202,7 @@ class Engine:
         """Drop gradients: of all parameters, or of some slots of some buckets."""
         if self._is_backward_open and not is_in_backward():
             self.abandon_backward()
+        self.backwards.clear()
         self.reducer.clear(slots, set_to_none)
 
     # Step and whole parameters #

@@ -26,6 +26,7 @@ from zerolite.optim.grad_stats import GradStats, reduce_grad_stats
 from zerolite.optim.groups import Groups
 from zerolite.optim.parameter_states import StateTable
 from zerolite.optim.rules import Rule
+from zerolite.optim.step_header import StepSettings
 from zerolite.runtime import trace
 from zerolite.shards.bucket import Bucket
 from zerolite.shards.update import Update
@@ -71,6 +72,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._stats: tuple[int, GradStats] | None = None  # with the version of the gradients that they are of
         self._clip_factor = 1.0  # of clip_grad_norm_, for the next step
         self._grad_norm: float | None = None
+        self._settings = StepSettings(self)
         super().__init__(params, defaults)
 
     # Param groups and states #
@@ -174,7 +176,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Class, param groups by parameter name, and steps taken, as JSON values."""
         groups = []
         for group in self.param_groups:
-            hyper = {name: _plain(value) for name, value in group.items() if name not in ("params", "param_names")}
+            hyper = {name: _as_number(v) for name, v in group.items() if name not in ("params", "param_names")}
             groups.append({**hyper, "params": [_name(parameter) for parameter in group["params"]]})
         self._table.absorb(self.state)
         steps = {_name(parameter): int(self._table.steps[parameter]) for parameter in self._groups.infos}
@@ -208,14 +210,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         norm = self._unscaled_norm(self._reduce_grad_stats())
         self._clip_factor = _clip_factor(norm, max_norm)
+        self._settings.clipped_to = float(max_norm)
         self._grad_norm = norm
         return norm
 
     def _reduce_grad_stats(self) -> GradStats:
         reducer = self._engine.reducer
         if self._stats is None or self._stats[0] != reducer.version:
-            counts = [[True if p in self._groups.infos else None for p in b.parameters.tensors] for b in reducer.order]
-            stats = reduce_grad_stats(self._engine, counts)  # it may reduce, which is a new version
+            infos = self._groups.infos
+            counts = [[True if p in infos else None for p in b.parameters.tensors] for b in reducer.order]
+            stats = reduce_grad_stats(self._engine, counts, self._settings)  # it may reduce, which is a new version
             self._stats = (reducer.version, stats)
         return self._stats[1]
 
@@ -229,7 +233,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """One update of this rank's range, and its publication. Returns the closure's loss. Collective.
 
         A step whose gradients hold Inf or NaN changes nothing on any rank; `step_was_skipped` tells. WorkerError where
-        a worker failed, ZeroliteError where ranks have run other modules.
+        a worker failed, ZeroliteError where ranks have run other modules or backwards, or their optimizers differ.
         """
         loss = None
         if closure is not None:
@@ -307,13 +311,13 @@ def _warn_skipped(engine: Engine, stats: GradStats) -> None:
     )
 
 
+def _as_number(value):
+    """A hyperparameter as JSON has it: torch.optim takes 0-dim tensors for numbers."""
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
 def _name(parameter: torch.Tensor) -> str:
     return sharded_info(parameter).name
-
-
-def _plain(value: Any) -> Any:
-    """A hyperparameter as a JSON value: a learning rate may be a tensor."""
-    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _clip_factor(norm: float, max_norm: float) -> float:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from zerolite.engine.engine import Engine
-from zerolite.errors import ZeroliteError
+from zerolite.optim import step_header
+from zerolite.optim.step_header import StepSettings
 from zerolite.shards.bucket import Bucket
 
 
@@ -47,46 +48,48 @@ class BucketStats(NamedTuple):
         return cls(row[0], bool(row[1]), [bool(number) for number in row[2:]])
 
 
-def reduce_grad_stats(engine: Engine, counts: Sequence[Sequence[bool | None]]) -> GradStats:
+def reduce_grad_stats(
+    engine: Engine, counts: Sequence[Sequence[bool | None]], settings: StepSettings | None = None
+) -> GradStats:
     """Norms and use over all ranks, after reducing gradients that some rank still holds unreduced. Collective.
 
     counts: a bucket of `engine.reducer.order` and slot: True where the slot counts, None where not.
-    ZeroliteError on every rank where ranks have gathered other units since the last step, or in another order.
+    settings: of the optimizer that steps, which every rank must have alike.
+    ZeroliteError on every rank where they differ, or where ranks have run other backwards or gathered other units since
+    the last step, or in another order.
     """
     buckets = engine.reducer.order
-    stats, unreduced = _exchange(engine, counts, is_exact=False)
+    stats, unreduced = _exchange(engine, counts, settings, is_exact=False)
     if any(unreduced):
         engine.reducer.reduce_late([bucket for bucket, is_late in zip(buckets, unreduced, strict=True) if is_late])
-        stats, _ = _exchange(engine, counts, is_exact=False)
+        stats, _ = _exchange(engine, counts, settings, is_exact=False)
     total = sum(stats.squares)
     if total == 0 or not math.isfinite(total):
-        stats, _ = _exchange(engine, counts, is_exact=True)
+        stats, _ = _exchange(engine, counts, settings, is_exact=True)
     return stats
 
 
-def _exchange(engine: Engine, counts: Sequence[Sequence[bool | None]], is_exact: bool) -> tuple[GradStats, list[bool]]:
-    """One small all-gather: the hash of this rank's gathers, then a `BucketStats` a bucket. Collective.
+def _exchange(
+    engine: Engine, counts: Sequence[Sequence[bool | None]], settings: StepSettings | None, is_exact: bool
+) -> tuple[GradStats, list[bool]]:
+    """One small all-gather: the header, then a `BucketStats` a bucket. Collective.
 
     The stats, and for each bucket whether some rank has unreduced gradients.
     """
     buckets = engine.reducer.order
-    numbers: list[torch.Tensor | float] = [float(engine.gather_order_hash)]
+    numbers: list[torch.Tensor | float] = step_header.header_of(engine, settings)
     for bucket, bucket_counts in zip(buckets, counts, strict=True):
         gradients = bucket.gradients
         squares = bucket.shard.sum_of_squares(bucket_counts, is_exact)
         numbers += BucketStats(squares, gradients.has_unreduced, gradients.was_used).pack()
     replicas = engine.all_gather_scalars(_as_tensor(numbers, engine.device.device)).tolist()
 
-    if len({row[0] for replica in replicas for row in replica}) > 1:
-        raise ZeroliteError(
-            "ranks gathered other parameters, or in another order, since the last step: at stage 3 every rank must run "
-            "the same modules in the same order; use a lower stage, or units= whose choice does not depend on the data"
-        )
-    engine.gather_order_hash = 0
+    headers = [row[: step_header.WIDTH] for replica in replicas for row in replica]
+    step_header.compare_headers(engine, settings, headers)
     sums: list[float] = []
     unreduced: list[bool] = []
     was_used: list[list[bool]] = []
-    column = 1
+    column = step_header.WIDTH
     for bucket in buckets:
         end = column + BucketStats.width(len(bucket.layout.slots))
         ranks = [[BucketStats.unpack(row[column:end]) for row in replica] for replica in replicas]

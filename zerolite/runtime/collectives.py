@@ -7,7 +7,9 @@ order, which also makes the sum independent of who owns the shard.
 Every method but the properties is collective: every rank of the group must call it, in the same order.
 """
 
+import struct
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from zerolite.errors import WorkerError, ZeroliteError
 from zerolite.runtime import abort
 from zerolite.runtime import device as devices
 
+HEADER = struct.Struct("<QI20s96s")  # a message's bytes, hash of its label, dtype, as much of the label as fits
+# A tag of gloo has 31 bits: a hash, a sequence number, and one bit that tells header and payload apart.
+SEQUENCE_BITS = 10  # a rank has far fewer exchanges in flight
 CHUNK_NUMEL = 128 * 1024  # three of them in fp32 lie in a core's second-level cache
 
 
@@ -35,14 +40,21 @@ class Pending:
             for step in self.steps:
                 step()
         except RuntimeError as error:
-            failure = abort.received()
-            if failure is not None:
-                raise WorkerError(failure) from error
-            raise ZeroliteError(
-                f"rank {dist.get_rank()}: {self.label} did not complete: another rank failed, is stuck, or runs other "
-                f"modules or another order of them; TORCH_DISTRIBUTED_DEBUG=DETAIL tells which ({error})"
-            ) from error
+            raise _failure(self.label, error) from error
         self.steps, self.keepalive = (), ()
+
+
+def _failure(label: str, error: RuntimeError) -> ZeroliteError:
+    """What a collective's failure means: another rank's, where one was published, else what is likely."""
+    failure = abort.received()
+    if failure is not None:
+        return WorkerError(failure)
+    return ZeroliteError(
+        f"rank {dist.get_rank()}: {label} did not complete ({error}). Another rank failed, is stuck, or runs other "
+        "modules, another order of them, or another number of batches or steps. Give every rank as many batches "
+        "(DistributedSampler, drop_last=True); evaluate, generate and save on all ranks, or in full_params, which "
+        "communicates on entry alone. TORCH_DISTRIBUTED_DEBUG=DETAIL tells which collectives differ"
+    )
 
 
 class Group:
@@ -130,21 +142,25 @@ class ExchangeGroup(Group):
     ) -> Pending:
         """Send tensors to every peer and receive theirs, each behind a header; `then`: what follows the last receive.
 
-        gloo ends the process when a message is of another size than expected. Each message's tag is the hash of its
-        label and a sequence number, so messages of ranks that are out of step never match. The header, one element
-        tagged by the sequence number alone, carries the hash: a mismatch raises at once instead of hanging.
+        gloo ends the process when a message is of another size than expected. Each message's tag has a sequence number
+        and a hash of its label, size and dtype, so messages of ranks that are out of step never match. The header, of
+        one size always and tagged by the sequence number alone, carries all three: a mismatch raises at once instead of
+        hanging.
         """
-        self.count = (self.count + 1) % (1 << 19)
-        label_hash = zlib.crc32(label.encode())
-        header = torch.tensor([label_hash])
+        self.count = (self.count + 1) % (1 << SEQUENCE_BITS)
+        sent = next(iter(sends.values()))
+        header, content_hash = _header(label, sent.nbytes, str(sent.dtype))
         headers = {peer: torch.empty_like(header) for peer in self.peers}
-        header_works = self._post({peer: header for peer in self.peers}, headers, 2 * self.count)
-        works = self._post(sends, receives, (label_hash & 0x3FF) << 20 | 2 * self.count + 1)
+        try:  # a peer may have closed its connection already
+            header_works = self._post({peer: header for peer in self.peers}, headers, 2 * self.count)
+            works = self._post(sends, receives, content_hash << SEQUENCE_BITS + 1 | 2 * self.count + 1)
+        except RuntimeError as error:
+            raise _failure(label, error) from error
 
         def check() -> None:
             for peer, received in headers.items():
-                if received.item() != label_hash:
-                    raise RuntimeError(f"rank {peer} of the group is at another collective")
+                if not torch.equal(received, header):
+                    raise RuntimeError(f"rank {peer} of the group is at {_difference(received, header)}")
 
         steps = [*(work.wait for work in header_works), check, *(work.wait for work in works), *then]
         return Pending(steps, (header, sends, receives), label)
@@ -178,12 +194,35 @@ class ExchangeGroup(Group):
         sum_in_rank_order([received.get(rank, sent) for rank in range(self.size)], tensor, 1)
 
     def broadcast(self, tensor):
+        """Its own message has no header, so the size goes ahead in the label of a small one."""
+        label = f"broadcasting {tensor.nbytes:,} bytes of {tensor.dtype}"
+        self._exchange(
+            {peer: torch.zeros(1) for peer in self.peers}, {peer: torch.zeros(1) for peer in self.peers}, label
+        ).wait()
         dist.broadcast(tensor, group=self.process_group, group_src=0)
 
     def all_gather_scalars(self, scalars):
         rows = scalars.new_empty(self.size * scalars.numel())
         self.all_gather(rows, scalars, "the exchange of a few numbers").wait()
         return rows.view(self.size, -1)
+
+
+@lru_cache(maxsize=1024)
+def _header(label: str, num_bytes: int, dtype: str) -> tuple[torch.Tensor, int]:
+    """What announces a message, (HEADER.size,) uint8, to be read only; and the hash of it that is in a tag."""
+    name = label.encode()
+    content = HEADER.pack(num_bytes, zlib.crc32(name), dtype.removeprefix("torch.").encode(), name[:96])
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8), zlib.crc32(content) >> SEQUENCE_BITS + 2
+
+
+def _difference(received: torch.Tensor, header: torch.Tensor) -> str:
+    """What a peer's header announced and this rank's does, in words."""
+    said = []
+    for content in (received, header):
+        num_bytes, _, dtype, label = HEADER.unpack(content.numpy().tobytes())
+        text, kind = (part.rstrip(b"\0").decode(errors="replace") for part in (label, dtype))
+        said.append(f"{text}, {num_bytes:,} bytes of {kind}")
+    return f"{said[0]}; this rank is at {said[1]}"
 
 
 def sum_in_rank_order(terms: list[torch.Tensor], out: torch.Tensor, divisor: int) -> None:
