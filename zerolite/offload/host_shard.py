@@ -231,6 +231,12 @@ class HostShard:
                 self.spec.layout.slots[index].range.intersect(self.range).of(values, self.range).zero_()
             self._squares = None
 
+    def scale_gradient(self, slot: int, factor: float) -> None:
+        values = self.gradient()
+        if values is not None:
+            self.spec.layout.slots[slot].range.intersect(self.range).of(values, self.range).mul_(factor)
+            self._squares = None
+
     def sum_of_squares(self, counts: Sequence[bool | None], is_exact: bool) -> torch.Tensor | float:
         """What came with the gradient or, where other slots count, what the workers sum."""
         if not self.has_gradient:

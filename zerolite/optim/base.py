@@ -13,15 +13,13 @@ What torch.optim has and this has not: sparse gradients, complex parameters, `ca
 whole parameters (`state[p]` holds this rank's part).
 """
 
-import math
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from zerolite.engine.engine import Engine, ParameterInfo, sharded_info
-from zerolite.optim.grad_stats import GradStats, reduce_grad_stats
+from zerolite.engine.grad_stats import GradStats, reduce_grad_stats, warn_skipped
 from zerolite.optim.rules import Rule
 from zerolite.runtime import trace
 from zerolite.shards.bucket import Bucket
@@ -35,6 +33,7 @@ class StepKey(NamedTuple):
     group: int  # in param_groups
     step: int  # this step's number for the parameter, from 1
     slot: int  # where the rule works a parameter at a time, else 0
+    scale: float  # of the gradient, by hand: engine/grad_handles.py, [Note: scales]
 
 
 class Work(NamedTuple):
@@ -55,6 +54,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     max_grad_norm: clip the global norm in `step`; None: do not.
     """
 
+    steps_shards = True  # see engine/foreign_optimizers.py
     rule: Rule  # set by the subclass
     _engine: Engine  # of the parameters
 
@@ -66,8 +66,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._infos: dict[torch.nn.Parameter, ParameterInfo] = {}  # of the parameters that are stepped
         self._group_of: dict[torch.nn.Parameter, int] = {}  # of those
         self._states: dict[Bucket, ShardStates] = {}
-        self._stats: tuple[int, GradStats] | None = None  # with the version of the gradients that they are of
-        self._clip_factor = 1.0  # of clip_grad_norm_, for the next step
+        self._stats: tuple[tuple[int, int], GradStats] | None = None  # unscaled, with what they are of
+        self._norm_before_clip: tuple[int, float] | None = None  # by clip_grad_norm_, with the gradients' version
         self._grad_norm: float | None = None
         super().__init__(params, defaults)
 
@@ -190,29 +190,37 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the optimizer's parameters."""
+        self._engine.clear_gradients(set_to_none, self._slots())
+
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Scale the gradients to a global norm of at most `max_norm`; returns the norm before. Collective.
+
+        As torch.nn.utils.clip_grad_norm_, which works, too: a second clip, `max_grad_norm` included, sees the clipped
+        norm. WorkerError where a worker failed.
+        """
+        norm = self._unscaled_norm(self._reduce_grad_stats())
+        self._engine.handles.scale(self._slots(), _clip_factor(norm, max_norm))
+        version = self._engine.reducer.version
+        if self._norm_before_clip is None or self._norm_before_clip[0] != version:
+            self._norm_before_clip = (version, norm)
+        self._grad_norm = self._norm_before_clip[1]
+        return norm
+
+    def _slots(self) -> dict[Bucket, list[int]]:
         slots: dict[Bucket, list[int]] = {}
         for info in self._infos.values():
             slots.setdefault(info.bucket, []).append(info.index)
-        self._engine.clear_gradients(set_to_none, slots)
-        self._clip_factor = 1.0
-
-    def clip_grad_norm_(self, max_norm: float) -> float:
-        """Have the next step clip the global norm to `max_norm`; returns the norm before clipping. Collective.
-
-        WorkerError where a worker failed.
-        """
-        norm = self._unscaled_norm(self._reduce_grad_stats())
-        self._clip_factor = _clip_factor(norm, max_norm)
-        self._grad_norm = norm
-        return norm
+        return slots
 
     def _reduce_grad_stats(self) -> GradStats:
-        reducer = self._engine.reducer
-        if self._stats is None or self._stats[0] != reducer.version:
-            counts = [[True if p in self._infos else None for p in b.parameters.tensors] for b in reducer.order]
+        """Of the gradients as they were scaled by hand. Collective."""
+        reducer, handles = self._engine.reducer, self._engine.handles
+        handles.check()
+        counts = [[True if p in self._infos else None for p in b.parameters.tensors] for b in reducer.order]
+        if self._stats is None or self._stats[0] != (reducer.version, handles.num_scalings_by_hand):
             stats = reduce_grad_stats(self._engine, counts)  # it may reduce, which is a new version
-            self._stats = (reducer.version, stats)
-        return self._stats[1]
+            self._stats = ((reducer.version, handles.num_scalings_by_hand), stats)
+        return handles.scaled(self._stats[1], counts) if handles.is_scaled else self._stats[1]
 
     def _unscaled_norm(self, stats: GradStats) -> float:
         return stats.norm / (self._engine.loss_scale.value if self._engine.loss_scale is not None else 1.0)
@@ -240,16 +248,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         stats = self._reduce_grad_stats()
         loss_scale = engine.loss_scale
         norm = self._unscaled_norm(stats)
-        self._grad_norm = norm
+        clipped = self._norm_before_clip
+        self._grad_norm = clipped[1] if clipped is not None and clipped[0] == engine.reducer.version else norm
         self.step_was_skipped = not stats.is_finite
         if self.step_was_skipped:
-            _warn_skipped(engine, stats)
+            warn_skipped(engine, stats)
         else:
-            factor = self._clip_factor
-            if self.max_grad_norm is not None:
-                factor *= _clip_factor(norm, self.max_grad_norm)
+            factor = _clip_factor(norm, self.max_grad_norm) if self.max_grad_norm is not None else 1.0
             self._update(stats, factor / (loss_scale.value if loss_scale is not None else 1.0))
-        self._clip_factor = 1.0
         if loss_scale is not None:
             loss_scale.update(overflowed=self.step_was_skipped)
             self._stats = None  # the norm was of gradients under the old scale
@@ -271,6 +277,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _plan(self, bucket: Bucket, was_used: Sequence[bool], multiplier: float) -> Work:
         """Count the used slots' steps, and cut this rank's range into segments that are stepped alike."""
         keys: list[StepKey | None] = []
+        scales = self._engine.handles.scales_of(bucket)
         for index, (parameter, is_used) in enumerate(zip(bucket.parameters.tensors, was_used, strict=True)):
             if parameter not in self._infos or not is_used or not parameter.requires_grad:
                 keys.append(None)
@@ -278,11 +285,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             state = self.state[parameter]
             state["step"] += 1
             slot = index if self.rule.is_per_parameter else 0
-            keys.append(StepKey(self._group_of[parameter], int(state["step"]), slot))
+            keys.append(StepKey(self._group_of[parameter], int(state["step"]), slot, scales[index]))
         updates = []
-        for segment, (group, step, slot) in bucket.layout.segments(bucket.shard.range, keys):
+        for segment, (group, step, slot, scale) in bucket.layout.segments(bucket.shard.range, keys):
             seed = step << 24 | bucket.position  # of stochastic rounding: the same on every rank and after a resume
-            updates.append(Update(segment, self.param_groups[group], step, multiplier, seed, slot))
+            updates.append(Update(segment, self.param_groups[group], step, multiplier * scale, seed, slot))
         return Work(bucket, keys, updates)
 
     def _prepare(self, work: list[Work]) -> None:
@@ -315,18 +322,6 @@ class _StatesByParameter:
                     bucket.shard.set_values(values)
                 else:
                     self.optimizer.write_state(bucket, name, values)
-
-
-def _warn_skipped(engine: Engine, stats: GradStats) -> None:
-    if engine.loss_scale is not None:
-        return  # an overflow is how a loss scale finds its height; step_was_skipped tells
-    buckets = zip(engine.reducer.order, stats.squares, strict=True)
-    names = sorted({bucket.unit.name for bucket, squares in buckets if not math.isfinite(squares)})
-    warnings.warn(
-        f"step skipped on every rank, nothing changed: gradients of {', '.join(names[:4])}"
-        f"{' and others' if len(names) > 4 else ''} hold Inf or NaN",
-        stacklevel=4,
-    )
 
 
 def slice_of(parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:

@@ -136,6 +136,14 @@ class FlatGradients:
         else:
             self.shard.drop_gradient()
 
+    def scale(self, scales: Sequence[float]) -> None:
+        """Multiply each slot's gradient, reduced and not; between two backwards."""
+        for index, scale in enumerate(scales):
+            if scale != 1.0:
+                if self._filled[index] and self.local is not None:
+                    self.layout.slots[index].range.of(self.local).mul_(scale)
+                self.shard.scale_gradient(index, scale)
+
     def _empty_local(self) -> torch.Tensor:
         """A buffer for the local sum: the one lent to the shard, once its range has left it, or one of the pool.
 
