@@ -30,8 +30,11 @@ class Answers(Protocol):
     def scale(self, factor: float) -> None:
         """Multiply the gradient."""
 
-    def zero(self) -> None:
+    def zero_(self) -> None:
         """Set the gradient to zero."""
+
+    def forget_scales(self) -> None:
+        """What scaled the gradients was no clip: `optimizer.grad_norm` is of what came out."""
 
     def number(self, factor: torch.Tensor) -> float:
         """The value of a tensor of one element; the host waits once for the same tensor."""
@@ -157,12 +160,12 @@ def _reciprocal(number: float) -> float:
     return 1.0 / number if number != 0 else math.copysign(math.inf, number)
 
 
-def _zero(handles, given):
+def zero_(handles, given):
     is_list = isinstance(given, list | tuple)
     if len(handles) != (len(given) if is_list else 1):
         raise _refusal("zero_", handles)
     for handle in handles:
-        handle.slot.zero()
+        handle.slot.zero_()
     return None if is_list else given
 
 
@@ -173,6 +176,7 @@ def _unscale(handles, given, found_inf, inverse_scale):
     if not all([math.isfinite(handle.slot.norm()) for handle in handles]):
         found_inf.fill_(1.0)
     _mul(handles, given, inverse_scale)
+    handles[0].slot.forget_scales()
 
 
 def _detach(handles, given):
@@ -195,8 +199,8 @@ _ANSWERS: dict[Any, Callable] = {
     torch.ops.aten._foreach_mul_: _mul,
     torch.ops.aten.div_: _div,
     torch.ops.aten._foreach_div_: _div,
-    torch.ops.aten.zero_: _zero,
-    torch.ops.aten._foreach_zero_: _zero,
+    torch.ops.aten.zero_: zero_,
+    torch.ops.aten._foreach_zero_: zero_,
     torch.ops.aten._amp_foreach_non_finite_check_and_unscale_: _unscale,
     torch.ops.aten.detach: _detach,
     torch.ops.aten.alias: _detach,

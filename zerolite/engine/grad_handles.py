@@ -67,8 +67,11 @@ class HandledSlot:
     def scale(self, factor: float) -> None:
         self._of_engine.scale_by_hand(self, factor)
 
-    def zero(self) -> None:
-        self._of_engine.zero(self)
+    def zero_(self) -> None:
+        self._of_engine.zero_(self)
+
+    def forget_scales(self) -> None:
+        self._of_engine.forget_scales()
 
     def number(self, factor: torch.Tensor) -> float:
         return self._of_engine.number(factor)
@@ -82,6 +85,7 @@ class GradHandles:
         self._slots: list[tuple[torch.nn.Parameter, HandledSlot]] = []
         self._scales: dict[Bucket, list[float]] = {}  # a slot; of buckets where one is not 1
         self._squares: tuple[int, dict[Bucket, list[float]]] | None = None  # with the gradients' version
+        self._asked: tuple[int, dict[Bucket, list[float]]] | None = None  # version and scales of the first norm
         self._factor: tuple[torch.Tensor, int, float] | None = None  # a tensor that was read, at a version of it
         self.num_scalings_by_hand = 0  # by foreign code, which ranks have yet to compare
 
@@ -175,14 +179,11 @@ class GradHandles:
     def norm(self, bucket: Bucket, index: int) -> float:
         """Of one slot's gradient as it was scaled, without the loss scale. Collective."""
         squares = self.squares()[bucket][index]
+        self.remember_scales()
         loss_scale = self._engine.loss_scale.value if self._engine.loss_scale is not None else 1.0
         return math.sqrt(squares) * abs(self.scale_of(bucket, index)) / loss_scale
 
     # Scales #
-
-    @property
-    def is_scaled(self) -> bool:
-        return bool(self._scales)
 
     def scale_of(self, bucket: Bucket, index: int) -> float:
         scales = self._scales.get(bucket)
@@ -192,10 +193,33 @@ class GradHandles:
         """A slot."""
         return self._scales.get(bucket) or [1.0] * len(bucket.layout.slots)
 
+    def remember_scales(self) -> None:
+        """A norm is known now: what scales the gradients from here on clips them, for `scaled_before_clip`."""
+        version = self._engine.reducer.version
+        if self._asked is None or self._asked[0] != version:
+            self._asked = (version, {bucket: list(scales) for bucket, scales in self._scales.items()})
+
+    def forget_scales(self) -> None:
+        """What scaled the gradients was no clip."""
+        self._asked = None
+
     def scaled(self, stats: GradStats, counts: Sequence[Sequence[bool | None]]) -> GradStats:
-        """`stats` of the slots that count, for the gradients as they were scaled. Collective."""
+        """`stats` of the slots that count, for the gradients as they are scaled. Collective."""
+        return self._scaled(stats, counts, self._scales)
+
+    def scaled_before_clip(self, stats: GradStats, counts: Sequence[Sequence[bool | None]]) -> GradStats:
+        """The same as they were scaled when the first norm of them was asked for. Collective."""
+        is_clipped = self._asked is not None and self._asked[0] == self._engine.reducer.version
+        return self._scaled(stats, counts, self._asked[1] if is_clipped and self._asked else self._scales)
+
+    def _scaled(
+        self, stats: GradStats, counts: Sequence[Sequence[bool | None]], by_bucket: Mapping[Bucket, Sequence[float]]
+    ) -> GradStats:
+        """Collective, where scales differ."""
+        if not by_bucket:
+            return stats
         order = self._engine.reducer.order
-        scales = [self.scales_of(bucket) for bucket in order]
+        scales = [by_bucket.get(bucket) or [1.0] * len(bucket.layout.slots) for bucket in order]
         if len({scale for row in scales for scale in row}) == 1:
             return replace(stats, squares=[squares * scales[0][0] ** 2 for squares in stats.squares])
         of_slots = self.squares()
@@ -217,7 +241,7 @@ class GradHandles:
         self._set_scale(slot.bucket, slot.index, self.scale_of(slot.bucket, slot.index) * factor)
         self.num_scalings_by_hand += 1
 
-    def zero(self, slot: HandledSlot) -> None:
+    def zero_(self, slot: HandledSlot) -> None:
         self._engine.clear_gradients(False, {slot.bucket: [slot.index]})
 
     def number(self, factor: torch.Tensor) -> float:

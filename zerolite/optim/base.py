@@ -67,7 +67,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._group_of: dict[torch.nn.Parameter, int] = {}  # of those
         self._states: dict[Bucket, ShardStates] = {}
         self._stats: tuple[tuple[int, int], GradStats] | None = None  # unscaled, with what they are of
-        self._norm_before_clip: tuple[int, float] | None = None  # by clip_grad_norm_, with the gradients' version
         self._grad_norm: float | None = None
         super().__init__(params, defaults)
 
@@ -185,7 +184,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> float | None:
-        """Global norm of the last step's gradients before clipping, the same on every rank; None before a step."""
+        """Global norm of the last step's gradients before clipping, the same on every rank; None before a step.
+
+        Before clipping by hand, too: of gradients as they were when somebody asked for a norm first.
+        """
         return self._grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -198,12 +200,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         As torch.nn.utils.clip_grad_norm_, which works, too: a second clip, `max_grad_norm` included, sees the clipped
         norm. WorkerError where a worker failed.
         """
-        norm = self._unscaled_norm(self._reduce_grad_stats())
+        stats, before = self._reduce_grad_stats()
+        norm, self._grad_norm = self._unscaled_norm(stats), self._unscaled_norm(before)
+        self._engine.handles.remember_scales()
         self._engine.handles.scale(self._slots(), _clip_factor(norm, max_norm))
-        version = self._engine.reducer.version
-        if self._norm_before_clip is None or self._norm_before_clip[0] != version:
-            self._norm_before_clip = (version, norm)
-        self._grad_norm = self._norm_before_clip[1]
         return norm
 
     def _slots(self) -> dict[Bucket, list[int]]:
@@ -212,15 +212,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             slots.setdefault(info.bucket, []).append(info.index)
         return slots
 
-    def _reduce_grad_stats(self) -> GradStats:
-        """Of the gradients as they were scaled by hand. Collective."""
+    def _reduce_grad_stats(self) -> tuple[GradStats, GradStats]:
+        """Of the gradients as they are, and as they were before somebody clipped them by hand. Collective."""
         reducer, handles = self._engine.reducer, self._engine.handles
         handles.check()
         counts = [[True if p in self._infos else None for p in b.parameters.tensors] for b in reducer.order]
         if self._stats is None or self._stats[0] != (reducer.version, handles.num_scalings_by_hand):
             stats = reduce_grad_stats(self._engine, counts)  # it may reduce, which is a new version
             self._stats = ((reducer.version, handles.num_scalings_by_hand), stats)
-        return handles.scaled(self._stats[1], counts) if handles.is_scaled else self._stats[1]
+        stats = self._stats[1]
+        return handles.scaled(stats, counts), handles.scaled_before_clip(stats, counts)
 
     def _unscaled_norm(self, stats: GradStats) -> float:
         return stats.norm / (self._engine.loss_scale.value if self._engine.loss_scale is not None else 1.0)
@@ -245,11 +246,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _step(self) -> None:
         engine = self._engine
         engine.before_step()
-        stats = self._reduce_grad_stats()
+        stats, before = self._reduce_grad_stats()
         loss_scale = engine.loss_scale
         norm = self._unscaled_norm(stats)
-        clipped = self._norm_before_clip
-        self._grad_norm = clipped[1] if clipped is not None and clipped[0] == engine.reducer.version else norm
+        self._grad_norm = self._unscaled_norm(before)
         self.step_was_skipped = not stats.is_finite
         if self.step_was_skipped:
             warn_skipped(engine, stats)
