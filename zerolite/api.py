@@ -32,9 +32,10 @@ def shard(
     precision: dtypes; None: parameters keep theirs, 16-bit ones are reduced in fp32 and stepped on an fp32 master.
     units: module classes, or a predicate over modules, gathered and freed as one; None: the repeated block class.
 
-    Every rank starts from rank 0's values. Afterwards gradients are the mean over ranks and live in the engine, not in
-    `parameter.grad`; optimizers are zerolite's. At stage 3 a parameter reads as NaN outside of forward, backward and
-    `full_params`. Requires_grad is what it was here: trainable and frozen parameters of a unit lie in buckets apart.
+    Every rank starts from rank 0's values. Afterwards gradients are the mean over ranks and lie in shards;
+    `parameter.grad` is a handle that answers norms (collective), scaling and clearing. Optimizers are zerolite's. At
+    stage 3 a parameter reads as NaN outside of forward, backward and `full_params`. Requires_grad is what it was here:
+    trainable and frozen parameters of a unit lie in buckets apart.
 
     Raises TypeError for a model, mesh, precision or units of another type. Raises ValueError for a stage, mesh, offload
     or units that cannot be, for a model that is sharded already or lies on several GPUs, and for a parameter on the
@@ -58,7 +59,8 @@ def no_sync(model: nn.Module, enabled: bool = True):
     """Inside, backward adds gradients up on this rank and reduces nothing; the next backward outside reduces the sum.
 
     It costs a whole unreduced gradient at every stage, in the reduction's dtype; without it each backward reduces and
-    adds to this rank's range. A step with gradients that were never reduced reduces them first.
+    adds to this rank's range. A step with gradients that were never reduced reduces them first, and so does the first
+    norm of a `parameter.grad`, which every rank must ask for.
     Every rank must enter it alike. Raises ValueError for a model that is not sharded.
     """
     engine = engine_of(model)
