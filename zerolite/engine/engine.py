@@ -159,7 +159,7 @@ class Engine:
     def accumulate_gradient(self, bucket: TrainableBucket, index: int, parameter: torch.Tensor) -> None:
         """Autograd has completed `parameter.grad`: move it into the bucket."""
         gradient, parameter.grad = parameter.grad, None
-        if isinstance(gradient, GradHandle):  # the backward reached the parameter before it reached the engine
+        if type(gradient) is GradHandle:  # the backward reached the parameter before it reached the engine
             handle, gradient = gradient, gradient.incoming
             handle.incoming, parameter.grad = None, handle
         assert gradient is not None, "autograd calls this when the gradient is complete"

@@ -82,7 +82,7 @@ class GradHandles:
 
     def __init__(self, engine: "Engine"):
         self._engine = engine
-        self._slots: list[tuple[torch.nn.Parameter, HandledSlot]] = []
+        self._slots: list[tuple[torch.nn.Parameter, HandledSlot, TrainableBucket]] = []
         self._scales: dict[Bucket, list[float]] = {}  # a slot; of buckets where one is not 1
         self._squares: tuple[int, dict[Bucket, list[float]]] | None = None  # with the gradients' version
         self._asked: tuple[int, dict[Bucket, list[float]]] | None = None  # version and scales of the first norm
@@ -93,7 +93,7 @@ class GradHandles:
         for bucket in buckets:
             if isinstance(bucket, TrainableBucket):
                 for index, parameter in enumerate(bucket.parameters.tensors):
-                    self._slots.append((parameter, HandledSlot(self, bucket, index)))
+                    self._slots.append((parameter, HandledSlot(self, bucket, index), bucket))
 
     # When handles are there #
 
@@ -103,10 +103,10 @@ class GradHandles:
         What is gone or was replaced is cleared.
         """
         cleared: dict[Bucket, list[int]] = {}
-        for parameter, slot in self._slots:
+        for parameter, slot, bucket in self._slots:
             gradient = parameter.grad
             if gradient is not slot.expected and not _is_of(gradient, slot):
-                cleared.setdefault(slot.bucket, []).append(slot.index)
+                cleared.setdefault(bucket, []).append(slot.index)
             elif gradient is not None:
                 parameter.grad = None
             slot.expected = None
@@ -121,8 +121,8 @@ class GradHandles:
     def place(self) -> None:
         """A backward has ended. See [Note: handles on all ranks]."""
         on_all_ranks = self._engine.mesh.world_size > 1
-        for parameter, slot in self._slots:
-            if (on_all_ranks or slot.bucket.gradients.was_used[slot.index]) and parameter.grad is None:
+        for parameter, slot, bucket in self._slots:
+            if (on_all_ranks or bucket.gradients.was_used[slot.index]) and parameter.grad is None:
                 if slot.handle is None:
                     slot.handle = GradHandle(parameter, slot)
                 parameter.grad = slot.expected = slot.handle
@@ -137,7 +137,7 @@ class GradHandles:
 
     def drop_cleared(self) -> list[HandledSlot]:
         """Drop gradients whose handle is gone; the slots where another tensor is."""
-        odd = [(parameter, slot) for parameter, slot in self._slots if parameter.grad is not slot.expected]
+        odd = [(parameter, slot) for parameter, slot, _ in self._slots if parameter.grad is not slot.expected]
         odd = [(parameter, slot) for parameter, slot in odd if not _is_of(parameter.grad, slot)]
         cleared: dict[Bucket, list[int]] = {}
         for parameter, slot in odd:
@@ -150,9 +150,11 @@ class GradHandles:
 
     def clear(self, slots: Mapping[Bucket, Sequence[int]] | None, set_to_none: bool) -> None:
         """The gradients of some slots, or of all, are cleared: take their handles away, or leave them."""
-        for parameter, slot in self._slots:
-            if slots is None or slot.index in slots.get(slot.bucket, ()):
-                self._set_scale(slot.bucket, slot.index, 1.0)
+        wanted = {bucket: set(indices) for bucket, indices in (slots or {}).items()}
+        for parameter, slot, bucket in self._slots:
+            if slots is None or (bucket in wanted and slot.index in wanted[bucket]):
+                if self._scales:
+                    self._set_scale(bucket, slot.index, 1.0)
                 if set_to_none:
                     parameter.grad = slot.expected = None
 
