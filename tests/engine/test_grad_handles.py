@@ -108,6 +108,24 @@ def test_ranks_that_scale_by_other_factors_all_say_so(ranks):
         assert kind == "ZeroliteError" and "scaled gradients by other factors" in text
 
 
+def norm_after_grad_scaler() -> tuple[float, float]:
+    """`optimizer.grad_norm` of a plain step, and of one whose gradients GradScaler has unscaled."""
+    norms = []
+    for is_scaled in (False, True):
+        model = zerolite.shard(build(), stage=2)
+        optimizer = zerolite.AdamW(model.parameters(), **OPTIONS)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=is_scaled)
+        scaler.scale(model(torch.ones(2, 5).double()).square().sum()).backward()
+        scaler.step(optimizer)
+        norms.append(optimizer.grad_norm)
+    return norms[0], norms[1]
+
+
+def test_grad_norm_is_of_unscaled_gradients(ranks):
+    for plain, unscaled in ranks(2).run(norm_after_grad_scaler):
+        assert unscaled == pytest.approx(plain, rel=1e-12)
+
+
 def clipped_by_hand_and_by_the_optimizer(by_torch: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
     """A second clip sees the clipped norm: with the same bound it changes nothing."""
     results = []

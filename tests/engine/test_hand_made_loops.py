@@ -60,6 +60,26 @@ def test_loops_of_torch_train_alike_at_every_stage(ranks, world):
                     raise AssertionError(f"{loop} at stage {stage}: {error}") from error
 
 
+def cleared_in_part_with_norm(offload: str | None) -> float:
+    """The norm that a step finds once some of a reduced gradient was set to zero."""
+    model = zerolite.shard(build(torch.float32), stage=1, offload=offload)
+    optimizer = zerolite.AdamW(model.parameters(), **OPTIONS)
+    model(torch.ones(2, 5)).square().sum().backward()
+    model.last.weight.grad.zero_()
+    optimizer.step()
+    assert optimizer.grad_norm is not None and model.last.weight.grad.norm() == 0
+    return optimizer.grad_norm
+
+
+def norms_with_and_without_offload() -> list[float]:
+    return [cleared_in_part_with_norm(offload) for offload in (None, "cpu")]
+
+
+def test_a_norm_that_came_with_the_gradient_is_not_used_after_an_edit(ranks):
+    for plain, offloaded in ranks(2).run(norms_with_and_without_offload):
+        assert plain == offloaded
+
+
 def with_and_without_offload(loops: list[str]) -> list[tuple[str, Run, Run]]:
     return [
         (loop, by_zerolite(loop, stage, torch.float32), by_zerolite(loop, stage, torch.float32, "cpu"))
