@@ -32,8 +32,8 @@ LEVELS = [
 
 PUBLIC_NAMES = {
     "Adam", "AdamW", "CheckpointError", "DataError", "Lamb", "Lion", "Offload", "Precision", "Usage", "WorkerError",
-    "ZeroliteError", "adapters", "export", "full_params", "load", "load_pretrained", "measure", "no_sync", "save",
-    "shard",
+    "ZeroliteError", "adapters", "export", "full_params", "like", "load", "load_pretrained", "measure", "no_sync",
+    "save", "shard",
 }  # fmt: skip
 
 FLAGS = {
@@ -261,7 +261,7 @@ def test_no_old_words():
             name = name or (node.name if isinstance(node, ast.FunctionDef | ast.ClassDef) else None)
             if isinstance(name, str) and OLD_WORDS & set(re.split(r"_+|(?<=[a-z])(?=[A-Z])", name.lower())):
                 found.add(f"{path.relative_to(ROOT)}: {name}")
-    allowed = re.compile(r"zero_grad|zero_gradient|zero_$|zeros|kernels/.*: (zero|lanes)$")
+    allowed = re.compile(r"zero_grad|zero_$|zeros|kernels/.*: (zero|lanes)$")
     assert not {name for name in found if not allowed.search(name)}
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from zerolite import adapters
     from zerolite.checkpoint.export import export
     from zerolite.checkpoint.pretrained import load_pretrained
+    from zerolite.optim.like import like
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
@@ -36,6 +37,7 @@ __all__ = [
     "adapters",
     "export",
     "full_params",
+    "like",
     "load",
     "load_pretrained",
     "measure",
@@ -48,6 +50,7 @@ __all__ = [
 _LAZY = {
     "adapters": "zerolite.adapters",
     "export": "zerolite.checkpoint.export",
+    "like": "zerolite.optim.like",
     "load_pretrained": "zerolite.checkpoint.pretrained",
 }
 

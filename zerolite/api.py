@@ -36,9 +36,10 @@ def shard(
     larger than the GPU; it stays where no GPU is visible (CUDA_VISIBLE_DEVICES=""), the mesh is of the CPU, or the
     process group has no NCCL. The GPU becomes this thread's current device.
 
-    Every rank starts from rank 0's values. Afterwards gradients are the mean over ranks and live in the engine, not in
-    `parameter.grad`; optimizers are zerolite's. At stage 3 a parameter reads as NaN outside of forward, backward and
-    `full_params`. Requires_grad is what it was here: trainable and frozen parameters of a unit lie in buckets apart.
+    Every rank starts from rank 0's values. Afterwards gradients are the mean over ranks and lie in shards;
+    `parameter.grad` is a handle that answers norms (collective), scaling and clearing. Optimizers are zerolite's. At
+    stage 3 a parameter reads as NaN outside of forward, backward and `full_params`. Requires_grad is what it was here:
+    trainable and frozen parameters of a unit lie in buckets apart.
 
     Every rank must run the same modules and optimizer steps in the same order. gloo's ranks that do not are told so at
     once; NCCL's wait for each other until the process group's timeout, 10 minutes where it is started here. With
@@ -68,9 +69,10 @@ def no_sync(model: nn.Module, enabled: bool = True):
     """Inside, backward adds gradients up on this rank and reduces nothing; the next backward outside reduces the sum.
 
     It costs a whole unreduced gradient at every stage, in the reduction's dtype; without it each backward reduces and
-    adds to this rank's range. A step with gradients that were never reduced reduces them first.
-    Every rank must enter it alike, else the next step raises ZeroliteError. Raises ValueError for a model that is not
-    sharded.
+    adds to this rank's range. A step with gradients that were never reduced reduces them first, and so does the first
+    norm of a `parameter.grad`, which every rank must ask for.
+    Every rank must run as many backwards outside; inside they may run other numbers, as in DDP. At stage 3, where
+    forwards communicate, every rank must run the same. Raises ValueError for a model that is not sharded.
     """
     engine = engine_of(model)
     was_syncing = engine.is_syncing

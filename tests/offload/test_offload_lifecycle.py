@@ -274,7 +274,7 @@ def odd_life(stage: int, offload):
     backward(model, 1)
     norms.append(optimizer.clip_grad_norm_(0.5))
     optimizer.step()
-    optimizer.step()  # on the same gradients, unclipped
+    optimizer.step()  # on the same gradients, as they were clipped
     norms.append(optimizer.grad_norm)
     optimizer.zero_grad()
     optimizer.step()  # on none: nothing changes
@@ -294,7 +294,7 @@ def odd_life(stage: int, offload):
     model.zero_grad(set_to_none=False)
     backward(model, 4)
     norms.append(optimizer.clip_grad_norm_(0.25))
-    norms.append(optimizer.clip_grad_norm_(0.5))  # the last word counts
+    norms.append(optimizer.clip_grad_norm_(0.5))  # of the clipped ones: changes nothing
     optimizer.step()
     return {**full(model), "norms": torch.tensor(norms, dtype=torch.float64)}
 

@@ -158,15 +158,10 @@ def add_group(model, optimizer) -> None:
     optimizer.param_groups.append({**optimizer.param_groups[1], "params": [parameter]})
 
 
-def no_sync_once(model, optimizer) -> None:
-    with zerolite.no_sync(model):
-        backward(model)
-
-
 def change_between_steps(stage: int) -> list[list[tuple[str, str]]]:
     """Three steps a change: alike, after the same change on both ranks, after one on rank 1 alone."""
     said = []
-    for change in (set_lr, set_tensor_lr, add_group, no_sync_once):
+    for change in (set_lr, set_tensor_lr, add_group):
         model = zerolite.shard(model_of(), stage=stage)
         lr = torch.tensor(1e-3) if change is set_tensor_lr else 1e-3
         optimizer = zerolite.AdamW(groups_of(model, lr=lr), lr=1e-3)
@@ -184,12 +179,11 @@ def change_between_steps(stage: int) -> list[list[tuple[str, str]]]:
 
 
 def test_every_step_compares_what_may_change_between_two(ranks):
-    """A rate, a rate in a tensor, groups, and a backward inside no_sync more: the same on both is nothing to say."""
+    """A rate, a rate in a tensor, groups: the same on both is nothing to say."""
     parts = [
         "lr of param group 1 is 0.25 on rank 0 and 0.5 on rank 1",
         "lr of param group 0 is 0.001",
         "param group of last.weight is 1 on rank 0 and 3 on rank 1",
-        "1 reduced, 0 inside no_sync (reduced) on rank 0 and 1 reduced, 1 inside no_sync (inside no_sync, reduced)",
     ]
     for results in ranks(2).run(change_between_steps, 1):
         for part, (*before, (kind, text)) in zip(parts, results, strict=True):
@@ -213,6 +207,33 @@ def test_clipping_by_hand_to_another_norm_is_named_by_the_next_exchange(ranks):
     for first, (kind, text) in ranks(2).run(clip_unlike):
         assert first == ("", "") and kind == "ZeroliteError"
         assert "max_norm of the last clip_grad_norm_ is 1.0 on rank 0 and 2.0 on rank 1" in text
+
+
+def more_micro_batches_on_rank_1() -> list[torch.Tensor]:
+    model = zerolite.shard(model_of(dtype=torch.float64), stage=2)
+    optimizer = zerolite.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        for _ in range(rank()):
+            with zerolite.no_sync(model):
+                model(torch.full((2, 5), 0.5, dtype=torch.float64)).square().sum().backward()
+        model(torch.ones(2, 5, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with zerolite.full_params(model):
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_ranks_may_have_other_numbers_of_micro_batches_inside_no_sync(ranks):
+    """Each adds up its own, and the mean over ranks is stepped, as in DDP."""
+    model = model_of(dtype=torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        (model(torch.full((2, 5), 0.5, dtype=torch.float64)).square().sum() / 2).backward()
+        model(torch.ones(2, 5, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for parameters in ranks(2).run(more_micro_batches_on_rank_1):
+        torch.testing.assert_close(parameters, [p.detach() for p in model.parameters()], rtol=1e-9, atol=1e-12)
 
 
 # messages

@@ -4,8 +4,8 @@ from torch import nn
 
 from zerolite.adapters.state import adapter_of
 from zerolite.engine.engine import engine_of
+from zerolite.engine.grad_stats import reduce_grad_stats, slot_norms
 from zerolite.errors import ZeroliteError
-from zerolite.optim.grad_stats import reduce_grad_stats, slot_norms
 
 
 def check_gradients(model: nn.Module) -> None:

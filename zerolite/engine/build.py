@@ -9,6 +9,7 @@ from zerolite.config import Offload, Precision, reduce_dtype
 from zerolite.engine import hooks, model_methods
 from zerolite.engine.engine import Engine, ParameterInfo
 from zerolite.engine.extensions import extensions_of
+from zerolite.engine.foreign_optimizers import refuse_foreign_steps
 from zerolite.engine.shard_settings import compare_shards
 from zerolite.offload.placement import Policy, place
 from zerolite.shards.bucket import Bucket, TrainableBucket, Unit
@@ -59,6 +60,7 @@ def build(
                 unit.add(bucket)
         engine.units.append(unit)
         engine.reducer.add(unit.buckets)
+        engine.handles.add(unit.buckets)
         hooks.install(engine, unit)
         for bucket in unit.buckets:
             for slot, parameter in enumerate(bucket.parameters.tensors):
@@ -68,6 +70,7 @@ def build(
     if engine.loss_scale is not None:
         hooks.scale_loss(engine)
     model._zerolite = engine
+    refuse_foreign_steps()
     model_methods.adapt(engine)
 
 

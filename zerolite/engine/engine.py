@@ -22,7 +22,9 @@ from torch import nn
 from torch.autograd import Variable
 
 from zerolite.config import Precision
-from zerolite.engine.backward_record import BackwardRecord
+from zerolite.engine.grad_handle import GradHandle
+from zerolite.engine.grad_handles import GradHandles
+from zerolite.engine.graph_task import is_in_backward
 from zerolite.engine.loss_scale import LossScale
 from zerolite.engine.prefetch import neighbour
 from zerolite.engine.reducer import Reducer
@@ -53,13 +55,13 @@ class Engine:
         self.precision = precision
         self.units: list[Unit] = []  # the root first
         self.reducer = Reducer(self.device)
+        self.handles = GradHandles(self)
         self.placement = Placement()  # set by `build`, with the queue of what workers have stepped
         self.fetch_queue = self.placement.fetch_queue
         self.loss_scale = LossScale.of(precision)
         self.is_syncing = True  # False inside no_sync
         self.full_depth = 0  # nested full_params
         self.gather_order_hash = 0  # of the units gathered so far, in order; compared over ranks by every step
-        self.backwards = BackwardRecord()
         self._is_backward_open = False
         self._was_loss_scaled = False
 
@@ -130,6 +132,7 @@ class Engine:
         # Fetch units that this rank's forward skipped: another rank may have used them and already issued their
         # all-gathers.
         self.fetch()
+        self.handles.withdraw()
         self.reducer.begin_backward()
         Variable._execution_engine.queue_callback(self.finish_backward)
 
@@ -155,10 +158,13 @@ class Engine:
 
     def accumulate_gradient(self, bucket: TrainableBucket, index: int, parameter: torch.Tensor) -> None:
         """Autograd has completed `parameter.grad`: move it into the bucket."""
+        gradient, parameter.grad = parameter.grad, None
+        if type(gradient) is GradHandle:  # the backward reached the parameter before it reached the engine
+            handle, gradient = gradient, gradient.incoming
+            handle.incoming, parameter.grad = None, handle
+        assert gradient is not None, "autograd calls this when the gradient is complete"
         if not self._is_backward_open:
             self.open_backward()
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None, "autograd calls this when the gradient is complete"
         if gradient.layout != torch.strided:
             raise ValueError(
                 f"{bucket.layout.slots[index].name} has a sparse gradient; zerolite reduces dense ones: "
@@ -178,7 +184,6 @@ class Engine:
                 "scaled: call the model itself and compute the loss from what it returns"
             )
         self._was_loss_scaled = False
-        self.backwards.add(self.is_syncing)
         if self.is_syncing:
             self.reducer.finish()
         self._end_backward()
@@ -189,8 +194,14 @@ class Engine:
         self.reducer.drain()
         self._end_backward()
 
+    def end_open_backward(self) -> None:
+        """Forget a backward that has raised."""
+        if self._is_backward_open and not is_in_backward():
+            self.abandon_backward()
+
     def _end_backward(self) -> None:
         self.reducer.reset()
+        self.handles.place()
         for unit in self.units:
             unit.backward_uses = unit.pending_uses = 0
             self.free(unit)
@@ -200,10 +211,10 @@ class Engine:
 
     def clear_gradients(self, set_to_none: bool = True, slots: Mapping[Bucket, Sequence[int]] | None = None) -> None:
         """Drop gradients: of all parameters, or of some slots of some buckets."""
-        if self._is_backward_open and not is_in_backward():
-            self.abandon_backward()
-        self.backwards.clear()
+        self.end_open_backward()
+        self.handles.drop_cleared()
         self.reducer.clear(slots, set_to_none)
+        self.handles.clear(slots, set_to_none)
 
     # Step and whole parameters #
 
@@ -281,7 +292,3 @@ def engine_of(model: nn.Module) -> Engine:
 def find_engine(model: nn.Module) -> Engine | None:
     """The engine behind a model; None where it is not sharded."""
     return getattr(model, "_zerolite", None)
-
-
-def is_in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from zerolite.engine.engine import Engine, is_in_backward
+from zerolite.engine.engine import Engine
+from zerolite.engine.graph_task import is_in_backward
 from zerolite.shards.bucket import TrainableBucket, Unit
 
 

@@ -225,12 +225,12 @@ class HostShard:
     def drop_gradient(self) -> None:
         self._is_staged = self._is_summed = self._has_squares = False
 
-    def zero_gradient(self, slots: Sequence[int]) -> None:
+    def slot_gradient(self, slot: int) -> torch.Tensor | None:
         values = self.gradient()
-        if values is not None:
-            for index in slots:
-                self.spec.layout.slots[index].range.intersect(self.range).of(values, self.range).zero_()
-            self._has_squares = False
+        self._has_squares = False  # the caller changes it
+        return (
+            None if values is None else self.spec.layout.slots[slot].range.intersect(self.range).of(values, self.range)
+        )
 
     def sum_of_squares(self, counts: Sequence[bool | None], is_exact: bool) -> torch.Tensor | float:
         """What came with the gradient or, where other slots count, what the workers sum."""

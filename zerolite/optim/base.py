@@ -13,8 +13,6 @@ What torch.optim has and this has not: sparse gradients, complex parameters, `ca
 whole parameters (`state[p]` holds this rank's part).
 """
 
-import math
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -22,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 
 from zerolite.engine.engine import Engine, sharded_info
-from zerolite.optim.grad_stats import GradStats, reduce_grad_stats
+from zerolite.engine.grad_stats import GradStats, reduce_grad_stats, warn_skipped
 from zerolite.optim.groups import Groups
 from zerolite.optim.parameter_states import StateTable
 from zerolite.optim.rules import Rule
-from zerolite.optim.step_header import StepSettings
+from zerolite.optim.step_settings import StepSettings
 from zerolite.runtime import trace
 from zerolite.shards.bucket import Bucket
 from zerolite.shards.update import Update
@@ -38,6 +36,7 @@ class StepKey(NamedTuple):
     group: int  # in param_groups
     step: int  # this step's number for the parameter, from 1
     slot: int  # where the rule works a parameter at a time, else 0
+    scale: float  # of the gradient, by hand: engine/grad_handles.py, [Note: scales]
 
 
 class Work(NamedTuple):
@@ -58,6 +57,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     max_grad_norm: clip the global norm in `step`; None: do not.
     """
 
+    steps_shards = True  # see engine/foreign_optimizers.py
     rule: Rule  # set by the subclass
     state: defaultdict[Any, Any]
     _engine: Engine  # of the parameters
@@ -69,8 +69,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.step_was_skipped = False
         self._groups = Groups()
         self._table = StateTable(self.rule.state_names)
-        self._stats: tuple[int, GradStats] | None = None  # with the version of the gradients that they are of
-        self._clip_factor = 1.0  # of clip_grad_norm_, for the next step
+        self._stats: tuple[tuple[int, int], GradStats] | None = None  # unscaled, with what they are of
         self._grad_norm: float | None = None
         self._settings = StepSettings(self)
         super().__init__(params, defaults)
@@ -192,36 +191,39 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> float | None:
-        """Global norm of the last step's gradients before clipping, the same on every rank; None before a step."""
+        """Global norm of the last step's gradients before clipping, the same on every rank; None before a step.
+
+        Before clipping by hand, too: of gradients as they were when somebody asked for a norm first.
+        """
         return self._grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the optimizer's parameters."""
-        slots: dict[Bucket, list[int]] = {}
-        for info in self._groups.infos.values():
-            slots.setdefault(info.bucket, []).append(info.index)
-        self._engine.clear_gradients(set_to_none, slots)
-        self._clip_factor = 1.0
+        self._engine.clear_gradients(set_to_none, self._groups.slots())
 
     def clip_grad_norm_(self, max_norm: float) -> float:
-        """Have the next step clip the global norm to `max_norm`; returns the norm before clipping. Collective.
+        """Scale the gradients to a global norm of at most `max_norm`; returns the norm before. Collective.
 
-        WorkerError where a worker failed.
+        As torch.nn.utils.clip_grad_norm_, which works, too: a second clip, `max_grad_norm` included, sees the clipped
+        norm. WorkerError where a worker failed.
         """
-        norm = self._unscaled_norm(self._reduce_grad_stats())
-        self._clip_factor = _clip_factor(norm, max_norm)
+        stats, before = self._reduce_grad_stats()
+        norm, self._grad_norm = self._unscaled_norm(stats), self._unscaled_norm(before)
+        self._engine.handles.remember_scales()
+        self._engine.handles.scale(self._groups.slots(), _clip_factor(norm, max_norm))
         self._settings.clipped_to = float(max_norm)
-        self._grad_norm = norm
         return norm
 
-    def _reduce_grad_stats(self) -> GradStats:
-        reducer = self._engine.reducer
-        if self._stats is None or self._stats[0] != reducer.version:
-            infos = self._groups.infos
-            counts = [[True if p in infos else None for p in b.parameters.tensors] for b in reducer.order]
+    def _reduce_grad_stats(self) -> tuple[GradStats, GradStats]:
+        """Of the gradients as they are, and as they were before somebody clipped them by hand. Collective."""
+        reducer, handles, infos = self._engine.reducer, self._engine.handles, self._groups.infos
+        handles.check()
+        counts = [[True if p in infos else None for p in b.parameters.tensors] for b in reducer.order]
+        if self._stats is None or self._stats[0] != (reducer.version, handles.num_scalings_by_hand):
             stats = reduce_grad_stats(self._engine, counts, self._settings)  # it may reduce, which is a new version
-            self._stats = (reducer.version, stats)
-        return self._stats[1]
+            self._stats = ((reducer.version, handles.num_scalings_by_hand), stats)
+        stats = self._stats[1]
+        return handles.scaled(stats, counts), handles.scaled_before_clip(stats, counts)
 
     def _unscaled_norm(self, stats: GradStats) -> float:
         return stats.norm / (self._engine.loss_scale.value if self._engine.loss_scale is not None else 1.0)
@@ -233,7 +235,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """One update of this rank's range, and its publication. Returns the closure's loss. Collective.
 
         A step whose gradients hold Inf or NaN changes nothing on any rank; `step_was_skipped` tells. WorkerError where
-        a worker failed, ZeroliteError where ranks have run other modules or backwards, or their optimizers differ.
+        a worker failed, ZeroliteError where ranks have run other modules, or their optimizers differ.
         """
         loss = None
         if closure is not None:
@@ -248,19 +250,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         engine.before_step()
         self._follow_groups()
         self._table.absorb(self.state)
-        stats = self._reduce_grad_stats()
+        stats, before = self._reduce_grad_stats()
         loss_scale = engine.loss_scale
         norm = self._unscaled_norm(stats)
-        self._grad_norm = norm
+        self._grad_norm = self._unscaled_norm(before)
         self.step_was_skipped = not stats.is_finite
         if self.step_was_skipped:
-            _warn_skipped(engine, stats)
+            warn_skipped(engine, stats)
         else:
-            factor = self._clip_factor
-            if self.max_grad_norm is not None:
-                factor *= _clip_factor(norm, self.max_grad_norm)
+            factor = _clip_factor(norm, self.max_grad_norm) if self.max_grad_norm is not None else 1.0
             self._update(stats, factor / (loss_scale.value if loss_scale is not None else 1.0))
-        self._clip_factor = 1.0
         if loss_scale is not None:
             loss_scale.update(overflowed=self.step_was_skipped)
             self._stats = None  # the norm was of gradients under the old scale
@@ -282,33 +281,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _plan(self, bucket: Bucket, was_used: Sequence[bool], multiplier: float) -> Work:
         """Count the used slots' steps, and cut this rank's range into segments that are stepped alike."""
         keys: list[StepKey | None] = []
+        scales = self._engine.handles.scales_of(bucket)
         for index, (parameter, is_used) in enumerate(zip(bucket.parameters.tensors, was_used, strict=True)):
             if parameter not in self._groups.infos or not is_used or not parameter.requires_grad:
                 keys.append(None)
                 continue
             step = self._table.steps[parameter].add_(1)
             slot = index if self.rule.is_per_parameter else 0
-            keys.append(StepKey(self._groups.group_of[parameter], int(step), slot))
+            keys.append(StepKey(self._groups.group_of[parameter], int(step), slot, scales[index]))
         updates = []
-        for segment, (group, step, slot) in bucket.layout.segments(bucket.shard.range, keys):
+        for segment, (group, step, slot, scale) in bucket.layout.segments(bucket.shard.range, keys):
             seed = step << 24 | bucket.position  # of stochastic rounding: the same on every rank and after a resume
-            updates.append(Update(segment, self.param_groups[group], step, multiplier, seed, slot))
+            updates.append(Update(segment, self.param_groups[group], step, multiplier * scale, seed, slot))
         return Work(bucket, keys, updates)
 
     def _prepare(self, work: list[Work]) -> None:
         """What a rule must know of all buckets before it steps the first."""
-
-
-def _warn_skipped(engine: Engine, stats: GradStats) -> None:
-    if engine.loss_scale is not None:
-        return  # an overflow is how a loss scale finds its height; step_was_skipped tells
-    buckets = zip(engine.reducer.order, stats.squares, strict=True)
-    names = sorted({bucket.unit.name for bucket, squares in buckets if not math.isfinite(squares)})
-    warnings.warn(
-        f"step skipped on every rank, nothing changed: gradients of {', '.join(names[:4])}"
-        f"{' and others' if len(names) > 4 else ''} hold Inf or NaN",
-        stacklevel=4,
-    )
 
 
 def _as_number(value):

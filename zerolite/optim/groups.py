@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zerolite.engine.engine import Engine, ParameterInfo, sharded_info
+from zerolite.shards.bucket import Bucket
 
 
 class Groups:
@@ -54,3 +55,10 @@ class Groups:
         if engine is not None:
             now.engine = engine
         return now
+
+    def slots(self) -> dict[Bucket, list[int]]:
+        """Of the parameters that are stepped."""
+        slots: dict[Bucket, list[int]] = {}
+        for info in self.infos.values():
+            slots.setdefault(info.bucket, []).append(info.index)
+        return slots

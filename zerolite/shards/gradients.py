@@ -132,9 +132,22 @@ class FlatGradients:
         if not any(self._filled):
             self.local = None
         if any(self.was_used):
-            self.shard.zero_gradient(indices)
+            for index in indices:
+                part = self.shard.slot_gradient(index)
+                if part is not None:
+                    part.zero_()
         else:
             self.shard.drop_gradient()
+
+    def scale(self, scales: Sequence[float]) -> None:
+        """Multiply each slot's gradient, reduced and not; between two backwards."""
+        for index, scale in enumerate(scales):
+            if scale != 1.0:
+                if self._filled[index] and self.local is not None:
+                    self.layout.slots[index].range.of(self.local).mul_(scale)
+                part = self.shard.slot_gradient(index)
+                if part is not None:
+                    part.mul_(scale)
 
     def _empty_local(self) -> torch.Tensor:
         """A buffer for the local sum: the one lent to the shard, once its range has left it, or one of the pool.

@@ -120,8 +120,8 @@ class Shard(Protocol):
 
     def drop_gradient(self) -> None: ...
 
-    def zero_gradient(self, slots: Sequence[int]) -> None:
-        """Set the gradient of some slots to zero, if there is one."""
+    def slot_gradient(self, slot: int) -> torch.Tensor | None:
+        """1D, the owned part of one slot's gradient, to be changed in place; None where there is none."""
 
     def sum_of_squares(self, counts: Sequence[bool | None], is_exact: bool) -> torch.Tensor | float:
         """fp64 sum of squares of this rank's shard of the gradient, of the slots that count (not None)."""
@@ -246,10 +246,10 @@ class DeviceShard:
     def drop_gradient(self) -> None:
         self._gradient = self._buffer = None
 
-    def zero_gradient(self, slots: Sequence[int]) -> None:
-        if self._gradient is not None:
-            for index in slots:
-                self.spec.layout.slots[index].range.intersect(self.range).of(self._gradient, self.range).zero_()
+    def slot_gradient(self, slot: int) -> torch.Tensor | None:
+        if self._gradient is None:
+            return None
+        return self.spec.layout.slots[slot].range.intersect(self.range).of(self._gradient, self.range)
 
     def sum_of_squares(self, counts: Sequence[bool | None], is_exact: bool) -> torch.Tensor | float:
         total: torch.Tensor | float = 0.0

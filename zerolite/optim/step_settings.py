@@ -1,19 +1,15 @@
-"""What the exchange of a step begins with: numbers that must be alike on every rank, of what it ran and was told."""
+"""What an optimizer was told, as numbers and in words, for ranks to compare at every step."""
 
 import weakref
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from zerolite.engine.engine import Engine, info_of
-from zerolite.errors import ZeroliteError
-from zerolite.runtime.rank_settings import Settings, difference, digest_of
+from zerolite.engine.engine import info_of
+from zerolite.runtime.rank_settings import digest_of
 
 if TYPE_CHECKING:
     from zerolite.optim.base import ShardedOptimizer
-
-WIDTH = 4  # numbers of a header
 
 
 class StepSettings:
@@ -89,28 +85,3 @@ class StepSettings:
                     place += 1
                     total = total + place * value.detach().to(device, torch.float64, non_blocking=True).sum()
         return total
-
-
-def header_of(engine: Engine, settings: StepSettings | None) -> list[float | torch.Tensor]:
-    """WIDTH numbers of this rank."""
-    told = settings.numbers() if settings is not None else [0.0, 0.0]
-    return [float(engine.backwards.order_hash), float(engine.gather_order_hash), *told]
-
-
-def compare_headers(engine: Engine, settings: StepSettings | None, headers: Sequence[Sequence[float]]) -> None:
-    """ZeroliteError on every rank, naming both values, where the ranks' headers differ. Collective."""
-    backwards, gathers, *told = [{str(number) for number in column} for column in zip(*headers, strict=True)]
-    words: Settings = {"backwards": str(engine.backwards)}
-    engine.backwards.clear()
-    engine.gather_order_hash = 0
-    if len(backwards) > 1:
-        raise difference(engine, "the backwards that they ran since the last step (as many batches on each)", words)
-    if len(gathers) > 1:
-        raise ZeroliteError(
-            "ranks gathered other parameters, or in another order, since the last step: at stage 3 every rank must run "
-            "the same modules in the same order; use a lower stage, or units= whose choice does not depend on the data"
-        )
-    if any(len(column) > 1 for column in told):
-        raise difference(
-            engine, "the optimizer", settings.in_words() if settings is not None else {"optimizer": "none"}
-        )

@@ -10,7 +10,7 @@ from models import Stack
 from saved import attempt
 
 import zerolite
-from zerolite.optim.grad_stats import BucketStats
+from zerolite.engine.grad_stats import BucketStats
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=50)
