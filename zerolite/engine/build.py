@@ -8,6 +8,7 @@ from torch import nn
 from zerolite.config import Offload, Precision, reduce_dtype
 from zerolite.engine import hooks, model_methods
 from zerolite.engine.engine import Engine, ParameterInfo
+from zerolite.engine.entries import Entries
 from zerolite.engine.extensions import extensions_of
 from zerolite.offload.placement import Policy, place
 from zerolite.shards.bucket import Bucket, TrainableBucket, Unit
@@ -49,6 +50,7 @@ def build(
     policy = Policy(engine.partition, engine.mesh.shard.size, precision, dtype_of)
     engine.placement = place(plans, policy, offload, engine.device, engine.mesh)
     engine.fetch_queue = engine.placement.fetch_queue
+    entries = Entries(engine)
     for index, plan in enumerate(plans):
         materialize(model, plan, engine.device.device)
         unit = Unit(plan.name, plan.module, index, plan.module is model)
@@ -57,7 +59,7 @@ def build(
                 unit.add(bucket)
         engine.units.append(unit)
         engine.reducer.add(unit.buckets)
-        hooks.install(engine, unit)
+        hooks.install(engine, unit, entries)
         for bucket in unit.buckets:
             for slot, parameter in enumerate(bucket.parameters.tensors):
                 parameter._zerolite_info = ParameterInfo(engine, bucket, slot)
