@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from zerolite.engine.engine import is_in_backward
+from zerolite.engine.trees import map_tree, tensors_of
 from zerolite.errors import ZeroliteError
 from zerolite.shards.bucket import Bucket, Unit
 from zerolite.shards.states import ParameterState
@@ -64,24 +65,26 @@ class Entries:
             if any(id(parameter) in own for parameter in module._parameters.values()):
                 module._parameters = _Parameters(module._parameters, self, unit)
 
+    def keep_outputs(self, output):
+        """What a unit's forward returns, what lies in buffers that are freed copied: a bias to add later."""
+        if not self._buckets or all(self.index_of(tensor) is None for tensor in tensors_of(output)):
+            return output
+        return map_tree(lambda tensor: tensor if self.index_of(tensor) is None else tensor.clone(), output)
+
     # Saved tensors #
 
-    def watch(self, unit: Unit) -> bool:
-        """Have saved tensors pass through here from now on; False where they do already, or nothing is freed.
+    def check_transforms(self, unit: Unit) -> None:
+        """ValueError under a transform of torch.func, which saves tensors where no hook can see them."""
+        if self._buckets and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise ValueError(
+                f"the forward of {unit.name} is called under a transform of torch.func (grad, jvp, ...), and "
+                "its parameters are freed before the transform reads them: shard with stage=2, or use torch.autograd"
+            )
 
-        Raises ValueError under a transform of torch.func, which saves tensors where no hook can see them.
-        """
+    def watch(self) -> bool:
+        """Have saved tensors pass through here from now on; False where they do already, or nothing is freed."""
         if not self._buckets:
             return False
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            engine = self._engine()
-            if engine is not None and engine.full_depth:
-                return False
-            raise ValueError(
-                f"{unit.name} runs under a transform of torch.func (grad, vjp, jvp, vmap, ...), and its parameters are "
-                "freed after its forward, before the transform reads them: run the transform inside "
-                "zerolite.full_params(model), or shard with stage=2"
-            )
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
         hooks = self._hooks
         if outer is not None:

@@ -51,6 +51,7 @@ class _Use:
 
     def __init__(self, engine: Engine, unit: Unit):
         self.engine, self.unit = engine, unit
+        self.is_running = False
         self.is_watching = False  # saved tensors, for the time of the forward
         self.has_begun = False
         self.inputs = self.missing = 0  # views of inputs; those whose gradient has not come in this backward
@@ -76,10 +77,12 @@ class _BeforeForward:
     def __call__(self, module: nn.Module, args, kwargs):
         use = _Use(self.engine, self.unit)
         self.uses.append(use)
+        self.entries.check_transforms(self.unit)
+        use.is_running = True
         self.engine.pre_forward(self.unit)
         if not torch.is_grad_enabled():
             return None
-        use.is_watching = self.entries.watch(self.unit)
+        use.is_watching = self.entries.watch()
         return None if self.unit.is_root else _view_inputs(args, kwargs, use)
 
 
@@ -89,14 +92,18 @@ class _AfterForward:
 
     def __call__(self, module: nn.Module, args, output):
         engine, unit, use = self.engine, self.unit, self.uses.pop()
+        if not use.is_running:
+            return None  # refused; this hook is called for what raised, too
         if use.is_watching:
             self.entries.unwatch()
+        output = self.entries.keep_outputs(output)
         nodes = {}
         if torch.is_grad_enabled() and unit.forward_depth == 1:  # not an owner of the root's inside the root's forward
             nodes = {id(t.grad_fn): t.grad_fn for t in tensors_of(output) if t.grad_fn is not None}
         for node in nodes.values():
             node.register_prehook(use.begin)
         engine.post_forward(unit, bool(nodes))
+        return output
 
 
 class _AfterGradient:
