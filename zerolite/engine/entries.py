@@ -99,19 +99,28 @@ class Entries:
         torch._C._autograd._pop_saved_tensors_default_hooks()
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        index = self.index_of(tensor)
+        """Called for every saved tensor of every forward, so it is one Python call for most."""
+        try:
+            index = self._by_storage.get(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):  # as in index_of
+            index = None
+        version = tensor._version
         # An output must not be kept with its node, which would keep the output.
         kept = tensor if tensor.grad_fn is None else tensor.detach()
-        if index is not None:
-            return _SavedParameter(index, kept.detach(), tensor._version)
-        version = tensor._version
-        return kept if version == 0 else (kept, version)
+        if index is None:
+            return kept if version == 0 else (kept, version)
+        self.index_of(tensor)  # raises for one that reads as NaN
+        return _SavedParameter(index, kept.detach(), version)
 
     def unpack(self, packed: Any) -> torch.Tensor:
-        if type(packed) is _SavedParameter:
+        kind = type(packed)
+        if kind is _SavedParameter:
             self.open(packed.index)
-            packed = packed.saved, packed.version
-        tensor, version = packed if type(packed) is tuple else (packed, 0)
+            tensor, version = packed.saved, packed.version
+        elif kind is tuple:
+            tensor, version = packed
+        else:
+            tensor, version = packed, 0
         if tensor._version != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
@@ -123,7 +132,7 @@ class Entries:
     def index_of(self, tensor: torch.Tensor) -> int | None:
         """Which watched bucket a tensor is a view of; ZeroliteError where it was read while that was sharded."""
         try:
-            storage = _storage_of(tensor)
+            storage = tensor.untyped_storage()._cdata
         except (NotImplementedError, RuntimeError):  # sparse ones, wrappers: none of ours
             return None
         index = self._by_storage.get(storage)
@@ -138,8 +147,11 @@ class Entries:
 
     def open(self, index: int) -> None:
         """Backward reads a saved parameter: gather its unit if nothing has. Collective then."""
+        bucket = self._buckets[index]()
+        if bucket is not None and bucket.parameters.state is ParameterState.UNSHARDED:
+            return
         bucket, engine = self._bucket(index), self._engine()
-        if engine is not None and is_in_backward() and bucket.parameters.state is not ParameterState.UNSHARDED:
+        if engine is not None and is_in_backward():
             engine.enter(bucket.unit, by_saved_tensor=True)
 
     def read(self, unit: Unit) -> None:
