@@ -8,10 +8,12 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from cases import CASES, Case
+from entry_cases import ENTRY_CASES
 from models import divide_gradients, drawn, whole
 
 import zerolite
 
+ALL = CASES | ENTRY_CASES
 LR, WEIGHT_DECAY = 1e-2, 0.1
 
 
@@ -29,7 +31,7 @@ def zero_grad(case: Case, model, optimizer) -> None:
 
 def train_case(name: str, stage: int, offload: zerolite.Offload | None = None):
     """On a rank: parameters and norms."""
-    case = CASES[name]()
+    case = ALL[name]()
     model = drawn(case.build).double()
     case.prepare(model)
     precision = zerolite.Precision(torch.float64, torch.float64)
@@ -48,7 +50,7 @@ def train_case(name: str, stage: int, offload: zerolite.Offload | None = None):
 @cache
 def plain_case(name: str, world: int):
     """The same on one process with plain torch, with the mean of the gradients of so many ranks."""
-    case = CASES[name]()
+    case = ALL[name]()
     model = drawn(case.build).double()
     case.prepare(model)
     optimizer = torch.optim.AdamW(case.groups(model), lr=LR, weight_decay=WEIGHT_DECAY)

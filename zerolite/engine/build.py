@@ -8,6 +8,7 @@ from torch import nn
 from zerolite.config import Offload, Precision, reduce_dtype
 from zerolite.engine import hooks, model_methods
 from zerolite.engine.engine import Engine, ParameterInfo
+from zerolite.engine.entries import Entries
 from zerolite.engine.extensions import extensions_of
 from zerolite.engine.foreign_optimizers import refuse_foreign_steps
 from zerolite.engine.shard_settings import compare_shards
@@ -52,6 +53,7 @@ def build(
     policy = Policy(engine.partition, engine.mesh.shard.size, precision, dtype_of)
     engine.placement = place(plans, policy, offload, engine.device, engine.mesh)
     engine.fetch_queue = engine.placement.fetch_queue
+    entries = Entries(engine)
     for index, plan in enumerate(plans):
         materialize(model, plan, engine.device.device)
         unit = Unit(plan.name, plan.module, index, plan.module is model)
@@ -61,7 +63,7 @@ def build(
         engine.units.append(unit)
         engine.reducer.add(unit.buckets)
         engine.handles.add(unit.buckets)
-        hooks.install(engine, unit)
+        hooks.install(engine, unit, entries)
         for bucket in unit.buckets:
             for slot, parameter in enumerate(bucket.parameters.tensors):
                 parameter._zerolite_info = ParameterInfo(engine, bucket, slot)

@@ -62,6 +62,9 @@ class Engine:
         self.is_syncing = True  # False inside no_sync
         self.full_depth = 0  # nested full_params
         self.gather_order_hash = 0  # of the units gathered so far, in order; compared over ranks by every step
+        self._entered: set[Unit] = set()  # gathered for a read that no output announced: entries.py
+        self._near_end: set[Unit] = set()  # in backward, some of its inputs' gradients have come
+        self._keeps_gathered = False  # a backward with create_graph=True has been: nodes that it made read parameters
         self._is_backward_open = False
         self._was_loss_scaled = False
 
@@ -94,8 +97,10 @@ class Engine:
             return
         if needs_backward:
             unit.pending_uses += 1
-            if unit.is_root or unit is self.units[-1]:
-                return  # backward begins with what forward ended with
+        if unit.is_root:
+            self._leave_entered()
+        if needs_backward and (unit.is_root or unit is self.units[-1]):
+            return  # backward begins with what forward ended with
         self.free(unit)
 
     def _gather(self, unit: Unit, step: int) -> None:
@@ -115,8 +120,9 @@ class Engine:
             self.gather_order_hash = (31 * self.gather_order_hash + unit.index + 1) % (1 << 48)
 
     def free(self, unit: Unit) -> None:
-        """Free a unit's unsharded parameters, unless `full_params` holds them."""
-        if self.full_depth == 0 and not self.fetch_queue.has_failed:  # that error is on its way already
+        """Free a unit's unsharded parameters, unless `full_params` or a second backward needs them."""
+        is_wanted = self.full_depth > 0 or self._keeps_gathered
+        if not is_wanted and not self.fetch_queue.has_failed:  # that error is on its way already
             unit.reshard()
 
     def fetch(self, unit: Unit | None = None) -> None:
@@ -140,14 +146,39 @@ class Engine:
         """A node that made one of the unit's outputs is about to run; `is_first` in the backward of this use."""
         if not self._is_backward_open:
             self.open_backward()
+        self._keeps_gathered |= torch.is_grad_enabled()
         unit.backward_uses += is_first
+        self._leave_entered(unit)
         self._gather(unit, -1)
         if is_first:
             unit.end_backward = trace.flight("backward", unit.name)
 
-    def post_backward(self, unit: Unit) -> None:
-        """The gradients of the unit's inputs are complete, so its parameters are needed no more in this use."""
-        unit.backward_uses -= 1
+    def enter(self, unit: Unit, by_saved_tensor: bool) -> None:
+        """Gather a unit for a read that no hook has announced: entries.py. Collective."""
+        if is_in_backward() and not self._is_backward_open:
+            self.open_backward()
+        self._keeps_gathered |= by_saved_tensor and torch.is_grad_enabled()
+        self._entered.add(unit)
+        self._gather(unit, -1 if is_in_backward() else 0)
+
+    def expect_end(self, unit: Unit) -> None:
+        """The gradient of one of the unit's inputs is complete; others may never come."""
+        self._near_end.add(unit)
+
+    def _leave_entered(self, begun: Unit | None = None) -> None:
+        """Forward or backward goes on elsewhere: free what was gathered for single reads."""
+        for unit in (self._entered | self._near_end) - {begun}:
+            if unit.forward_depth == 0 and (unit.backward_uses <= 0 or unit in self._near_end):
+                self.free(unit)
+        self._entered.clear()
+        self._near_end.clear()
+
+    def post_backward(self, unit: Unit, has_begun: bool) -> None:
+        """The gradients of the unit's inputs are complete, so its parameters are needed no more in this use.
+
+        has_begun: whether a hook on one of its outputs ran.
+        """
+        unit.backward_uses -= has_begun
         unit.pending_uses -= 1
         unit.end_backward()
         unit.end_backward = trace.nothing
@@ -202,6 +233,8 @@ class Engine:
     def _end_backward(self) -> None:
         self.reducer.reset()
         self.handles.place()
+        self._entered.clear()
+        self._near_end.clear()
         for unit in self.units:
             unit.backward_uses = unit.pending_uses = 0
             self.free(unit)
@@ -223,6 +256,7 @@ class Engine:
         if self._is_backward_open:
             self.abandon_backward()
         self.fetch()
+        self._keeps_gathered = False
         for unit in self.units:
             if self.full_depth == 0:
                 unit.reshard()

@@ -5,25 +5,30 @@ It begins when the node that made one of its outputs is about to run (a pre-hook
 gradients of its inputs are complete. For that, inputs that need a gradient are replaced by views of themselves: a
 tensor that several units read (an encoder's output) is complete only when all of them are done, the view when this unit
 is. The view's node runs before the pre-hook of the unit below, so a unit is freed before the next but one is gathered.
+
+Neither has to be true for values to be right: entries.py gathers whatever backward reads. Where a hook does not run (a
+view changed in place loses its node, an input may get no gradient) a unit is gathered later or freed later.
 """
 
 import weakref
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from zerolite.engine.engine import Engine
+from zerolite.engine.entries import Entries
 from zerolite.engine.graph_task import is_in_backward
+from zerolite.engine.trees import map_tree, tensors_of
 from zerolite.shards.bucket import TrainableBucket, Unit
 
 
-def install(engine: Engine, unit: Unit) -> None:
+def install(engine: Engine, unit: Unit, entries: Entries) -> None:
     """Hook one unit's module and its trainable parameters."""
     uses: list[_Use] = []
+    entries.add(unit)
     for module in _entrances(unit):
-        module.register_forward_pre_hook(_BeforeForward(engine, unit, uses), with_kwargs=True, prepend=True)
-        module.register_forward_hook(_AfterForward(engine, unit, uses), always_call=True)
+        module.register_forward_pre_hook(_BeforeForward(engine, unit, uses, entries), with_kwargs=True, prepend=True)
+        module.register_forward_hook(_AfterForward(engine, unit, uses, entries), always_call=True)
     for bucket in unit.buckets:
         if isinstance(bucket, TrainableBucket):
             for index, parameter in enumerate(bucket.parameters.tensors):
@@ -47,41 +52,59 @@ class _Use:
 
     def __init__(self, engine: Engine, unit: Unit):
         self.engine, self.unit = engine, unit
+        self.is_running = False
+        self.is_watching = False  # saved tensors, for the time of the forward
         self.has_begun = False
+        self.inputs = self.missing = 0  # views of inputs; those whose gradient has not come in this backward
 
     def begin(self, gradients) -> None:
         is_first, self.has_begun = not self.has_begun, True
         self.engine.pre_backward(self.unit, is_first)
 
-    def end(self) -> None:
-        self.has_begun = False
-        self.engine.post_backward(self.unit)
+    def complete_input(self) -> None:
+        """The gradient of one input is complete."""
+        self.missing -= 1
+        if self.missing == 0:
+            has_begun, self.has_begun, self.missing = self.has_begun, False, self.inputs
+            self.engine.post_backward(self.unit, has_begun)
+        else:
+            self.engine.expect_end(self.unit)
 
 
 class _BeforeForward:
-    def __init__(self, engine: Engine, unit: Unit, uses: list[_Use]):
-        self.engine, self.unit, self.uses = engine, unit, uses
+    def __init__(self, engine: Engine, unit: Unit, uses: list[_Use], entries: Entries):
+        self.engine, self.unit, self.uses, self.entries = engine, unit, uses, entries
 
     def __call__(self, module: nn.Module, args, kwargs):
-        self.uses.append(_Use(self.engine, self.unit))
+        use = _Use(self.engine, self.unit)
+        self.uses.append(use)
+        self.entries.check_transforms(self.unit)
+        use.is_running = True
         self.engine.pre_forward(self.unit)
-        if self.unit.is_root or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return None
-        return _view_inputs(args, kwargs, self.uses[-1].end)
+        use.is_watching = self.entries.watch()
+        return None if self.unit.is_root else _view_inputs(args, kwargs, use)
 
 
 class _AfterForward:
-    def __init__(self, engine: Engine, unit: Unit, uses: list[_Use]):
-        self.engine, self.unit, self.uses = engine, unit, uses
+    def __init__(self, engine: Engine, unit: Unit, uses: list[_Use], entries: Entries):
+        self.engine, self.unit, self.uses, self.entries = engine, unit, uses, entries
 
     def __call__(self, module: nn.Module, args, output):
         engine, unit, use = self.engine, self.unit, self.uses.pop()
+        if not use.is_running:
+            return None  # refused; this hook is called for what raised, too
+        if use.is_watching:
+            self.entries.unwatch()
+        output = self.entries.keep_outputs(output)
         nodes = {}
         if torch.is_grad_enabled() and unit.forward_depth == 1:  # not an owner of the root's inside the root's forward
             nodes = {id(t.grad_fn): t.grad_fn for t in tensors_of(output) if t.grad_fn is not None}
         for node in nodes.values():
             node.register_prehook(use.begin)
         engine.post_forward(unit, bool(nodes))
+        return output
 
 
 class _AfterGradient:
@@ -97,48 +120,27 @@ class _AfterGradient:
             engine.accumulate_gradient(bucket, self.index, parameter)
 
 
-def tensors_of(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def _view_inputs(args, kwargs, use: _Use):
+    """Replace inputs that need a gradient by views; `use` is told when each view's gradient is complete.
 
-
-def _view_inputs(args, kwargs, after_backward):
-    """Replace inputs that need a gradient by views; `after_backward()` runs when all the views' gradients are there."""
-    leaves, structure = pytree.tree_flatten((args, kwargs))
-    where = [index for index, leaf in enumerate(leaves) if _needs_gradient(leaf)]
-    if not where:
-        return None
-    if len(where) == 1:
-        # The usual block. A plain view may be written to in place, an output of the Function below may not.
-        (index,) = where
-        leaves[index] = leaves[index].view_as(leaves[index])
-        leaves[index].register_hook(lambda gradient: after_backward())
-    else:
-        for index, view in zip(where, _Views.apply(after_backward, *(leaves[index] for index in where)), strict=True):
-            leaves[index] = view
-    return pytree.tree_unflatten(leaves, structure)
-
-
-def _needs_gradient(leaf) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.requires_grad and not isinstance(leaf, nn.Parameter)
-
-
-class _Views(torch.autograd.Function):
-    """Views of several tensors whose backward runs once, when no more of their gradients can come.
-
-    torch.autograd.graph.register_multi_grad_hook does the same, but its hook holds the nodes that hold it (torch 2.13):
-    every forward's graph would stay for ever.
+    Plain views may be written to in place, outputs of a Function of several may not.
     """
 
-    @staticmethod
-    def forward(ctx, after_backward, *inputs):
-        ctx.after_backward = after_backward
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in inputs)
+    def view(leaf: torch.Tensor) -> torch.Tensor:
+        if not _needs_gradient(leaf):
+            return leaf
+        leaf = leaf.view_as(leaf)
+        leaf.register_hook(lambda gradient: use.complete_input())
+        use.inputs += 1
+        return leaf
 
-    @staticmethod
-    def backward(ctx, *gradients):
-        ctx.after_backward()
-        return None, *gradients
+    viewed = map_tree(view, (args, kwargs))
+    use.missing = use.inputs
+    return viewed if use.inputs else None
+
+
+def _needs_gradient(leaf: torch.Tensor) -> bool:
+    return leaf.requires_grad and not isinstance(leaf, nn.Parameter)
 
 
 # Root-only hooks #
@@ -152,12 +154,12 @@ def scale_loss(engine: Engine) -> None:
 
     def enter(module, args, kwargs):
         if torch.is_grad_enabled() and not is_in_backward():
-            return pytree.tree_map(lambda leaf: _map_floating(leaf, _Unscale, engine), (args, kwargs))
+            return map_tree(lambda leaf: _map_floating(leaf, _Unscale, engine), (args, kwargs))
         return None
 
     def leave(module, args, output):
         if torch.is_grad_enabled():
-            return pytree.tree_map(lambda leaf: _map_floating(leaf, _Scale, engine), output)
+            return map_tree(lambda leaf: _map_floating(leaf, _Scale, engine), output)
         return None
 
     engine.model.register_forward_pre_hook(enter, with_kwargs=True)
@@ -195,8 +197,8 @@ def cast_inputs(engine: Engine, dtype: torch.dtype) -> None:
     """Floating inputs of the model arrive in the parameters' dtype."""
 
     def cast(leaf):
-        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+        return leaf.to(dtype) if leaf.is_floating_point() else leaf
 
     engine.model.register_forward_pre_hook(
-        lambda module, args, kwargs: pytree.tree_map(cast, (args, kwargs)), with_kwargs=True
+        lambda module, args, kwargs: map_tree(cast, (args, kwargs)), with_kwargs=True
     )

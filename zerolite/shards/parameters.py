@@ -45,7 +45,7 @@ class FlatParameters:
         self.pending: Pending | None = None  # the gather in flight
         self.state = ParameterState.UNSHARDED
         nan = float("nan") if spec.dtype.is_floating_point else 0
-        self._placeholder = torch.full((), nan, dtype=spec.dtype, device=unsharded.device)
+        self.placeholder = torch.full((), nan, dtype=spec.dtype, device=unsharded.device)
         self._views = [slot.range.of(unsharded).view(slot.shape) for slot in spec.layout.slots]
         self._bind()
         if not stays_unsharded:
@@ -114,7 +114,7 @@ class FlatParameters:
 
     def _place_nan(self) -> None:
         for parameter, slot in zip(self.tensors, self.layout.slots, strict=True):
-            parameter.data = self._placeholder.expand(slot.shape)
+            parameter.data = self.placeholder.expand(slot.shape)
         self._is_bound = False
 
     def _bind(self) -> None:
