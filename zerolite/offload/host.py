@@ -67,7 +67,11 @@ class Host:
             queue.has_failed = True
             on_failure(message)
 
-        self.pool = Pool(self.arena.fd, num_workers, cores, self.states_fd, name, fail)
+        try:
+            self.pool = Pool(self.arena.fd, num_workers, cores, self.states_fd, name, fail)
+        except BaseException:
+            self.arena.close()  # here, since whoever keeps the error keeps this frame, and with it the arena
+            raise
 
     def check_memory(self, needed_bytes: int, what: str) -> None:
         """ZeroliteError, with both sizes, where the machine has less than its ranks are about to take."""

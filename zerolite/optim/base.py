@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from zerolite.engine.engine import Engine, ParameterInfo, sharded_info
+from zerolite.errors import ZeroliteError
 from zerolite.optim.grad_stats import GradStats, reduce_grad_stats
 from zerolite.optim.rules import Rule
 from zerolite.runtime import trace
@@ -63,6 +64,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"max_grad_norm is a positive number, or None not to clip; got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
         self.step_was_skipped = False
+        self.skipped_units: list[str] = []  # whose gradients held Inf or NaN in the last step
         self._infos: dict[torch.nn.Parameter, ParameterInfo] = {}  # of the parameters that are stepped
         self._group_of: dict[torch.nn.Parameter, int] = {}  # of those
         self._states: dict[Bucket, ShardStates] = {}
@@ -223,8 +225,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, closure=None):
         """One update of this rank's range, and its publication. Returns the closure's loss. Collective.
 
-        A step whose gradients hold Inf or NaN changes nothing on any rank; `step_was_skipped` tells. WorkerError where
-        a worker failed, ZeroliteError where ranks have run other modules.
+        A step whose gradients hold Inf or NaN changes nothing on any rank; `step_was_skipped` and `skipped_units` tell.
+        WorkerError where a worker failed. ZeroliteError where ranks have run other modules, and where fp16 gradients
+        overflow at the lowest loss scale, 1.
         """
         loss = None
         if closure is not None:
@@ -242,8 +245,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         norm = self._unscaled_norm(stats)
         self._grad_norm = norm
         self.step_was_skipped = not stats.is_finite
+        self.skipped_units = _non_finite_units(engine, stats) if self.step_was_skipped else []
         if self.step_was_skipped:
-            _warn_skipped(engine, stats)
+            self._clip_factor = 1.0
+            self._say_skipped()
         else:
             factor = self._clip_factor
             if self.max_grad_norm is not None:
@@ -253,6 +258,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if loss_scale is not None:
             loss_scale.update(overflowed=self.step_was_skipped)
             self._stats = None  # the norm was of gradients under the old scale
+
+    def _say_skipped(self) -> None:
+        loss_scale, names = self._engine.loss_scale, self.skipped_units
+        where = f"gradients of {', '.join(names[:4])}{' and others' if len(names) > 4 else ''} hold Inf or NaN"
+        if loss_scale is None:
+            warnings.warn(f"step skipped on every rank, nothing changed: {where}", stacklevel=4)
+        elif loss_scale.value <= loss_scale.floor:  # above it an overflow is how a loss scale finds its height
+            raise ZeroliteError(
+                f"{where} at the lowest loss scale, {loss_scale.value}, after {loss_scale.num_overflows + 1} skipped "
+                "steps in a row, so no lower one will help; nothing changed: look for the loss or weights that are not "
+                "finite, or use bfloat16 or float32"
+            )
 
     def _update(self, stats: GradStats, multiplier: float) -> None:
         """Step the used slots of every bucket on gradients times `multiplier`, first units first, and publish."""
@@ -317,16 +334,9 @@ class _StatesByParameter:
                     self.optimizer.write_state(bucket, name, values)
 
 
-def _warn_skipped(engine: Engine, stats: GradStats) -> None:
-    if engine.loss_scale is not None:
-        return  # an overflow is how a loss scale finds its height; step_was_skipped tells
+def _non_finite_units(engine: Engine, stats: GradStats) -> list[str]:
     buckets = zip(engine.reducer.order, stats.squares, strict=True)
-    names = sorted({bucket.unit.name for bucket, squares in buckets if not math.isfinite(squares)})
-    warnings.warn(
-        f"step skipped on every rank, nothing changed: gradients of {', '.join(names[:4])}"
-        f"{' and others' if len(names) > 4 else ''} hold Inf or NaN",
-        stacklevel=4,
-    )
+    return sorted({bucket.unit.name for bucket, squares in buckets if not math.isfinite(squares)})
 
 
 def slice_of(parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
