@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from limits import Limit
 from lora_models import base
 from safetensors.torch import load_file, save_file
 
-from zerolite.adapters import files
+from zerolite.adapters import files, patterns
 from zerolite.adapters.files import CONFIG, TENSORS, load, save
 from zerolite.adapters.lora import add_lora
 from zerolite.adapters.prompts import add_prompt
@@ -47,10 +47,18 @@ def rewrite(folder: Path, **entries) -> None:
 )
 def test_patterns_are_matched_in_bounded_time(folder, entries):
     rewrite(folder, **entries)
-    limit, began = Limit(8), time.process_time()
-    with pytest.raises(ValueError):
+    began = time.process_time()
+    with contextlib.suppress(ValueError):  # some that stop `re` are quick here, and mean what they mean in PEFT
         load(base("llama"), folder)
-    assert not limit.is_over() and time.process_time() - began < 8
+    assert time.process_time() - began < 8
+
+
+@pytest.mark.parametrize("how", [patterns.fullmatch, patterns.match])
+def test_a_pattern_that_takes_too_long_is_named(how):
+    with pytest.raises(ValueError, match=r"takes more than .* write it without repetitions inside repetitions"):
+        how(r"(?:(x+)+\1)+!", "x" * 40)
+    with pytest.raises(ValueError, match="no regular expression"):
+        how("(", "x")
 
 
 @pytest.mark.parametrize("tokens", [None, "9", 0, -3, True, 2.0])

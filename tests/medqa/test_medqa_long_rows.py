@@ -18,9 +18,7 @@ from zerolite.medqa.data import Conversation
 FOLDERS = [CORPUS / "tokenizer", SHARED / "tokenizers" / "mistral-zh-merged", SHARED / "tokenizers" / "minimind-6400"]
 TOKENIZERS = [AutoTokenizer.from_pretrained(folder) for folder in FOLDERS if folder.is_dir()]
 
-words = st.sampled_from(
-    ["a", "fever", "咳嗽怎么办", "\n\n", " 37.5 °C", "</s>", "🙂", "- ", "   ", "antidisestablishment"]
-)
+words = st.sampled_from(["a", "fever", "咳嗽怎么办", "\n\n", " 37.5 °C", "</s>", "🙂", "- ", "   ", "antidisest"])
 texts = st.lists(words, min_size=1, max_size=400).map("x".join)
 conversations = st.builds(
     Conversation, turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=4).map(tuple), system=st.just("") | texts

@@ -13,17 +13,15 @@ What torch.optim has and this has not: sparse gradients, complex parameters, `ca
 whole parameters (`state[p]` holds this rank's part).
 """
 
-import math
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from zerolite.engine.engine import Engine, ParameterInfo, sharded_info
-from zerolite.errors import ZeroliteError
 from zerolite.optim.grad_stats import GradStats, reduce_grad_stats
 from zerolite.optim.rules import Rule
+from zerolite.optim.skipped_steps import non_finite_units, report_skipped
 from zerolite.runtime import trace
 from zerolite.shards.bucket import Bucket
 from zerolite.shards.shard import ShardStates
@@ -245,10 +243,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         norm = self._unscaled_norm(stats)
         self._grad_norm = norm
         self.step_was_skipped = not stats.is_finite
-        self.skipped_units = _non_finite_units(engine, stats) if self.step_was_skipped else []
+        self.skipped_units = non_finite_units(engine, stats) if self.step_was_skipped else []
         if self.step_was_skipped:
-            self._clip_factor = 1.0
-            self._say_skipped()
+            report_skipped(self.skipped_units, loss_scale, self.zero_grad)
         else:
             factor = self._clip_factor
             if self.max_grad_norm is not None:
@@ -258,18 +255,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if loss_scale is not None:
             loss_scale.update(overflowed=self.step_was_skipped)
             self._stats = None  # the norm was of gradients under the old scale
-
-    def _say_skipped(self) -> None:
-        loss_scale, names = self._engine.loss_scale, self.skipped_units
-        where = f"gradients of {', '.join(names[:4])}{' and others' if len(names) > 4 else ''} hold Inf or NaN"
-        if loss_scale is None:
-            warnings.warn(f"step skipped on every rank, nothing changed: {where}", stacklevel=4)
-        elif loss_scale.value <= loss_scale.floor:  # above it an overflow is how a loss scale finds its height
-            raise ZeroliteError(
-                f"{where} at the lowest loss scale, {loss_scale.value}, after {loss_scale.num_overflows + 1} skipped "
-                "steps in a row, so no lower one will help; nothing changed: look for the loss or weights that are not "
-                "finite, or use bfloat16 or float32"
-            )
 
     def _update(self, stats: GradStats, multiplier: float) -> None:
         """Step the used slots of every bucket on gradients times `multiplier`, first units first, and publish."""
@@ -332,11 +317,6 @@ class _StatesByParameter:
                     bucket.shard.set_values(values)
                 else:
                     self.optimizer.write_state(bucket, name, values)
-
-
-def _non_finite_units(engine: Engine, stats: GradStats) -> list[str]:
-    buckets = zip(engine.reducer.order, stats.squares, strict=True)
-    return sorted({bucket.unit.name for bucket, squares in buckets if not math.isfinite(squares)})
 
 
 def slice_of(parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
