@@ -31,6 +31,8 @@ PEER_FAILURES = (
 # How long a rank that has nothing new to say waits, for the one that has. That one speaks before its process ends, and
 # the others hear of it when its connections close or in the moment before, so this only covers its print.
 PATIENCE_S = 1.0
+# How long a rank waits for rank 0 to say what both found, whenever rank 0 comes to it; torchrun ends it then.
+SAME_S = 10.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -131,7 +133,7 @@ def end_with_torchrun() -> None:
 def refuse(error: Exception, rank: int, status: int = 2) -> int:
     """Say what the user is to change, in one message; the exit status."""
     if rank != 0:
-        time.sleep(PATIENCE_S)  # every rank finds the same mistake, and rank 0 tells it
+        time.sleep(SAME_S)  # every rank finds the same mistake, and rank 0 tells it
     print(f"train_medqa.py: error: {error}", file=sys.stderr)
     return status
 
