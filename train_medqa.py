@@ -26,6 +26,7 @@ from zerolite.medqa.answers import answer, held_out_questions
 from zerolite.medqa.arguments import Options, parse
 from zerolite.medqa.batches import Order, collate, fingerprint, micro_batches
 from zerolite.medqa.corpus import Corpus
+from zerolite.medqa.divergence import Diverged, Divergence
 from zerolite.medqa.loss import label_loss, validation_loss
 from zerolite.medqa.processes import Processes, StopSignals
 from zerolite.medqa.progress import Meter, Progress
@@ -47,6 +48,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     position: resume.Position
+    divergence: Divergence
 
 
 def prepare(options: Options) -> Run:
@@ -55,7 +57,7 @@ def prepare(options: Options) -> Run:
     folder = Path(options.output_dir)
     if is_rank_0:
         resume.claim_output(folder, is_resumed=options.resume is not None)
-    checkpoint = resume.find(Path(options.resume)) if options.resume else None
+    found = resume.find(Path(options.resume)) if options.resume else []
     tokenizer = model.load_tokenizer(options)
     config = model.load_config(options, tokenizer)
     adapt = tuning.adaptation(options, tokenizer)
@@ -84,8 +86,8 @@ def prepare(options: Options) -> Run:
     scheduler = get_scheduler(schedule, optimizer, num_warmup_steps, num_steps)
     set_seed(options.seed + ranks.rank)  # each rank drops other activations
     position = resume.Position(0, options.seed, global_batch_rows, data_print)
-    if checkpoint is not None:
-        position.step = resume.load(sharded, checkpoint, optimizer, scheduler, position)
+    if found:
+        checkpoint = resume.load_newest(sharded, found, optimizer, scheduler, position, ranks.print)
         ranks.print(f"resumed from {checkpoint} at step {position.step}")
     return Run(
         options,
@@ -100,6 +102,7 @@ def prepare(options: Options) -> Run:
         optimizer,
         scheduler,
         position,
+        Divergence(folder, options.precision),
     )
 
 
@@ -117,6 +120,8 @@ def train(run: Run) -> int:
         validate(run, progress, signals)
         stopped_by = fit(run, signals, progress)
         if stopped_by is None:
+            # A skipped step is none of the scheduler's, whose count a checkpoint keeps.
+            run.divergence.check_result(run.position.step, run.scheduler.last_epoch, run.optimizer)
             run.processes.print(f"trained in {time.perf_counter() - started_s:.1f} s")
             conclude(run, progress)
             return 0
@@ -130,7 +135,6 @@ def train(run: Run) -> int:
 def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | None:
     """The optimizer steps; the signal that stopped them at a step boundary, or None when all are done."""
     options, ranks, meter = run.options, run.processes, Meter()
-    num_skipped = 0
     for step, rows in run.order.steps(run.first_step, run.num_steps):
         chosen = micro_batches(rows, ranks.rank, ranks.world_size, options.per_device_train_batch_size)
         examples = [[run.corpus.train[row] for row in micro_batch] for micro_batch in chosen]
@@ -153,16 +157,15 @@ def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | 
         if options.is_adapter and step == run.first_step:
             zerolite.adapters.check_gradients(run.model)
         run.optimizer.step()
-        if run.optimizer.step_was_skipped:
-            num_skipped += 1
-        else:
+        if not run.optimizer.step_was_skipped:
             run.scheduler.step()
         run.position.step = step + 1
+        run.divergence.add(step + 1, run.optimizer)
         meter.add(num_labels, num_tokens)
 
         progress.advance(step + 1)
         if (step + 1) % options.logging_steps == 0 or step + 1 == run.num_steps:
-            log(run, progress, meter, num_skipped)
+            log(run, progress, meter)
         if options.eval_steps and (step + 1) % options.eval_steps == 0 and step + 1 < run.num_steps:
             with meter.paused():
                 validate(run, progress, signals)
@@ -172,7 +175,7 @@ def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | 
     return None
 
 
-def log(run: Run, progress: Progress, meter: Meter, num_skipped: int) -> None:
+def log(run: Run, progress: Progress, meter: Meter) -> None:
     (loss_sum,) = run.processes.sum(float(meter.loss_sum))
     values = {
         "loss": loss_sum / meter.num_labels,
@@ -180,7 +183,7 @@ def log(run: Run, progress: Progress, meter: Meter, num_skipped: int) -> None:
         "grad_norm": run.optimizer.grad_norm,
         "tokens_per_second": meter.tokens_per_second,
         "peak_memory_bytes": run.processes.peak_memory_bytes(),
-        "num_skipped_steps": num_skipped,
+        "num_skipped_steps": run.divergence.num_skipped,
     }
     meter.reset()
     step = run.position.step
@@ -192,7 +195,7 @@ def log(run: Run, progress: Progress, meter: Meter, num_skipped: int) -> None:
         grad_norm=f"{values['grad_norm']:.3f}",
         tokens_s=f"{values['tokens_per_second']:.0f}",
         peak_MiB=f"{values['peak_memory_bytes'] / 2**20:.0f}",
-        **({"skipped": str(num_skipped)} if num_skipped else {}),
+        **({"skipped": str(run.divergence.num_skipped)} if run.divergence.num_skipped else {}),
     )
 
 
@@ -204,6 +207,7 @@ def validate(run: Run, progress: Progress, signals: StopSignals | None) -> None:
         step, perplexity = run.position.step, report.perplexity(loss)
         progress.record(step=step, validation_loss=loss, validation_perplexity=perplexity)
         progress.print(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        run.divergence.check_loss(step, loss)
 
 
 def save_checkpoint(run: Run) -> Path:
@@ -233,12 +237,15 @@ def conclude(run: Run, progress: Progress) -> None:
 def main() -> int:
     """The exit status: 0, 2 for a mistake of the user, 128 + n after signal n, 1 for any other failure."""
     rank = processes.environment_rank()
+    processes.end_with_torchrun()
     try:
         try:
             run = prepare(parse(sys.argv[1:]))
         except (ValueError, OSError, zerolite.ZeroliteError) as error:
             return processes.refuse(error, rank)
         return train(run)
+    except Diverged as error:
+        return processes.refuse(error, rank, status=1)
     except KeyboardInterrupt:
         print("interrupted before the first step: nothing to save", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import crosses
@@ -119,6 +121,54 @@ def test_a_killed_worker_ends_the_run_by_name(flags, tmp_path):
     assert not re.search(r"^rank \d failed", err, re.MULTILINE)  # with a traceback
     _, alive = psutil.wait_procs([*ranks, *workers], timeout=5 * load())
     assert all(left.status() == psutil.STATUS_ZOMBIE for left in alive)
+
+
+def descendants_while_training(process: Program) -> list[psutil.Process]:
+    """Ranks, in order of their start, then workers, once the third step is logged."""
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.pid)
+    return [*ranks, *(worker for rank in ranks for worker in rank.children())]
+
+
+def test_ranks_and_workers_end_with_a_torchrun_that_is_killed_and_leave_a_checkpoint(flags, tmp_path):
+    offload = ["--offload", "cpu", "--offload_workers", "1", "--stage", "2", "--max_steps", "1000000"]
+    process = start([*flags, *offload, "--output_dir", str(tmp_path)])
+    others = descendants_while_training(process)
+    process.kill()
+    _, alive = psutil.wait_procs(others, timeout=5 * load())
+    out, err = process.communicate()
+    assert len(others) >= 4 and all(left.status() == psutil.STATUS_ZOMBIE for left in alive)
+    (checkpoint,) = resume.checkpoints(tmp_path)
+    assert f"stopped by SIGTERM: {checkpoint} is complete" in out and "Traceback" not in err
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    folders = ["--output_dir", str(tmp_path), "--resume", str(tmp_path)]
+    done = start([*flags, *offload[:-1], str(step + 1), *folders])
+    out, err = done.communicate()
+    assert done.returncode == 0 and f"resumed from {checkpoint} at step {step}" in out, err
+
+
+def test_a_survivor_of_a_killed_rank_speaks_within_two_seconds(flags, tmp_path):
+    """Without torchrun, which would end it and speak itself."""
+    common = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    arguments = [*flags, "--output_dir", str(tmp_path), "--max_steps", "1000000"]
+    ranks = [Program(ROOT / "train_medqa.py", arguments, None, {**common, "RANK": rank}) for rank in ("0", "1")]
+    for line in ranks[0].stdout:
+        if line.startswith("step 3/"):
+            break
+    ranks[1].kill()
+    began = time.monotonic()
+    _, err = ranks[0].communicate()
+    assert time.monotonic() - began < 2.5 * load()
+    assert ranks[0].returncode == 1 and "rank 0: ends because another rank did" in err
+    ranks[1].communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,9 @@ class Program:
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
     def communicate(self, timeout: float = END_S) -> tuple[str, str]:
         """The rest of stdout and stderr, once the program has ended. RuntimeError, and its end, where it does not."""
         texts = ["", ""]

@@ -1,10 +1,11 @@
 """What an adapter is, but for its values: the configurations of LoRA and of prompts, checked when they are made."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
+
+from zerolite.adapters import patterns
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 DEEP_KINDS = ("prefix", "p-tuning-v2")
@@ -53,7 +54,7 @@ class LoraConfig:
 
 def _first_match(pattern: Mapping[str, T], layer_name: str, default: T) -> T:
     """The value of the first key that matches the name's end, as in PEFT."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", layer_name)), default)
+    return next((value for key, value in pattern.items() if patterns.match(rf"(.*\.)?({key})$", layer_name)), default)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import os
 import shutil
 import uuid
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from zerolite.runtime.rank_errors import on_all_ranks
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 FORMATS = {"LORA": lora_files, **dict.fromkeys(prompt_files.KINDS, prompt_files)}
+
+DTYPES_BY_NAME = {name: dtype for dtype, name in safetensors_file.DTYPES.items()}
 
 Content = tuple[dict, dict[str, Tensor]]  # a configuration, and tensors by their names in the file
 
@@ -70,17 +73,20 @@ def load(model: nn.Module, folder: str | os.PathLike[str], name: str = "default"
     folder = Path(folder)
     engine = find_engine(model)
     if engine is None:
-        config, tensors = _read(folder)
-        FORMATS[config["peft_type"]].from_peft(model, name, config, tensors)
+        config, header = _read_header(folder)
+        kind = FORMATS[config["peft_type"]]
+        kind.check(model, config, header)
+        kind.from_peft(model, name, config, _read_tensors(folder))
         return model
     adapter = adapter_of(model, name)
     values: dict[str, Tensor] = {}
-    on_all_ranks(
-        engine,
-        f"loading adapter {name!r} from {folder}",
-        ZeroliteError,
-        lambda: values.update(_values_for(model, adapter, *_read(folder))),
-    )
+
+    def read() -> None:
+        config, header = _read_header(folder)
+        _values_for(model, adapter, config, header)
+        values.update(_values_for(model, adapter, config, _read_tensors(folder)))
+
+    on_all_ranks(engine, f"loading adapter {name!r} from {folder}", ZeroliteError, read)
     by_id = {id(adapter.parameters[key]): value for key, value in values.items()}
     for parameters in unsharded_parameters(model, [adapter.parameters[key] for key in values], writeback=True):
         for parameter in parameters:
@@ -148,7 +154,7 @@ def _check_values(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
 
 def _compare(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
     """Read the written folder as `load` does. ZeroliteError where it differs from memory."""
-    read_config, read = _read(folder)
+    (read_config, _), read = _read_header(folder), _read_tensors(folder)
     if read_config != config or read.keys() != tensors.keys():
         raise ZeroliteError(f"what was written to {folder} reads back with another configuration or other names")
     for key, tensor in tensors.items():
@@ -159,8 +165,11 @@ def _compare(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
 # Reading #
 
 
-def _read(folder: Path) -> Content:
-    """Configuration and tensors of a PEFT folder; ValueError where it is incomplete or damaged."""
+def _read_header(folder: Path) -> Content:
+    """Configuration of a PEFT folder, and its tensors on the meta device; ValueError where it is incomplete or damaged.
+
+    What the tensors are is checked against the model before their values, which may be gigabytes, are read.
+    """
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
             has_pickle = name == TENSORS and (folder / "adapter_model.bin").is_file()
@@ -168,13 +177,29 @@ def _read(folder: Path) -> Content:
             raise ValueError(f"{folder} holds no {name}: {what}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG} is no JSON ({error})") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in list(FORMATS):  # whatever JSON holds there, hashable or not
         raise ValueError(f"{folder / CONFIG} has peft_type {kind!r}: supported are {', '.join(FORMATS)}")
+    return config, _read_each(folder, _on_meta)
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    return _read_each(folder, lambda file, key: file.get_tensor(key))
+
+
+def _read_each(folder: Path, read: Callable[..., Tensor]) -> dict[str, Tensor]:
     try:
         with safe_open(folder / TENSORS, framework="pt") as file:
-            return config, {key: file.get_tensor(key) for key in file.keys()}
+            return {key: read(file, key) for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{folder / TENSORS} is truncated or no safetensors file ({error})") from error
+
+
+def _on_meta(file, key: str) -> Tensor:
+    described = file.get_slice(key)
+    dtype = DTYPES_BY_NAME.get(described.get_dtype())
+    if dtype is None:
+        raise ValueError(f"{key} of {TENSORS} is of dtype {described.get_dtype()}, which no adapter has")
+    return torch.empty(described.get_shape(), dtype=dtype, device="meta")

@@ -1,12 +1,12 @@
 """LoRA adapters in PEFT's format: names of tensors, and keys of adapter_config.json."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from zerolite.adapters import patterns
 from zerolite.adapters import targets as naming
 from zerolite.adapters.config import LoraConfig
 from zerolite.adapters.layers import matrix
@@ -71,13 +71,19 @@ def from_peft(model: nn.Module, name: str, config: dict, tensors: dict[str, Tens
     Values are cast to the dtypes of the layers. Raises ValueError, and adds nothing, for a key of the configuration
     that is not supported and for tensors that do not fit this model; the text names them.
     """
-    lora, layers = _meaning(model, config)
-    _check_tensors(_expected(layers, lora), tensors)
+    lora, layers = check(model, config, tensors)
     adapter = attach(model, name, lora, layers)
     for parameter_name, value in _values(layers, adapter, tensors).items():
         adapter.parameters[parameter_name].data.copy_(value)
     for layer in layers.values():
         layer.lora[name].is_magnitude_missing = False
+
+
+def check(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, nn.Module]]:
+    """What `from_peft` adds, and to which layers; it raises what that raises. `tensors` may lie on the meta device."""
+    lora, layers = _meaning(model, config)
+    _check_tensors(_expected(layers, lora), tensors)
+    return lora, layers
 
 
 def values_of(model: nn.Module, adapter: Adapter, config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -159,14 +165,15 @@ def _check_types(read: dict[str, Any]) -> None:
         return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
     def is_patterns(value: object) -> bool:
-        return isinstance(value, dict) and all(_is_regular(key) for key in value)
+        return isinstance(value, dict) and all(patterns.is_regular(key) for key in value)
 
     indices, targets = read["layers_to_transform"], read["target_modules"]
     fits = {
         "target_modules": is_names(targets)
-        and (_is_regular(targets) if isinstance(targets, str) else len(targets) > 0),
+        and (patterns.is_regular(targets) if isinstance(targets, str) else len(targets) > 0),
         "exclude_modules": is_names(read["exclude_modules"]),
-        "layers_pattern": is_names(read["layers_pattern"]),
+        "layers_pattern": is_names(read["layers_pattern"])
+        and all(patterns.is_regular(pattern) for pattern in _listed(read["layers_pattern"])),
         "layers_to_transform": all(isinstance(i, int) for i in (indices if isinstance(indices, list) else [indices])),
         "rank_pattern": is_patterns(read["rank_pattern"]),
         "alpha_pattern": is_patterns(read["alpha_pattern"]),
@@ -178,12 +185,8 @@ def _check_types(read: dict[str, Any]) -> None:
             raise ValueError(f"adapter_config.json has {key}={str(read[key])[:80]!r}, which PEFT does not write there")
 
 
-def _is_regular(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
+def _listed(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
 
 
 def _by_layers(targets: str | list[str], indices: int | list[int], lists: str | list[str]) -> Callable[[str], bool]:
@@ -191,12 +194,12 @@ def _by_layers(targets: str | list[str], indices: int | list[int], lists: str | 
     if isinstance(targets, str) or indices == []:
         return lambda name: naming.matches(name, targets)
     indices = indices if isinstance(indices, list) else [indices]
-    patterns = [rf"(?:^|.*?\.){name}" for name in ([lists] if isinstance(lists, str) else lists)] or [r".*?\.[^.]*"]
+    prefixes = [rf"(?:^|.*?\.){name}" for name in _listed(lists)] or [r".*?\.[^.]*"]
 
     def is_meant(name: str) -> bool:
         if name in targets:
             return True
-        found = next((match for p in patterns if (match := re.match(rf"{p}\.(\d+)\.", name))), None)
+        found = next((match for p in prefixes if (match := patterns.match(rf"{p}\.(\d+)\.", name))), None)
         return naming.matches(name, targets) and found is not None and int(found[1]) in indices
 
     return is_meant

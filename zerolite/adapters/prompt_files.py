@@ -84,8 +84,17 @@ def from_peft(model: nn.Module, name: str, config: dict, tensors: dict[str, Tens
     Raises ValueError, with key and value, for a configuration that does not fit the model or is not supported, and for
     tensors of another shape.
     """
-    kind = KINDS[config["peft_type"]]
-    prompt = PromptConfig(kind, config["num_virtual_tokens"], init="random")
+    virtual_tokens = attach(model, check(model, config, tensors), name)
+    with torch.no_grad():
+        virtual_tokens.embedding.copy_(tensors[TENSOR])
+
+
+def check(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> PromptConfig:
+    """What `from_peft` adds; it raises what that raises. `tensors` may lie on the meta device."""
+    kind, num_tokens = KINDS[config["peft_type"]], config.get("num_virtual_tokens")
+    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 1:
+        raise ValueError(f"adapter_config.json has num_virtual_tokens={num_tokens!r}: expected a number from 1")
+    prompt = PromptConfig(kind, num_tokens, init="random")
     shape = shape_of_supported(model)
     _check(config, _sizes(model, prompt.is_deep, shape))
     width = shape.layers * 2 * shape.heads * shape.head_dim if prompt.is_deep else shape.hidden
@@ -93,9 +102,7 @@ def from_peft(model: nn.Module, name: str, config: dict, tensors: dict[str, Tens
     expected = {TENSOR: (prompt.tokens, width)}
     if found != expected:
         raise ValueError(f"a file of peft_type {config['peft_type']} holds {expected} for this model, got {found}")
-    virtual_tokens = attach(model, prompt, name)
-    with torch.no_grad():
-        virtual_tokens.embedding.copy_(tensors[TENSOR])
+    return prompt
 
 
 def _sizes(model: nn.Module, is_deep: bool, shape: Shape) -> dict[str, int]:

@@ -1,11 +1,11 @@
 """Which linear layers get LoRA: by names, by a regular expression, all of them, or the model's fused projection."""
 
-import re
 from collections.abc import Iterable
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from zerolite.adapters import patterns
 from zerolite.adapters.config import DEFAULT_TARGETS, Targets
 from zerolite.adapters.state import Adapters
 
@@ -58,7 +58,7 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 def matches(name: str, targets: Targets) -> bool:
     """Whether PEFT would target the module of this name."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return patterns.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from zerolite.checkpoint.empty_model import empty_model
 from zerolite.checkpoint.weight_files import Weights
 from zerolite.config import Offload, Precision
 from zerolite.engine import build, meta_init
@@ -42,9 +42,9 @@ def load_pretrained(
     stage, mesh, offload, precision, units: as of `shard`.
 
     A warning names weights of the folder that have no place in the model. Raises ValueError where the folder has no
-    config.json or no weights, misses a file, is damaged or quantised, or has other weights than the configuration asks
-    for. Raises CheckpointError on every rank where only some ranks can read the folder, or see another one there.
-    Raises what `shard` raises for the other arguments.
+    config.json or no weights, misses a file, is damaged or quantised, has other weights than the configuration asks
+    for, or needs Python code of its own (`auto_map`), which is never run. Raises CheckpointError on every rank where
+    only some ranks can read the folder, or see another one there. Raises what `shard` raises for the other arguments.
     """
     offload = build.check_arguments(stage, offload, precision)
     folder = Path(path)
@@ -53,7 +53,7 @@ def load_pretrained(
 
         def open_folder() -> str:
             weights = stack.enter_context(Weights(folder))
-            model = _empty_model(folder)
+            model = empty_model(folder, weights)
             if adapt is not None:
                 adapt(model)
             opened.append((weights, model))
@@ -110,23 +110,6 @@ class _Attempt:
                 f"loading {folder} failed on {len(failed)} of {len(words)} ranks; {'; '.join(failed[:4])}"
             ) from failure
         return words
-
-
-def _empty_model(folder: Path) -> transformers.PreTrainedModel:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    architectures = config.architectures or []
-    cls = getattr(transformers, architectures[0], None) if architectures else None
-    dtype = config.dtype or torch.float32
-
-    def make() -> transformers.PreTrainedModel:
-        if cls is not None:
-            return cls._from_config(config, dtype=dtype)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-    model = meta_init.parameters_on_meta(make)
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model
 
 
 def _read(engine: Engine, weights: Weights) -> None:

@@ -1,7 +1,6 @@
 """Grad stats: what all ranks exchange before a step. The global gradient norm, and which parameters have a gradient."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -177,16 +176,3 @@ def _gather_rows(
     replicas = engine.all_gather_scalars(_as_tensor([*header, *numbers], engine.device.device)).tolist()
     step_header.compare_headers(engine, told, [row[: len(header)] for replica in replicas for row in replica])
     return [[row[len(header) :] for row in replica] for replica in replicas]
-
-
-def warn_skipped(engine: "Engine", stats: GradStats) -> None:
-    """A warning, at the caller of `optimizer.step`, that names units whose gradients hold Inf or NaN."""
-    if engine.loss_scale is not None:
-        return  # an overflow is how a loss scale finds its height; step_was_skipped tells
-    buckets = zip(engine.reducer.order, stats.squares, strict=True)
-    names = sorted({bucket.unit.name for bucket, squares in buckets if not math.isfinite(squares)})
-    warnings.warn(
-        f"step skipped on every rank, nothing changed: gradients of {', '.join(names[:4])}"
-        f"{' and others' if len(names) > 4 else ''} hold Inf or NaN",
-        stacklevel=4,
-    )

@@ -4,6 +4,8 @@ import torch
 
 from zerolite.config import Precision
 
+FLOOR = 1.0  # below it fp16 gradients that overflow do so for another reason
+
 
 class LossScale:
     """The factor that the loss carries: halved on an overflow, doubled after `growth_interval` good steps."""
@@ -13,7 +15,9 @@ class LossScale:
         self.growth_factor = growth_factor
         self.backoff_factor = backoff_factor
         self.growth_interval = growth_interval
+        self.floor = min(FLOOR, value)
         self.num_good_steps = 0  # since the last change
+        self.num_overflows = 0  # in a row
 
     @classmethod
     def of(cls, precision: Precision | None) -> "LossScale | None":
@@ -28,9 +32,11 @@ class LossScale:
     def update(self, overflowed: bool) -> None:
         """After a step, or after one that was skipped because a gradient `overflowed`."""
         if overflowed:
-            self.value *= self.backoff_factor
+            self.value = max(self.value * self.backoff_factor, self.floor)
             self.num_good_steps = 0
+            self.num_overflows += 1
             return
+        self.num_overflows = 0
         self.num_good_steps += 1
         if self.num_good_steps == self.growth_interval:
             grown = self.value * self.growth_factor

@@ -233,9 +233,11 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 def _read_config(path: str) -> dict:
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"--config {path}: expected a YAML file, got a folder, a pipe or a device")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected `name: value` lines, got {type(values).__name__}")

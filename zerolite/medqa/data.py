@@ -80,6 +80,8 @@ def read(files: list[Path], *, skip_invalid: bool = False, max_samples: int | No
 def _values(file: Path) -> Iterator[tuple[int, object]]:
     """(line, function that gives the row's JSON value or raises ValueError) for each row."""
     try:
+        if file.exists() and not file.is_file() and not file.is_dir():  # a pipe may never end, and is read only once
+            raise DataError(f"{file}: cannot be read: expected a file, got a pipe or a device")
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
@@ -177,5 +179,8 @@ def _text(value: object, name: str) -> str:
 
 
 def _shown(value: object) -> str:
-    shown = json.dumps(value, ensure_ascii=True)
+    try:
+        shown = json.dumps(value, ensure_ascii=True)
+    except RecursionError:  # it gives up a level before json.loads
+        return f"a deeply nested {type(value).__name__}"
     return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -30,9 +30,10 @@ def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise ValueError(f"tokenizer folder {folder}: expected a local folder, there is none")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: no usable tokenizer; name one with --tokenizer_name_or_path ({error})") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever a wrong value happens to hit
+        why = _cause(error)
+        raise ValueError(f"{folder}: no usable tokenizer; name one with --tokenizer_name_or_path ({why})") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no EOS token, which every answer ends with")
     tokenizer.chat_template = prompts.CHAT_TEMPLATE
@@ -58,9 +59,9 @@ def load_config(options: Options, tokenizer: PreTrainedTokenizerBase) -> Pretrai
                 "with save_pretrained (other weight files are pickles, which are not loaded)"
             )
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"--model_name_or_path {folder}: config.json cannot be used: {error}") from error
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # as above
+            raise ValueError(f"--model_name_or_path {folder}: config.json cannot be used: {_cause(error)}") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} pieces, the model only {config.vocab_size} embeddings: name the "
@@ -70,6 +71,12 @@ def load_config(options: Options, tokenizer: PreTrainedTokenizerBase) -> Pretrai
     if options.cutoff_len > longest:
         raise ValueError(f"--cutoff_len {options.cutoff_len}: this model reads at most {longest} tokens")
     return config
+
+
+def _cause(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of the folder (auto_map), which is never run here"
+    return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
 
 
 def built_in(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:

@@ -1,5 +1,6 @@
 """The processes of a run: how they join, add up numbers, notice that they are to stop, and end without a hang."""
 
+import ctypes
 import os
 import resource
 import shlex
@@ -27,8 +28,12 @@ PEER_FAILURES = (
     "Broken pipe",
     "process group has not been initialized",
 )
-# How long a rank that has nothing new to say waits, for the one that has; torchrun ends it long before.
-PATIENCE_S = 10.0
+# How long a rank that has nothing new to say waits, for the one that has. That one speaks before its process ends, and
+# the others hear of it when its connections close or in the moment before, so this only covers its print.
+PATIENCE_S = 1.0
+# How long a rank waits for rank 0 to say what both found, whenever rank 0 comes to it; torchrun ends it then.
+SAME_S = 10.0
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -127,12 +132,25 @@ class StopSignals:
         return next((number for number, count in zip(cls.SIGNALS, counts, strict=True) if count), None)
 
 
-def refuse(error: Exception, rank: int) -> int:
+def end_with_torchrun() -> None:
+    """Have this rank receive SIGTERM when its torchrun is gone, which then cannot send one: it would train for ever.
+
+    A rank that trains notes the signal, saves at the next step boundary and ends; one that does not yet train ends at
+    once. Optimizer workers end with their rank. Nothing is changed without torchrun, where a shell may well end first.
+    """
+    agent = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != agent:  # it ended in between
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def refuse(error: Exception, rank: int, status: int = 2) -> int:
     """Say what the user is to change, in one message; the exit status."""
     if rank != 0:
-        time.sleep(PATIENCE_S)  # every rank finds the same mistake, and rank 0 tells it
+        time.sleep(SAME_S)  # every rank finds the same mistake, and rank 0 tells it
     print(f"train_medqa.py: error: {error}", file=sys.stderr)
-    return 2
+    return status
 
 
 def report_failure(error: Exception, rank: int) -> int:
@@ -157,7 +175,10 @@ def leave(status: int) -> None:
     """
     if dist.is_initialized():
         if status == 0:
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError as error:  # the result is complete, whatever became of the others
+                print(f"done; another rank ended before this one could ({str(error).splitlines()[0]})", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

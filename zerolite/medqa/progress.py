@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,8 +29,11 @@ class Progress:
             dynamic_ncols=True,
         )
         if self.is_active:  # a resumed run goes on in the file; what came after the checkpoint is done again
-            kept = [record for record in read_metrics(self.path) if record["step"] <= first_step] if first_step else []
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            records = read_metrics(self.path) if first_step else []
+            kept = [record for record in records if is_done(record, first_step)]
+            written = self.path.with_suffix(".part")
+            written.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            written.replace(self.path)
 
     def record(self, **values) -> None:
         """One line of metrics.jsonl: `step` and numbers whose names carry their units; NaN and infinity become null."""
@@ -82,7 +86,28 @@ class Meter:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics file; none where it is missing."""
+    """The records of a metrics file; none where it is missing.
+
+    A line that is no record, which a full disk or a power loss leaves at the end, is left out with a warning.
+    """
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    records, dropped = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            record = json.loads(line) if line else None
+        except (ValueError, RecursionError):
+            record = line
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        elif line:
+            dropped.append(number)
+    if dropped:
+        told = ", ".join(map(str, dropped[:4])) + (" and others" if len(dropped) > 4 else "")
+        warnings.warn(f"{path}: no record in line {told}, which a run that was cut off left: left out", stacklevel=2)
+    return records
+
+
+def is_done(record: dict, first_step: int) -> bool:
+    """Whether a run that goes on at `first_step` does not do again what the record is of: it validates there anew."""
+    return record["step"] < first_step or (record["step"] == first_step and "validation_loss" not in record)

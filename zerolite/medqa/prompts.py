@@ -7,12 +7,18 @@ learned; a special token's name inside a text stays text. Loss is on each answer
 same format for `tokenizer.apply_chat_template`: it goes with the exported model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from zerolite.medqa.data import Conversation
+
+# A row of more is not tokenised whole: a tokeniser takes 200 bytes and 2 us a character, and cutoff_len drops the rest.
+WHOLE_CHARACTERS = 1 << 17
+CHARACTERS_A_TOKEN = 16  # of a part that is tokenised; where it gives too few tokens, a longer part is
+CUT_TOKENS = 64  # so near to a cut, tokens may be others than those of the whole text
 
 IGNORED = -100  # label of a position without loss, as in torch's cross_entropy
 
@@ -48,10 +54,15 @@ def encode(
     share `cutoff_len`, half to each where both are long: the prompt loses its beginning, the answer its end, but
     never its EOS.
     """
-    ids = iter(_tokenize(texts(conversations), tokenizer))
+    is_long = [_num_characters(conversation) > WHOLE_CHARACTERS for conversation in conversations]
+    whole = [conversation for conversation, long in zip(conversations, is_long, strict=True) if not long]
+    ids = iter(_tokenize(texts(whole), tokenizer))
     examples, num_shortened = [], 0
-    for conversation in conversations:
-        turns = [(next(ids), next(ids) + [tokenizer.eos_token_id]) for _ in conversation.turns]
+    for conversation, long in zip(conversations, is_long, strict=True):
+        if long:
+            turns = _last_turns(conversation, tokenizer, cutoff_len)
+        else:
+            turns = [(next(ids), next(ids) + [tokenizer.eos_token_id]) for _ in conversation.turns]
         example, is_shortened = _join(turns, _bos(tokenizer), cutoff_len)
         examples.append(example)
         num_shortened += is_shortened
@@ -70,7 +81,7 @@ def texts(conversations: list[Conversation]) -> list[str]:
 
 def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
     """Token ids that the answer to the first question is generated from: the last `room` of them at most."""
-    (ids,) = _tokenize(_prompts(conversation)[:1], tokenizer)
+    ids = _tokenize_end(_prompts(conversation)[0], tokenizer, room)
     bos = _bos(tokenizer)
     return bos + ids[-(room - len(bos)) :]
 
@@ -83,8 +94,56 @@ def _prompts(conversation: Conversation) -> list[str]:
 
 
 def _tokenize(strings: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not strings:
+        return []
     encoded = tokenizer(strings, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
     return encoded["input_ids"]
+
+
+def _num_characters(conversation: Conversation) -> int:
+    return len(conversation.system) + sum(len(question) + len(answer) for question, answer in conversation.turns)
+
+
+def _last_turns(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cutoff_len: int
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer with EOS) of the last turns: of an absurdly long row, what `_join` makes the same example from.
+
+    Of each text so much is tokenised that more than `cutoff_len` tokens are sure, since `_join` asks no more of its
+    length than whether it is that long; and turns before those that fill `cutoff_len` would be dropped.
+    """
+    turns: list[tuple[list[int], list[int]]] = []
+    length = 0
+    for prompt, (_, text) in zip(reversed(_prompts(conversation)), reversed(conversation.turns), strict=True):
+        answer = _tokenize_start(text, tokenizer, cutoff_len) + [tokenizer.eos_token_id]
+        turns.insert(0, (_tokenize_end(prompt, tokenizer, cutoff_len), answer))
+        length += len(turns[0][0]) + len(answer)
+        if length > cutoff_len:
+            break
+    return turns
+
+
+def _tokenize_start(text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[int]:
+    """Token ids of `text`, of a long one the first `num_tokens` and some more, which may be others near the cut."""
+    return _tokenize_part(text, tokenizer, num_tokens, lambda size: text[:size])
+
+
+def _tokenize_end(text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[int]:
+    """Token ids of `text`, of a long one the last `num_tokens` and some more, which may be others near the cut."""
+    return _tokenize_part(text, tokenizer, num_tokens, lambda size: text[-size:])
+
+
+def _tokenize_part(
+    text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int, part: Callable[[int], str]
+) -> list[int]:
+    size = max(WHOLE_CHARACTERS, num_tokens * CHARACTERS_A_TOKEN)
+    while size < len(text):
+        (ids,) = _tokenize([part(size)], tokenizer)
+        if len(ids) >= num_tokens + CUT_TOKENS:
+            return ids
+        size *= 2  # few tokens of many characters each
+    (ids,) = _tokenize([text], tokenizer)
+    return ids
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -3,6 +3,7 @@
 import random
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,16 +69,36 @@ def checkpoints(folder: Path) -> list[Path]:
     return [numbered[number] for number in sorted(numbered)]
 
 
-def find(folder: Path) -> Path:
-    """`folder` if it is a checkpoint, else the newest one in it; ValueError where there is none."""
+def find(folder: Path) -> list[Path]:
+    """`folder` alone if it is a checkpoint, else those in it, newest first; ValueError where there is none."""
     if (folder / "manifest.json").is_file():
-        return folder
+        return [folder]
     found = checkpoints(folder)
     if not found:
         raise ValueError(
             f"--resume {folder}: expected a checkpoint, or a folder of complete checkpoint-N; there is none"
         )
-    return found[-1]
+    return found[::-1]
+
+
+def load_newest(
+    model: nn.Module, found: list[Path], optimizer, scheduler, here: Position, say: Callable[[str], None]
+) -> Path:
+    """Restore the first of `found` that is whole, and set `here.step`; the checkpoint. Every rank must call it.
+
+    say: is told of each one that is not usable. Raises as `load` does, of the first one where none is whole.
+    """
+    failures: list[zerolite.CheckpointError] = []
+    for folder in found:
+        try:
+            here.step = load(model, folder, optimizer, scheduler, here)  # damage is found before anything changes
+        except zerolite.CheckpointError as error:
+            failures.append(error)
+            if folder != found[-1]:
+                say(f"{folder.name} is not usable, trying an older one: {error}")
+            continue
+        return folder
+    raise failures[0]
 
 
 def claim_output(folder: Path, is_resumed: bool) -> None:

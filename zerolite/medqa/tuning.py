@@ -66,7 +66,8 @@ def stage_of(options: Options, config: PretrainedConfig, ranks: Processes) -> tu
     if not options.is_adapter:
         return (2 if options.stage is None else options.stage), None
     with torch.device("meta"):
-        numel = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    numel = sum(parameter.numel() for parameter in base.parameters())
     base_bytes = numel * PARAMETER_BYTES[options.precision]
     room_bytes = min(row[0] for row in ranks.gather(memory_bytes(ranks.device)))
     fits = base_bytes <= BASE_SHARE * room_bytes

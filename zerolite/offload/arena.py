@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from zerolite.errors import ZeroliteError
+from zerolite.offload.system import needed
 from zerolite.runtime.device import Device
 
 PAGE_BYTES = mmap.PAGESIZE
@@ -42,7 +43,8 @@ class Arena:
 
     def __init__(self, device: Device):
         self.device = device
-        self.fd = os.memfd_create("zerolite", os.MFD_CLOEXEC)
+        with needed("shared memory for the host's states"):
+            self.fd = os.memfd_create("zerolite", os.MFD_CLOEXEC)
         self.nbytes = 0
         self._pinned: list[torch.Tensor] = []
         self._pinned_offsets: set[int] = set()
@@ -53,9 +55,11 @@ class Arena:
         """A tensor of undefined values. Its pages are placed by whoever touches them first."""
         nbytes = max(numel, 1) * dtype.itemsize
         offset = self.nbytes
-        self.nbytes += -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-        os.ftruncate(self.fd, self.nbytes)
-        memory = mmap.mmap(self.fd, self.nbytes - offset, offset=offset)
+        end = offset + -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+        with needed(f"{end:,} bytes of shared memory"):
+            os.ftruncate(self.fd, end)
+            memory = mmap.mmap(self.fd, end - offset, offset=offset)
+        self.nbytes = end
         return SharedTensor(
             offset, torch.frombuffer(memory, dtype=dtype, count=max(numel, 1))[:numel]
         )  # keeps `memory` alive

@@ -17,6 +17,7 @@ from zerolite.offload.arena import Arena, SharedTensor, check_available
 from zerolite.offload.cores import cores_of
 from zerolite.offload.fetch import FetchQueue
 from zerolite.offload.pool import Pool
+from zerolite.offload.system import needed
 from zerolite.runtime.device import Device
 
 
@@ -58,16 +59,21 @@ class Host:
             weakref.finalize(self, os.close, self.states_fd)
         num_workers = offload.workers or 1
         num_threads = None if offload.threads is None else offload.threads * num_workers
-        cores = cores_of(local_rank, num_local_ranks, num_threads)
-        if len(cores) < num_workers:
-            cores = cores_of(local_rank, num_local_ranks, num_workers)
+        with needed(f"{name}: which cores this machine has"):
+            cores = cores_of(local_rank, num_local_ranks, num_threads)
+            if len(cores) < num_workers:
+                cores = cores_of(local_rank, num_local_ranks, num_workers)
         self.fetch_queue = queue = FetchQueue()
 
         def fail(message: str) -> None:
             queue.has_failed = True
             on_failure(message)
 
-        self.pool = Pool(self.arena.fd, num_workers, cores, self.states_fd, name, fail)
+        try:
+            self.pool = Pool(self.arena.fd, num_workers, cores, self.states_fd, name, fail)
+        except BaseException:
+            self.arena.close()  # here, since whoever keeps the error keeps this frame, and with it the arena
+            raise
 
     def check_memory(self, needed_bytes: int, what: str) -> None:
         """ZeroliteError, with both sizes, where the machine has less than its ranks are about to take."""

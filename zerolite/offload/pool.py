@@ -39,6 +39,7 @@ from zerolite_kernels.cpu_worker import (
 )
 
 from zerolite.errors import WorkerError
+from zerolite.offload.system import needed
 from zerolite.offload.worker_spans import WorkerSpans
 from zerolite.runtime import trace
 
@@ -64,7 +65,44 @@ class Pool:
         self.failure: str | None = None
         self._doubt: deque[tuple[int, str]] = deque()  # (number behind its last command, what it works on)
         self.submitted = 0  # commands so far
-        control_fd = os.memfd_create("zerolite-control", os.MFD_CLOEXEC)
+        self.processes: list[subprocess.Popen] = []
+        self.threads_of: list[range] = []
+        self._fds: list[int] = []  # closed with the pool
+        try:
+            with needed(f"{name}: what {num_workers} optimizer workers talk through"):
+                control_fd = self._share_control()
+                self._wake_fds = [self._own(os.eventfd(0, os.EFD_CLOEXEC)) for _ in cores]
+                self._progress_fd = self._own(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            with needed(f"{name}: a process for each of {num_workers} optimizer workers"):
+                for worker in range(num_workers):
+                    self._start(worker, num_workers, cores, control_fd, arena_fd, states_fd)
+            with needed(f"{name}: a descriptor for each of {num_workers} optimizer workers"):
+                self._pid_fds = [self._own(os.pidfd_open(process.pid)) for process in self.processes]
+        except BaseException:
+            _abandon(self.processes, self._fds)
+            raise
+        self._fds.remove(control_fd)
+        os.close(control_fd)
+        threads = [
+            (w, process.pid, thread) for w, process in enumerate(self.processes) for thread in self.threads_of[w]
+        ]
+        self._spans = WorkerSpans(self._control, self._rows, threads)
+        self._poller = select.poll()
+        for fd in (self._progress_fd, *self._pid_fds):
+            self._poller.register(fd, select.POLLIN)
+        self.close = weakref.finalize(
+            self, _end, os.getpid(), self._header, self._wake_fds, self.processes, self._fds, self._spans
+        )
+        self._sleep_until(lambda: all(row[IS_READY] for row in self._rows), "starting", START_SECONDS)
+
+    def _own(self, fd: int) -> int:
+        """A descriptor that is closed with the pool, or with the start that fails."""
+        self._fds.append(fd)
+        return fd
+
+    def _share_control(self) -> int:
+        """The control memory, mapped here; its descriptor, for the workers."""
+        control_fd = self._own(os.memfd_create("zerolite-control", os.MFD_CLOEXEC))
         os.ftruncate(control_fd, control_bytes(self.num_threads))
         self._control = mmap.mmap(control_fd, control_bytes(self.num_threads))
         self._header = (ctypes.c_uint64 * 8).from_buffer(self._control)
@@ -73,52 +111,32 @@ class Pool:
             (ctypes.c_uint64 * 8).from_buffer(self._control, THREADS_OFFSET + thread * THREAD_BYTES)
             for thread in range(self.num_threads)
         ]
-        self._wake_fds = [os.eventfd(0, os.EFD_CLOEXEC) for _ in cores]
-        self._progress_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.processes: list[subprocess.Popen] = []
-        self.threads_of: list[range] = []
+        return control_fd
+
+    def _start(
+        self, worker: int, num_workers: int, cores: Sequence[int], control_fd: int, arena_fd: int, states_fd: int
+    ) -> None:
+        first, last = (self.num_threads * index // num_workers for index in (worker, worker + 1))
+        wake_fds = self._wake_fds[first:last]
         library = cpu.path()
-        for worker in range(num_workers):
-            first, last = (self.num_threads * index // num_workers for index in (worker, worker + 1))
-            wake_fds = self._wake_fds[first:last]
-            setup = {
-                "threads": list(range(first, last)),
-                "cores": list(cores[first:last]),
-                "num_threads": self.num_threads,
-                "trainer_pid": os.getpid(),
-                "control_fd": control_fd,
-                "arena_fd": arena_fd,
-                "wake_fds": wake_fds,
-                "progress_fd": self._progress_fd,
-                "states_fd": states_fd,
-                "library": str(library) if library is not None else None,
-            }
-            inherited = [control_fd, arena_fd, self._progress_fd, *wake_fds, *([states_fd] if states_fd >= 0 else [])]
-            # `-S`: no site-packages, which the kernels do not need; without them torch comes from there.
-            command = [sys.executable, *(["-S"] if library is not None else []), str(Path(cpu_worker.__file__))]
-            process = subprocess.Popen([*command, json.dumps(setup)], pass_fds=inherited, stdin=subprocess.DEVNULL)
-            self.processes.append(process)
-            self.threads_of.append(range(first, last))
-        os.close(control_fd)
-        threads = [
-            (w, process.pid, thread) for w, process in enumerate(self.processes) for thread in self.threads_of[w]
-        ]
-        self._spans = WorkerSpans(self._control, self._rows, threads)
-        self._pid_fds = [os.pidfd_open(process.pid) for process in self.processes]
-        self._poller = select.poll()
-        for fd in (self._progress_fd, *self._pid_fds):
-            self._poller.register(fd, select.POLLIN)
-        self.close = weakref.finalize(
-            self,
-            _end,
-            os.getpid(),
-            self._header,
-            self._wake_fds,
-            self.processes,
-            [self._progress_fd, *self._pid_fds, *self._wake_fds],
-            self._spans,
-        )
-        self._sleep_until(lambda: all(row[IS_READY] for row in self._rows), "starting", START_SECONDS)
+        setup = {
+            "threads": list(range(first, last)),
+            "cores": list(cores[first:last]),
+            "num_threads": self.num_threads,
+            "trainer_pid": os.getpid(),
+            "control_fd": control_fd,
+            "arena_fd": arena_fd,
+            "wake_fds": wake_fds,
+            "progress_fd": self._progress_fd,
+            "states_fd": states_fd,
+            "library": str(library) if library is not None else None,
+        }
+        inherited = [control_fd, arena_fd, self._progress_fd, *wake_fds, *([states_fd] if states_fd >= 0 else [])]
+        # `-S`: no site-packages, which the kernels do not need; without them torch comes from there.
+        command = [sys.executable, *(["-S"] if library is not None else []), str(Path(cpu_worker.__file__))]
+        process = subprocess.Popen([*command, json.dumps(setup)], pass_fds=inherited, stdin=subprocess.DEVNULL)
+        self.processes.append(process)
+        self.threads_of.append(range(first, last))
 
     def submit(self, commands: Sequence[Command], label: str, arena_bytes: int) -> int:
         """Hand commands to every thread; the number to `wait` for. `label` says in an error what they worked on."""
@@ -203,6 +221,15 @@ class Pool:
             other.kill()  # also one that is stopped, and could not end by itself
         self.on_failure(self.failure)
         raise WorkerError(self.failure)
+
+
+def _abandon(processes: list[subprocess.Popen], fds: list[int]) -> None:
+    """Undo a start that failed: no worker and no descriptor stays."""
+    for process in processes:
+        process.kill()
+        process.wait()
+    for fd in fds:
+        os.close(fd)
 
 
 def _end(

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import torch
 
 from zerolite.engine.engine import Engine, sharded_info
-from zerolite.engine.grad_stats import GradStats, reduce_grad_stats, warn_skipped
+from zerolite.engine.grad_stats import GradStats, reduce_grad_stats
 from zerolite.optim.groups import Groups
 from zerolite.optim.parameter_states import StateTable
 from zerolite.optim.rules import Rule
+from zerolite.optim.skipped_steps import non_finite_units, report_skipped
 from zerolite.optim.step_settings import StepSettings
 from zerolite.runtime import trace
 from zerolite.shards.bucket import Bucket
@@ -67,6 +68,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"max_grad_norm is a positive number, or None not to clip; got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
         self.step_was_skipped = False
+        self.skipped_units: list[str] = []  # whose gradients held Inf or NaN in the last step
         self._groups = Groups()
         self._table = StateTable(self.rule.state_names)
         self._stats: tuple[tuple[int, int], GradStats] | None = None  # unscaled, with what they are of
@@ -90,7 +92,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._groups.are(self.param_groups):
             return
         before, now = self._groups.infos, self._groups.read(self.param_groups)
-        self._engine = now.engine
+        if now.engine is not None:
+            self._engine = now.engine
         self._check_host_memory({info.bucket for info in now.infos.values()} - self._table.buckets.keys())
         for parameter in before:
             if parameter not in now.infos:
@@ -234,8 +237,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, closure=None):
         """One update of this rank's range, and its publication. Returns the closure's loss. Collective.
 
-        A step whose gradients hold Inf or NaN changes nothing on any rank; `step_was_skipped` tells. WorkerError where
-        a worker failed, ZeroliteError where ranks have run other modules, or their optimizers differ.
+        A step whose gradients hold Inf or NaN changes nothing on any rank; `step_was_skipped` and `skipped_units` tell.
+        WorkerError where a worker failed. ZeroliteError where ranks have run other modules or their optimizers differ,
+        and where fp16 gradients overflow at the lowest loss scale, 1.
         """
         loss = None
         if closure is not None:
@@ -255,8 +259,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         norm = self._unscaled_norm(stats)
         self._grad_norm = self._unscaled_norm(before)
         self.step_was_skipped = not stats.is_finite
+        self.skipped_units = non_finite_units(engine, stats) if self.step_was_skipped else []
         if self.step_was_skipped:
-            warn_skipped(engine, stats)
+            report_skipped(self.skipped_units, loss_scale, self.zero_grad)
         else:
             factor = _clip_factor(norm, self.max_grad_norm) if self.max_grad_norm is not None else 1.0
             self._update(stats, factor / (loss_scale.value if loss_scale is not None else 1.0))

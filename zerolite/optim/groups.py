@@ -14,9 +14,8 @@ from zerolite.shards.bucket import Bucket
 class Groups:
     """What `param_groups` was when it was last looked at."""
 
-    engine: Engine  # of the parameters
-
     def __init__(self):
+        self.engine: Engine | None = None  # of the parameters
         self.infos: dict[torch.nn.Parameter, ParameterInfo] = {}  # of the parameters that are stepped
         self.group_of: dict[torch.nn.Parameter, int] = {}  # of those
         self._parameters: list[list[torch.nn.Parameter]] = []  # of each group, the frozen ones too
@@ -38,7 +37,7 @@ class Groups:
         group_of = {parameter: index for index, group in enumerate(now._parameters) for parameter in group}
         if len(group_of) < sum(map(len, now._parameters)):
             raise ValueError("some parameters appear in more than one parameter group, or twice in one")
-        engine = getattr(self, "engine", None)
+        engine = self.engine
         for parameter, index in group_of.items():
             info = sharded_info(parameter)
             engine = engine or info.engine
@@ -52,8 +51,7 @@ class Groups:
                     )
                 continue  # frozen parameters are in their group as in torch, and never stepped
             now.infos[parameter], now.group_of[parameter] = info, index
-        if engine is not None:
-            now.engine = engine
+        now.engine = engine
         return now
 
     def slots(self) -> dict[Bucket, list[int]]:

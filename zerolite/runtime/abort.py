@@ -17,7 +17,7 @@ from zerolite.errors import WorkerError
 
 KEY = "zerolite/abort"
 FOREVER = datetime.timedelta(days=365)
-GRACE_SECONDS = 3.0  # between the end of another rank's connection and the arrival of its message
+GRACE_SECONDS = 0.7  # between the end of another rank's connection and the arrival of its message
 
 _world: dist.ProcessGroup | None = None  # whose failures these are
 _listener: threading.Thread | None = None
