@@ -142,17 +142,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         self._follow_groups()
-        groups = state_dict["param_groups"]
-        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
-            raise ValueError("loaded state_dict has param groups of other sizes than this optimizer's")
-        state: defaultdict[Any, Any] = defaultdict(dict, state_dict["state"])
-        for group, saved_group in zip(self.param_groups, groups, strict=True):
-            for parameter, identity in zip(group["params"], saved_group["params"], strict=True):
-                saved = state.pop(identity, {})
-                if parameter in self._groups.infos:
-                    self._table.changes(parameter, saved)
-                    state[parameter] = dict(saved)
-        for group, saved_group in zip(self.param_groups, groups, strict=True):
+        state = self._table.state_of(state_dict, self.param_groups)
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved_group.items() if key != "params"})
         self._table.absorb(state)
         self.state = state

@@ -9,7 +9,8 @@ them. A `StateTable` finds out what was done to those dicts, and does it to the 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -238,6 +239,20 @@ class StateTable:
                 continue
             changed[name] = _step_of(info, value) if name == "step" else _tensor_of(info, name, value)
         return changed
+
+    def state_of(self, state_dict: Mapping[str, Any], param_groups: Sequence[dict[str, Any]]) -> defaultdict[Any, Any]:
+        """What `optimizer.state` would be after loading a state dict. ValueError where that does not fit."""
+        groups = state_dict["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in param_groups]:
+            raise ValueError("loaded state_dict has param groups of other sizes than this optimizer's")
+        state: defaultdict[Any, Any] = defaultdict(dict, state_dict["state"])
+        for group, saved_group in zip(param_groups, groups, strict=True):
+            for parameter, identity in zip(group["params"], saved_group["params"], strict=True):
+                saved = state.pop(identity, {})
+                if parameter in self._shown:
+                    self.changes(parameter, saved)
+                    state[parameter] = dict(saved)
+        return state
 
     def _write(self, parameter: torch.nn.Parameter, changed: Mapping[str, Any]) -> None:
         info = sharded_info(parameter)
