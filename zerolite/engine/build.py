@@ -79,6 +79,7 @@ def finish(engine: Engine) -> None:
                 engine.mesh.shard.broadcast(buffer)
     for extension in extensions_of(engine.model):
         extension.after_sharding(engine.model)
+    engine.guard.watch()
 
 
 def _buckets(

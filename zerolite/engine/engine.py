@@ -23,6 +23,7 @@ from torch.autograd import Variable
 
 from zerolite.config import Precision
 from zerolite.engine.loss_scale import LossScale
+from zerolite.engine.parameter_guard import ParameterGuard
 from zerolite.engine.prefetch import neighbour
 from zerolite.engine.reducer import Reducer
 from zerolite.errors import ZeroliteError
@@ -51,6 +52,7 @@ class Engine:
         self.device = devices.of(device)
         self.precision = precision
         self.units: list[Unit] = []  # the root first
+        self.guard = ParameterGuard(model, self.units)  # watches from `build.finish` on
         self.reducer = Reducer(self.device)
         self.placement = Placement()  # set by `build`, with the queue of what workers have stepped
         self.fetch_queue = self.placement.fetch_queue
@@ -77,6 +79,8 @@ class Engine:
             self.open_backward()  # a recomputation: this is the outer backward, the nested one comes after it
         elif self._is_backward_open and not in_backward:
             self.abandon_backward()  # the last one raised
+        if unit.is_root and unit.forward_depth == 0 and not in_backward:
+            self.guard.check()
         unit.forward_depth += 1
         if unit.forward_depth == 1:
             self._gather(unit, -1 if in_backward else 1)
@@ -207,6 +211,7 @@ class Engine:
         """Nothing gathered may outlive a step, and nothing be unfetched from the last one."""
         if self._is_backward_open:
             self.abandon_backward()
+        self.guard.check()
         self.fetch()
         for unit in self.units:
             if self.full_depth == 0:
@@ -214,6 +219,7 @@ class Engine:
 
     def gather_all(self) -> None:
         """Gather every unit and keep it. Collective."""
+        self.guard.check()
         self.fetch()
         self.full_depth += 1
         for unit in self.units:
@@ -223,15 +229,18 @@ class Engine:
 
     def release_all(self, writeback: bool) -> None:
         self.fetch()  # a step inside is no edit
+        self.full_depth -= 1
         if writeback:
             self.absorb_edits()
-        self.full_depth -= 1
+        elif self.full_depth == 0:
+            self.guard.drop_edits()
         for unit in self.units:
             self.free(unit)
 
     @torch.no_grad()
     def absorb_edits(self) -> None:
         """Store what somebody wrote into unsharded parameters in the shards, which are what is stepped."""
+        self.guard.check()
         for unit in self.units:
             for bucket in unit.buckets:
                 bucket.parameters.absorb_edits()

@@ -3,9 +3,11 @@
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from zerolite.engine.engine import Engine, info_of
+from zerolite.engine.parameter_guard import guard_apply
 from zerolite.errors import ZeroliteError
 
 
@@ -20,6 +22,11 @@ def adapt(engine: Engine) -> None:
         engine.clear_gradients(set_to_none)
 
     model.zero_grad = zero_grad
+
+    def dtypes() -> dict[torch.dtype, str]:
+        return {bucket.shard.spec.dtype: bucket.layout.slots[0].name for unit in engine.units for bucket in unit.buckets}
+
+    guard_apply(model, engine.guard, dtypes)
     if engine.fetch_queue.shards:
         _fetch_when_read(engine)
     if all(bucket.parameters.stays_unsharded for unit in engine.units for bucket in unit.buckets):

@@ -272,7 +272,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Count the used slots' steps, and cut this rank's range into segments that are stepped alike."""
         keys: list[StepKey | None] = []
         for index, (parameter, is_used) in enumerate(zip(bucket.parameters.tensors, was_used, strict=True)):
-            if parameter not in self._infos or not is_used or not parameter.requires_grad:
+            if parameter not in self._infos or not is_used:
                 keys.append(None)
                 continue
             state = self.state[parameter]
