@@ -9,6 +9,7 @@ from zerolite.config import Offload, Precision, reduce_dtype
 from zerolite.engine import hooks, model_methods
 from zerolite.engine.engine import Engine, ParameterInfo
 from zerolite.engine.extensions import extensions_of
+from zerolite.engine.shardable import check_parameters, is_computed_in
 from zerolite.offload.placement import Policy, place
 from zerolite.shards.bucket import Bucket, TrainableBucket, Unit
 from zerolite.shards.gradients import FlatGradients
@@ -42,8 +43,9 @@ def build(
     model, precision = engine.model, engine.precision
 
     def dtype_of(parameter: nn.Parameter) -> torch.dtype:
-        return precision.param if precision is not None and parameter.is_floating_point() else parameter.dtype
+        return precision.param if precision is not None and is_computed_in(parameter.dtype) else parameter.dtype
 
+    check_parameters(model)
     stays_unsharded = [p for extension in extensions_of(model) for p in extension.stays_unsharded(model)]
     plans = plan_units(model, rule, dtype_of, stays_unsharded)
     policy = Policy(engine.partition, engine.mesh.shard.size, precision, dtype_of)

@@ -63,6 +63,12 @@ class Engine:
         self._is_backward_open = False
         self._was_loss_scaled = False
 
+    def __reduce__(self):
+        raise ZeroliteError(
+            "a part of a sharded model, or something that refers to it, cannot be copied or pickled alone: it would "
+            "share the engine; copy the whole model (copy.deepcopy(model).<part>), or take state_dict()"
+        )
+
     def all_gather_scalars(self, scalars: torch.Tensor) -> torch.Tensor:
         """Every rank's few fp64 numbers (n,) as (replicas, shards, n) on the host. Collective.
 
@@ -257,6 +263,14 @@ class ParameterInfo:
     @property
     def name(self) -> str:
         return self.bucket.layout.slots[self.index].name
+
+    def __reduce__(self):
+        """A pickled parameter is plain torch's."""
+        if not self.bucket.parameters.is_readable:
+            raise ZeroliteError(
+                f"{self.name} reads as NaN now and is not pickled: pickle it inside `with zerolite.full_params(model):`"
+            )
+        return type(None), ()
 
 
 def info_of(parameter: torch.Tensor) -> ParameterInfo | None:

@@ -150,19 +150,25 @@ class ParameterGuard:
                     f"{name} was replaced by a parameter whose gradient nobody reduced: run the model's own forward "
                     "between the replacement and backward"
                 )
-            if not torch.equal(other, first):
+            _expect_values(bucket, index, other)
+            if other is not first and not torch.equal(other, first):
                 raise ValueError(f"{name} is tied, and was replaced by parameters of several values: give it one")
-        _expect_values(bucket, index, first)
         if not is_at_every_name and not (bucket.parameters.is_readable and torch.equal(first, parameter)):
-            raise ValueError(f"{name} is tied, and was replaced at some of its names only: replace all, or untie before")
+            raise ValueError(f"{name} is tied, and was replaced at some of its names only: replace all")
         bucket.parameters.store(index, first.detach())
         parameter.requires_grad_(first.requires_grad)
 
 
-def guard_apply(model: nn.Module, guard: ParameterGuard, dtypes: Callable[[], dict[torch.dtype, str]]) -> None:
+def guard_apply(
+    model: nn.Module,
+    guard: ParameterGuard,
+    dtypes: Callable[[], dict[torch.dtype, str]],
+    expect_whole: Callable[[], None],
+) -> None:
     """Have `model.to`, `.half()`, `.cpu()` and their like refuse what would untie parameters from their shards.
 
     dtypes: those of the sharded parameters, with a parameter's name each.
+    expect_whole: makes parameters readable, or raises; called where values change.
     """
     own_apply = model._apply
 
@@ -176,6 +182,8 @@ def guard_apply(model: nn.Module, guard: ParameterGuard, dtypes: Callable[[], di
                     "before zerolite.shard, or pass precision=zerolite.Precision(param=...) there; for a cast copy, "
                     "export the model or copy.deepcopy it and cast the copy)"
                 )
+            if not result.is_meta and result.to(torch.float32).item() != 1:
+                expect_whole()
         own_apply(fn, *args, **kwargs)
         guard.rebind_unreadable()
         return model
@@ -188,9 +196,9 @@ def _refuse_unfrozen(bucket: Bucket) -> None:
         for slot, parameter in bucket.slots():
             if parameter.requires_grad:
                 raise ValueError(
-                    f"{slot.name} was frozen when the model was sharded and requires a gradient now, which nobody would "
-                    "reduce or step: set requires_grad before zerolite.shard (what is trainable there may be frozen "
-                    "and unfrozen later)"
+                    f"{slot.name} was frozen when the model was sharded and requires a gradient now, which nobody "
+                    "would reduce or step: set requires_grad before zerolite.shard (what is trainable there may "
+                    "be frozen and unfrozen later)"
                 )
 
 

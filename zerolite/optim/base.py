@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from zerolite.engine.engine import Engine, ParameterInfo, sharded_info
+from zerolite.errors import ZeroliteError
 from zerolite.optim.grad_stats import GradStats, reduce_grad_stats
 from zerolite.optim.rules import Rule
 from zerolite.runtime import trace
@@ -70,6 +71,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._clip_factor = 1.0  # of clip_grad_norm_, for the next step
         self._grad_norm: float | None = None
         super().__init__(params, defaults)
+
+    def __reduce__(self):
+        raise ZeroliteError(
+            f"{type(self).__name__} steps the shards of one model and cannot be copied or pickled: take "
+            "optimizer.state_dict(), or build one on another model that zerolite.shard has sharded"
+        )
 
     # Param groups and states #
 

@@ -158,7 +158,7 @@ class FlatParameters:
 
     @torch.no_grad()
     def store(self, index: int, values: torch.Tensor) -> None:
-        """Make `values`, of the slot's shape, dtype and device, those of one parameter, in the shard and its master too.
+        """Make `values`, of the slot's shape, dtype and device, those of a parameter, in the shard and master too.
 
         Every rank must give the same.
         """
@@ -192,8 +192,8 @@ class FlatParameters:
         names = ", ".join(self.layout.slots[index].name for index in edited)
         raise ValueError(
             f"{names}: written in place while gathered at stage 3, by a module's forward (an average kept in a "
-            "parameter, nn.Embedding(max_norm=...)) or between forward and backward; the gathered copy is freed now and "
-            "the edit would be lost: edit inside zerolite.full_params(model, writeback=True), keep the value in a "
+            "parameter, nn.Embedding(max_norm=...)) or between forward and backward; the gathered copy is freed now "
+            "and the edit would be lost: edit inside zerolite.full_params(model, writeback=True), keep the value in a "
             "buffer, or use stage 2"
         )
 
