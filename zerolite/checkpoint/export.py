@@ -43,6 +43,7 @@ def export(model: nn.Module, folder) -> None:
     folder = Path(folder).resolve()
     together = partial(on_all_ranks, engine, f"exporting to {folder}", ZeroliteError)
     writer = _Writer(folder) if engine.mesh.rank == 0 else None
+    engine.guard.check()
     together(lambda: writer.open() if writer is not None else None)
     buffers = buffers_of(model)
     try:

@@ -65,6 +65,7 @@ def save(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None, ex
 
 
 def _prepare(engine: Engine, folder: Path) -> str:
+    engine.guard.check()
     token = uuid.uuid4().hex[:12]
     if engine.mesh.rank == 0:
         if folder.exists() and not is_complete(folder) and any(folder.iterdir()):

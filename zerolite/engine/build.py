@@ -12,6 +12,7 @@ from zerolite.engine.entries import Entries
 from zerolite.engine.extensions import extensions_of
 from zerolite.engine.foreign_optimizers import refuse_foreign_steps
 from zerolite.engine.shard_settings import compare_shards
+from zerolite.engine.shardable import check_parameters, is_computed_in
 from zerolite.offload.placement import Policy, place
 from zerolite.shards.bucket import Bucket, TrainableBucket, Unit
 from zerolite.shards.gradients import FlatGradients
@@ -45,8 +46,9 @@ def build(
     model, precision = engine.model, engine.precision
 
     def dtype_of(parameter: nn.Parameter) -> torch.dtype:
-        return precision.param if precision is not None and parameter.is_floating_point() else parameter.dtype
+        return precision.param if precision is not None and is_computed_in(parameter.dtype) else parameter.dtype
 
+    check_parameters(model)
     stays_unsharded = [p for extension in extensions_of(model) for p in extension.stays_unsharded(model)]
     plans = plan_units(model, rule, dtype_of, stays_unsharded)
     compare_shards(engine, plans, offload, dtype_of, has_values)
@@ -86,6 +88,7 @@ def finish(engine: Engine) -> None:
                 engine.mesh.shard.broadcast(buffer)
     for extension in extensions_of(engine.model):
         extension.after_sharding(engine.model)
+    engine.guard.watch()
 
 
 def _buckets(

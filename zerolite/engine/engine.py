@@ -26,6 +26,7 @@ from zerolite.engine.grad_handle import GradHandle
 from zerolite.engine.grad_handles import GradHandles
 from zerolite.engine.graph_task import is_in_backward
 from zerolite.engine.loss_scale import LossScale
+from zerolite.engine.parameter_guard import ParameterGuard
 from zerolite.engine.prefetch import neighbour
 from zerolite.engine.reducer import Reducer
 from zerolite.errors import ZeroliteError
@@ -54,6 +55,7 @@ class Engine:
         self.device = devices.of(device)
         self.precision = precision
         self.units: list[Unit] = []  # the root first
+        self.guard = ParameterGuard(model, self.units)  # watches from `build.finish` on
         self.reducer = Reducer(self.device)
         self.handles = GradHandles(self)
         self.placement = Placement()  # set by `build`, with the queue of what workers have stepped
@@ -67,6 +69,12 @@ class Engine:
         self._keeps_gathered = False  # a backward with create_graph=True has been: nodes that it made read parameters
         self._is_backward_open = False
         self._was_loss_scaled = False
+
+    def __reduce__(self):
+        raise ZeroliteError(
+            "a part of a sharded model, or something that refers to it, cannot be copied or pickled alone: it would "
+            "share the engine; copy the whole model (copy.deepcopy(model).<part>), or take state_dict()"
+        )
 
     def all_gather_scalars(self, scalars: torch.Tensor) -> torch.Tensor:
         """Every rank's few fp64 numbers (n,) as (replicas, shards, n) on the host. Collective.
@@ -84,6 +92,8 @@ class Engine:
             self.open_backward()  # a recomputation: this is the outer backward, the nested one comes after it
         elif self._is_backward_open and not in_backward:
             self.abandon_backward()  # the last one raised
+        if unit.is_root and unit.forward_depth == 0 and not in_backward:
+            self.guard.check()
         unit.forward_depth += 1
         if unit.forward_depth == 1:
             self._gather(unit, -1 if in_backward else 1)
@@ -255,6 +265,7 @@ class Engine:
         """Nothing gathered may outlive a step, and nothing be unfetched from the last one."""
         if self._is_backward_open:
             self.abandon_backward()
+        self.guard.check()
         self.fetch()
         self._keeps_gathered = False
         for unit in self.units:
@@ -263,6 +274,7 @@ class Engine:
 
     def gather_all(self) -> None:
         """Gather every unit and keep it. Collective."""
+        self.guard.check()
         self.fetch()
         self.full_depth += 1
         for unit in self.units:
@@ -272,15 +284,18 @@ class Engine:
 
     def release_all(self, writeback: bool) -> None:
         self.fetch()  # a step inside is no edit
+        self.full_depth -= 1
         if writeback:
             self.absorb_edits()
-        self.full_depth -= 1
+        elif self.full_depth == 0:
+            self.guard.drop_edits()
         for unit in self.units:
             self.free(unit)
 
     @torch.no_grad()
     def absorb_edits(self) -> None:
         """Store what somebody wrote into unsharded parameters in the shards, which are what is stepped."""
+        self.guard.check()
         for unit in self.units:
             for bucket in unit.buckets:
                 bucket.parameters.absorb_edits()
@@ -297,6 +312,14 @@ class ParameterInfo:
     @property
     def name(self) -> str:
         return self.bucket.layout.slots[self.index].name
+
+    def __reduce__(self):
+        """A pickled parameter is plain torch's."""
+        if not self.bucket.parameters.is_readable:
+            raise ZeroliteError(
+                f"{self.name} reads as NaN now and is not pickled: pickle it inside `with zerolite.full_params(model):`"
+            )
+        return type(None), ()
 
 
 def info_of(parameter: torch.Tensor) -> ParameterInfo | None:

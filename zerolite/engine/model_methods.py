@@ -3,9 +3,12 @@
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
+from zerolite.engine import copies
 from zerolite.engine.engine import Engine, info_of
+from zerolite.engine.parameter_guard import guard_apply
 from zerolite.errors import ZeroliteError
 
 
@@ -20,6 +23,14 @@ def adapt(engine: Engine) -> None:
         engine.clear_gradients(set_to_none)
 
     model.zero_grad = zero_grad
+
+    def dtypes() -> dict[torch.dtype, str]:
+        buckets = (bucket for unit in engine.units for bucket in unit.buckets)
+        return {bucket.shard.spec.dtype: bucket.layout.slots[0].name for bucket in buckets}
+
+    guard_apply(model, engine.guard, dtypes, lambda: copies.expect_whole(engine, model, "a change of all values"))
+    copies.adapt(engine)
+    _read_parts(engine)
     if engine.fetch_queue.shards:
         _fetch_when_read(engine)
     if all(bucket.parameters.stays_unsharded for unit in engine.units for bucket in unit.buckets):
@@ -38,6 +49,19 @@ def adapt(engine: Engine) -> None:
 
     model.register_state_dict_pre_hook(refuse)
     model.register_load_state_dict_pre_hook(refuse)
+
+
+def _read_parts(engine: Engine) -> None:
+    """State dicts of a part of the model, as of the whole, have values or are refused: owners of parameters ask."""
+
+    def expect_values(module: nn.Module, *args) -> None:
+        if any(info_of(parameter) is not None for parameter in module._parameters.values() if parameter is not None):
+            copies.expect_whole(engine, module, "a state dict")
+
+    for module in engine.model.modules():
+        if module is not engine.model and module._parameters:
+            module.register_state_dict_pre_hook(expect_values)
+            module.register_load_state_dict_pre_hook(expect_values)
 
 
 def _generate_together(engine: Engine) -> None:

@@ -30,6 +30,7 @@ def unsharded_buckets(engine: Engine, buckets: Iterable[Bucket], *, writeback: b
     the next turn is kept, in this rank's shard and its master; every rank must write the same.
     """
     wanted = set(buckets)
+    engine.guard.check()
     engine.fetch()
     for unit in engine.units:
         chosen = [bucket for bucket in unit.buckets if bucket in wanted]

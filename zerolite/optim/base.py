@@ -21,6 +21,7 @@ import torch
 
 from zerolite.engine.engine import Engine, sharded_info
 from zerolite.engine.grad_stats import GradStats, reduce_grad_stats
+from zerolite.errors import ZeroliteError
 from zerolite.optim.groups import Groups
 from zerolite.optim.parameter_states import StateTable
 from zerolite.optim.rules import Rule
@@ -75,6 +76,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._grad_norm: float | None = None
         self._settings = StepSettings(self)
         super().__init__(params, defaults)
+
+    def __reduce__(self):
+        raise ZeroliteError(
+            f"{type(self).__name__} steps the shards of one model and cannot be copied or pickled: take "
+            "optimizer.state_dict(), or build one on another model that zerolite.shard has sharded"
+        )
 
     # Param groups and states #
 
@@ -279,7 +286,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         keys: list[StepKey | None] = []
         scales = self._engine.handles.scales_of(bucket)
         for index, (parameter, is_used) in enumerate(zip(bucket.parameters.tensors, was_used, strict=True)):
-            if parameter not in self._groups.infos or not is_used or not parameter.requires_grad:
+            if parameter not in self._groups.infos or not is_used:
                 keys.append(None)
                 continue
             step = self._table.steps[parameter].add_(1)

@@ -7,8 +7,10 @@ order, which also makes the sum independent of who owns the shard.
 Every method but the properties is collective: every rank of the group must call it, in the same order.
 """
 
+import contextlib
 import struct
 import zlib
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +25,8 @@ from zerolite.runtime import device as devices
 HEADER = struct.Struct("<QI20s96s")  # a message's bytes, hash of its label, dtype, as much of the label as fits
 # A tag of gloo has 31 bits: a hash, a sequence number, and one bit that tells header and payload apart.
 SEQUENCE_BITS = 10  # a rank has far fewer exchanges in flight
+# What NCCL and gloo both know; other dtypes move as bytes.
+TRANSPORTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
 CHUNK_NUMEL = 128 * 1024  # three of them in fp32 lie in a core's second-level cache
 
 
@@ -110,6 +114,8 @@ class NcclGroup(Group):
         return Pending((work.wait, lambda: out.div_(divisor)), (full, out), label)
 
     def all_gather(self, full, shard, label):
+        if full.dtype not in TRANSPORTED:
+            full, shard = full.view(torch.uint8), shard.view(torch.uint8)
         work = dist.all_gather_into_tensor(full, shard, group=self.process_group, async_op=True)
         return Pending((work.wait,), (full, shard), label)
 
@@ -117,7 +123,8 @@ class NcclGroup(Group):
         dist.all_reduce(tensor, group=self.process_group)
 
     def broadcast(self, tensor):
-        dist.broadcast(tensor, group=self.process_group, group_src=0)
+        with as_bytes(tensor) as sent:
+            dist.broadcast(sent, group=self.process_group, group_src=0)
 
     def all_gather_scalars(self, scalars):
         rows = scalars.new_empty(self.size, scalars.numel())
@@ -181,6 +188,8 @@ class ExchangeGroup(Group):
     def all_gather(self, full, shard, label):
         if full.numel() == 0:
             return Pending()
+        if full.dtype not in TRANSPORTED:
+            full, shard = full.view(torch.uint8), shard.view(torch.uint8)
         shards = dict(enumerate(full.view(self.size, -1).unbind()))
         pending = self._exchange({peer: shard for peer in self.peers}, shards, label)
         if shard.data_ptr() != shards[self.rank].data_ptr():
@@ -199,7 +208,8 @@ class ExchangeGroup(Group):
         self._exchange(
             {peer: torch.zeros(1) for peer in self.peers}, {peer: torch.zeros(1) for peer in self.peers}, label
         ).wait()
-        dist.broadcast(tensor, group=self.process_group, group_src=0)
+        with as_bytes(tensor) as sent:
+            dist.broadcast(sent, group=self.process_group, group_src=0)
 
     def all_gather_scalars(self, scalars):
         rows = scalars.new_empty(self.size * scalars.numel())
@@ -223,6 +233,18 @@ def _difference(received: torch.Tensor, header: torch.Tensor) -> str:
         text, kind = (part.rstrip(b"\0").decode(errors="replace") for part in (label, dtype))
         said.append(f"{text}, {num_bytes:,} bytes of {kind}")
     return f"{said[0]}; this rank is at {said[1]}"
+
+
+@contextlib.contextmanager
+def as_bytes(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Inside, a tensor that every transport can write; what was written is in `tensor` afterwards."""
+    if tensor.dtype in TRANSPORTED and tensor.is_contiguous():
+        yield tensor
+        return
+    flat = tensor.detach().contiguous().view(-1)
+    yield flat.view(torch.uint8)
+    if flat.data_ptr() != tensor.data_ptr():
+        tensor.copy_(flat.view(tensor.shape))
 
 
 def sum_in_rank_order(terms: list[torch.Tensor], out: torch.Tensor, divisor: int) -> None:

@@ -10,6 +10,12 @@ A parameter of a freed storage would be a null pointer to every kernel. While sh
 NaN expanded to its shape (one element of memory): shape, dtype and device stay true, a read outside of forward,
 backward and `full_params` is loud instead of a crash, and writing to it is an error of torch's. The same
 holds, at every stage, for a parameter that the workers are still stepping.
+
+[Note: who else writes parameters]
+Foreign code may give a parameter other memory (`p.data = ...`, `model.to`) or write into it in place. The address tells
+the first, the version counter of the parameter the second: binding a view leaves the counter as it is. Where the
+engine gets control, `is_intact` compares both; engine/parameter_guard.py stores what changed, or refuses it by name.
+What is written in place through `p.data` moves no counter of `p`: no comparison sees that.
 """
 
 from collections.abc import Sequence
@@ -41,12 +47,16 @@ class FlatParameters:
         self.layout, self.unit_name, self.tensors = spec.layout, spec.unit_name, list(tensors)
         self.unsharded, self.shard = unsharded, shard
         self.stays_unsharded = stays_unsharded
+        self.is_frozen = spec.gradient_dtype is None
         shard.parameters = self
         self.pending: Pending | None = None  # the gather in flight
         self.state = ParameterState.UNSHARDED
         nan = float("nan") if spec.dtype.is_floating_point else 0
         self.placeholder = torch.full((), nan, dtype=spec.dtype, device=unsharded.device)
         self._views = [slot.range.of(unsharded).view(slot.shape) for slot in spec.layout.slots]
+        self._nan_views = [self.placeholder.expand(slot.shape) for slot in spec.layout.slots]
+        self._nan_addresses = [view.data_ptr() for view in self._nan_views]
+        self.accept_edits()
         self._bind()
         if not stays_unsharded:
             self.reshard()
@@ -87,6 +97,7 @@ class FlatParameters:
         self.wait()
         if self.stays_unsharded or self.state is not ParameterState.UNSHARDED:
             return
+        self._keep_edits()
         self._set_state(ParameterState.SHARDED)
         self._place_nan()
         self.unsharded.untyped_storage().resize_(0)
@@ -106,6 +117,85 @@ class FlatParameters:
         elif values.data_ptr() != own.data_ptr():
             values = own
         self.shard.set_values(values)
+        self.accept_edits()
+
+    # What foreign code did, see [Note: who else writes parameters] #
+
+    def is_intact(self) -> bool:
+        """Whether every parameter is where it was bound, at the version that is known, and frozen if the bucket is."""
+        return (
+            [parameter._version for parameter in self.tensors] == self._versions
+            and [parameter.data_ptr() for parameter in self.tensors] == self._addresses()
+            and not (self.is_frozen and any(parameter.requires_grad for parameter in self.tensors))
+        )
+
+    @property
+    def is_readable(self) -> bool:
+        return self._is_bound and self.pending is None
+
+    def rebound_slots(self) -> list[int]:
+        """Slots whose parameter was given other memory."""
+        addresses = enumerate(zip(self.tensors, self._addresses(), strict=True))
+        return [index for index, (parameter, address) in addresses if parameter.data_ptr() != address]
+
+    def edited_slots(self) -> list[int]:
+        """Slots that were written in place."""
+        versions = enumerate(zip(self.tensors, self._versions, strict=True))
+        return [index for index, (parameter, version) in versions if parameter._version != version]
+
+    def accept_edits(self) -> None:
+        """What was written in place is known."""
+        self._versions = [parameter._version for parameter in self.tensors]
+
+    def rebind(self, index: int) -> None:
+        """Give a parameter its own memory again."""
+        self.tensors[index].data = self._views[index] if self._is_bound else self._nan_views[index]
+
+    def restore_nan(self) -> None:
+        """A parameter of one element can be written while it reads as NaN, and all share that element."""
+        self.placeholder.fill_(float("nan") if self.placeholder.dtype.is_floating_point else 0)
+        self.accept_edits()
+
+    @torch.no_grad()
+    def store(self, index: int, values: torch.Tensor) -> None:
+        """Make `values`, of the slot's shape, dtype and device, those of a parameter, in the shard and master too.
+
+        Every rank must give the same.
+        """
+        slot, own_range = self.layout.slots[index], self.shard.range
+        part = slot.range.intersect(own_range)
+        if self.is_readable:
+            self._views[index].copy_(values)
+        if self.is_readable and self.stays_unsharded:
+            self.absorb_edits()
+        elif part.numel > 0:
+            stored = self.shard.values()
+            own, given = part.of(stored, own_range), part.of(values.reshape(-1), slot.range).to(stored.device)
+            if own.dtype != given.dtype:  # a master keeps the bits that the values have not
+                given = torch.where(given != self.shard.round(own), given.to(own.dtype), own)
+            own.copy_(given)
+            self.shard.set_values(stored)
+        self.rebind(index)
+
+    def _addresses(self) -> list[int]:
+        return [view.data_ptr() for view in self._views] if self._is_bound else self._nan_addresses
+
+    def _keep_edits(self) -> None:
+        """Before the unsharded buffer is freed: store what was written into it, where that needs no other rank."""
+        edited = self.edited_slots()
+        if not edited:
+            return
+        if self.shard.spec.owns_all:
+            self.absorb_edits()
+            return
+        self.accept_edits()
+        names = ", ".join(self.layout.slots[index].name for index in edited)
+        raise ValueError(
+            f"{names}: written in place while gathered at stage 3, by a module's forward (an average kept in a "
+            "parameter, nn.Embedding(max_norm=...)) or between forward and backward; the gathered copy is freed now "
+            "and the edit would be lost: edit inside zerolite.full_params(model, writeback=True), keep the value in a "
+            "buffer, or use stage 2"
+        )
 
     def _set_state(self, after: ParameterState) -> None:
         if (self.state, after) not in LEGAL:
@@ -113,8 +203,8 @@ class FlatParameters:
         self.state = after
 
     def _place_nan(self) -> None:
-        for parameter, slot in zip(self.tensors, self.layout.slots, strict=True):
-            parameter.data = self.placeholder.expand(slot.shape)
+        for parameter, view in zip(self.tensors, self._nan_views, strict=True):
+            parameter.data = view
         self._is_bound = False
 
     def _bind(self) -> None:
