@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from zerolite.config import Offload, Precision
 from zerolite.engine import build, meta_init
 from zerolite.engine.engine import Engine, engine_of, info_of
+from zerolite.engine.prefetch import gather_all, release_all
 from zerolite.runtime import device as devices
 from zerolite.runtime.mesh import mesh_of
 from zerolite.shards.layout import Partition
@@ -92,8 +93,8 @@ def full_params(model: nn.Module, writeback: bool = False):
     the whole model on every rank. Raises ValueError for a model that is not sharded, WorkerError where a worker failed.
     """
     engine = engine_of(model)
-    engine.gather_all()
+    gather_all(engine)
     try:
         yield model
     finally:
-        engine.release_all(writeback)
+        release_all(engine, writeback)

@@ -9,7 +9,7 @@ from zerolite_kernels.cpu_worker import RING_NUMEL
 
 CHECKED = (
     "pre_forward", "post_forward", "pre_backward", "post_backward", "accumulate_gradient", "finish_backward",
-    "before_step", "gather_all", "release_all", "clear_gradients",
+    "before_step", "clear_gradients",
 )  # fmt: skip
 
 

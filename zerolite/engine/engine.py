@@ -272,26 +272,6 @@ class Engine:
             if self.full_depth == 0:
                 unit.reshard()
 
-    def gather_all(self) -> None:
-        """Gather every unit and keep it. Collective."""
-        self.guard.check()
-        self.fetch()
-        self.full_depth += 1
-        for unit in self.units:
-            self.unshard(unit)
-        for unit in self.units:
-            unit.wait()
-
-    def release_all(self, writeback: bool) -> None:
-        self.fetch()  # a step inside is no edit
-        self.full_depth -= 1
-        if writeback:
-            self.absorb_edits()
-        elif self.full_depth == 0:
-            self.guard.drop_edits()
-        for unit in self.units:
-            self.free(unit)
-
     @torch.no_grad()
     def absorb_edits(self) -> None:
         """Store what somebody wrote into unsharded parameters in the shards, which are what is stepped."""

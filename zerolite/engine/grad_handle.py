@@ -53,9 +53,14 @@ class GradHandle(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, like: torch.Tensor, slot: Answers):
+    def __new__(cls, like: torch.Tensor, slot: Answers, dtype: torch.dtype | None = None, device=None):
         handle = torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, storage_size=0
+            cls,
+            like.shape,
+            strides=like.stride(),
+            dtype=dtype or like.dtype,
+            device=device or like.device,
+            storage_size=0,
         )
         handle.slot, handle.incoming = slot, None
         return handle
@@ -183,6 +188,11 @@ def _detach(handles, given):
     return GradHandle(given, given.slot)
 
 
+def _to_copy(handles, given, *, dtype=None, device=None, **layout):
+    """`Module._apply` casts or moves a parameter and then its gradient; what became of the parameter is checked."""
+    return GradHandle(given, given.slot, dtype, device)
+
+
 def _accumulate(handles, given, other, alpha=1):
     """AccumulateGrad's in-place sum, where a backward reaches a parameter before it reaches the engine."""
     if not is_in_backward() or alpha != 1 or given is not handles[0]:
@@ -204,5 +214,6 @@ _ANSWERS: dict[Any, Callable] = {
     torch.ops.aten._amp_foreach_non_finite_check_and_unscale_: _unscale,
     torch.ops.aten.detach: _detach,
     torch.ops.aten.alias: _detach,
+    torch.ops.aten._to_copy: _to_copy,
     torch.ops.aten.add_: _accumulate,
 }

@@ -45,3 +45,26 @@ def unsharded_buckets(engine: Engine, buckets: Iterable[Bucket], *, writeback: b
                 bucket.parameters.absorb_edits()
         finally:
             engine.free(unit)
+
+
+def gather_all(engine: Engine) -> None:
+    """Gather every unit and keep it. Collective."""
+    engine.guard.check()
+    engine.fetch()
+    engine.full_depth += 1
+    for unit in engine.units:
+        engine.unshard(unit)
+    for unit in engine.units:
+        unit.wait()
+
+
+def release_all(engine: Engine, writeback: bool) -> None:
+    """Free what `gather_all` has gathered; `writeback`: store what was written into it. Collective."""
+    engine.fetch()  # a step inside is no edit
+    engine.full_depth -= 1
+    if writeback:
+        engine.absorb_edits()
+    elif engine.full_depth == 0:
+        engine.guard.drop_edits()
+    for unit in engine.units:
+        engine.free(unit)

@@ -146,8 +146,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
+            state_dict = hook(self, state_dict) or state_dict
         self._follow_groups()
         state = self._table.state_of(state_dict, self.param_groups)
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
