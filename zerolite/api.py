@@ -46,12 +46,18 @@ def shard(
     once; NCCL's wait for each other until the process group's timeout, 10 minutes where it is started here. With
     TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment torch compares every collective and names the first that differs.
 
+    What others do to parameters later (`p.data = ...`, `model.to`, a state dict with assign=True, edits in place)
+    counts as in torch from the next forward or step on, if every rank does the same; what cannot be is a ValueError
+    there: another dtype, shape or device, new parameters, requires_grad turned on. Edits in place through `p.data` are
+    seen only where parameters stay unsharded without a master and without offload: write to `p` under `no_grad`.
+    An average that is kept beside the model reads parameters inside `full_params`.
+
     Raises TypeError for a model, mesh, precision or units of another type. Raises ValueError for a stage, mesh, offload
     or units that cannot be, for a model that is sharded already or lies on several GPUs, for a LOCAL_RANK beyond the
-    visible GPUs, for a process group without NCCL of a model on a GPU, and for a parameter on the
-    meta device that nothing initialises. Raises ZeroliteError where the machine has not the memory that offload needs,
-    and, on every rank with both values, where ranks give unlike models or arguments. Raises WorkerError where a worker
-    does not start.
+    visible GPUs, for a process group without NCCL of a model on a GPU, and for a parameter that is complex, trainable
+    in an integer or float8 dtype, over the memory of another one, or on the meta device and initialised by nothing.
+    Raises ZeroliteError where the machine has not the memory that offload needs, and, on every rank with both values,
+    where ranks give unlike models or arguments. Raises WorkerError where a worker does not start.
     """
     offload = build.check_arguments(stage, offload, precision)
     if not isinstance(model, nn.Module):
@@ -88,7 +94,8 @@ def no_sync(model: nn.Module, enabled: bool = True):
 def full_params(model: nn.Module, writeback: bool = False):
     """Inside, every rank holds whole parameters, and forwards communicate nothing. Collective on entry.
 
-    writeback: keep what was written into the parameters inside; every rank must write the same.
+    writeback: keep what was written into the parameters inside, or stands in their place; every rank must write the
+        same. Without it an edit at stage 3 is dropped with a warning; where parameters stay unsharded it counts.
     For evaluation, generation with another number of steps on each rank, inspection and surgery. At stage 3 it costs
     the whole model on every rank. Raises ValueError for a model that is not sharded, WorkerError where a worker failed.
     """

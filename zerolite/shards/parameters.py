@@ -19,6 +19,7 @@ What is written in place through `p.data` moves no counter of `p`: no comparison
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -27,6 +28,9 @@ from zerolite.runtime import trace
 from zerolite.runtime.collectives import Pending
 from zerolite.shards.shard import BucketSpec, Shard
 from zerolite.shards.states import LEGAL, ParameterState, illegal
+
+_VERSION, _REQUIRES_GRAD = attrgetter("_version"), attrgetter("requires_grad")
+_ADDRESS = torch.Tensor.data_ptr
 
 
 class FlatParameters:
@@ -123,10 +127,12 @@ class FlatParameters:
 
     def is_intact(self) -> bool:
         """Whether every parameter is where it was bound, at the version that is known, and frozen if the bucket is."""
+        # Every step asks this of every bucket: `map` over what is written in C makes no Python call a parameter.
+        addresses = list(map(_ADDRESS, self._views)) if self._is_bound else self._nan_addresses
         return (
-            [parameter._version for parameter in self.tensors] == self._versions
-            and [parameter.data_ptr() for parameter in self.tensors] == self._addresses()
-            and not (self.is_frozen and any(parameter.requires_grad for parameter in self.tensors))
+            list(map(_VERSION, self.tensors)) == self._versions
+            and list(map(_ADDRESS, self.tensors)) == addresses
+            and not (self.is_frozen and any(map(_REQUIRES_GRAD, self.tensors)))
         )
 
     @property
@@ -182,9 +188,9 @@ class FlatParameters:
 
     def _keep_edits(self) -> None:
         """Before the unsharded buffer is freed: store what was written into it, where that needs no other rank."""
-        edited = self.edited_slots()
-        if not edited:
+        if list(map(_VERSION, self.tensors)) == self._versions:
             return
+        edited = self.edited_slots()
         if self.shard.spec.owns_all:
             self.absorb_edits()
             return
