@@ -35,6 +35,7 @@ def test_a_part_gives_the_tokens_of_the_whole(tokenizer, conversation, cutoff_le
         (whole,), num_whole = prompts.encode([conversation], tokenizer, cutoff_len)
         start = prompts.encode_prompt(conversation, tokenizer, cutoff_len)
         patch.setattr(prompts, "WHOLE_CHARACTERS", 40)
+        patch.setattr(prompts, "CHARACTERS_A_TOKEN", 1)
         (part,), num_part = prompts.encode([conversation], tokenizer, cutoff_len)
         assert prompts.encode_prompt(conversation, tokenizer, cutoff_len) == start
     np.testing.assert_array_equal(part.input_ids, whole.input_ids)
