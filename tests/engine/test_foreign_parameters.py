@@ -246,8 +246,8 @@ class Averaging(nn.Module):
         return x + self.codebook.sum(0)
 
 
-def average(stage: int) -> str:
-    model = zerolite.shard(Averaging(), stage=stage)
+def average(stage: int, offload=None) -> str:
+    model = zerolite.shard(Averaging(), stage=stage, offload=offload)
     try:
         with torch.no_grad():
             model(torch.ones(1, 4))
@@ -259,10 +259,16 @@ def average(stage: int) -> str:
 
 
 def test_a_codebook_written_in_forward_moves_or_is_refused(ranks):
-    for stage, text in ((0, r"\[0.25\]"), (2, r"\[0.25\]"), (3, "codebook.*written in place")):
+    for stage, text in ((0, r"\[0.25\]"), (2, r"\[0.25\]"), (3, "codebook: written in place while gathered")):
         for said in ranks(2).run(average, stage):
             assert re.match(text, said)
     assert ranks(1).run(average, 3) == ["[0.25]"]
+
+
+@needs_kernels
+def test_a_codebook_that_is_streamed_to_one_rank_moves(ranks):
+    """Its gathered copy is freed after each forward; no other rank has a part of it."""
+    assert ranks(1).run(average, 3, zerolite.Offload(parameters=True)) == ["[0.25]"]
 
 
 class Double(nn.Module):
