@@ -6,19 +6,16 @@ one that compiles; neither needs a GPU.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from multiprocessing import get_context
 
 import crosses
 import pytest
 import torch
 from lora_layers import error, error_ratios, layer, masks
+from triton_process import process
 from zerolite_kernels.lora import linears, reference
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -38,27 +35,19 @@ CASES = [  # M, K, N, r, n, dropout
 ]
 
 
-def begin(interpret: str) -> None:
-    """Of a process: decides for the interpreter before triton is imported, and uses a kernel wherever there is one."""
-    assert "triton" not in sys.modules
-    os.environ["TRITON_INTERPRET"] = interpret
-    torch.set_num_threads(1)
+def use_kernels() -> None:
+    """Wherever there is one."""
     linears.CHOICES = dict.fromkeys(linears.CHOICES, ("triton", "triton"))
-
-
-def process(interpret: str):
-    with ProcessPoolExecutor(1, get_context("spawn"), begin, (interpret,)) as pool:
-        yield lambda function, *args: pool.submit(function, *args).result()
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    yield from process("1")
+    yield from process("1", use_kernels)
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    yield from process("0")
+    yield from process("0", use_kernels)
 
 
 def set_splits(programs: int, share: int) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
-from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from multiprocessing import get_context
 
 import pytest
 import torch
+from triton_process import process
 from zerolite_kernels import cpu
 
 from zerolite.runtime import cpu_kernels
@@ -34,18 +31,6 @@ def drawn(numel: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
 
 def on_the_host(values: torch.Tensor, position: int) -> float:
     return add_up(cpu_kernels.squares(values, position))
-
-
-def begin(interpret: str) -> None:
-    """Of a process: decides for the interpreter before triton is imported."""
-    assert "triton" not in sys.modules
-    os.environ["TRITON_INTERPRET"] = interpret
-    torch.set_num_threads(1)
-
-
-def process(interpret: str):
-    with ProcessPoolExecutor(1, get_context("spawn"), begin, (interpret,)) as pool:
-        yield lambda function, *args: pool.submit(function, *args).result()
 
 
 @pytest.fixture(scope="module")

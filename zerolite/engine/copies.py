@@ -40,13 +40,14 @@ def plain_copy(engine: Engine, memo: dict) -> nn.Module:
     expect_whole(engine, model, "a copy of the model")
     own = {name: model.__dict__.pop(name) for name in (*METHODS, DDP_ATTRIBUTE) if name in model.__dict__}
     try:
-        for _, hook in _hooks_of_engine(model):
-            memo[id(hook)] = None  # they reach the engine
+        for module in model.modules():
+            for *_, hook in _hooks_of_engine(module):
+                memo[id(hook)] = None  # they reach the engine
         twin = copy.deepcopy(model, memo)
     finally:
         model.__dict__.update(own)
     for original, duplicate in zip(model.modules(), twin.modules(), strict=True):
-        for hooks, identity in _places_of_hooks(original):
+        for hooks, identity, _ in _hooks_of_engine(original):
             getattr(duplicate, hooks).pop(identity, None)
     return twin
 
@@ -69,19 +70,13 @@ def expect_whole(engine: Engine, module: nn.Module, what: str) -> None:
                     )
 
 
-def _hooks_of_engine(model: nn.Module) -> Iterator[tuple[tuple[nn.Module, str, int], object]]:
-    for module in model.modules():
-        for hooks in HOOKS:
-            for identity, hook in getattr(module, hooks).items():
-                inner = getattr(hook, "hook", hook)  # torch wraps some
-                if getattr(inner, "__module__", "").startswith("zerolite.engine."):
-                    yield (module, hooks, identity), hook
-
-
-def _places_of_hooks(module: nn.Module) -> Iterator[tuple[str, int]]:
-    for (owner, hooks, identity), _ in _hooks_of_engine(module):
-        if owner is module:
-            yield hooks, identity
+def _hooks_of_engine(module: nn.Module) -> Iterator[tuple[str, int, object]]:
+    """(the module's dict of hooks, the key in it, the hook) of each that `shard` has put on this module."""
+    for hooks in HOOKS:
+        for identity, hook in getattr(module, hooks).items():
+            inner = getattr(hook, "hook", hook)  # torch wraps some
+            if getattr(inner, "__module__", "").startswith("zerolite.engine."):
+                yield hooks, identity, hook
 
 
 class _RefuseDistributedDataParallel:

@@ -128,10 +128,9 @@ class FlatParameters:
     def is_intact(self) -> bool:
         """Whether every parameter is where it was bound, at the version that is known, and frozen if the bucket is."""
         # Every step asks this of every bucket: `map` over what is written in C makes no Python call a parameter.
-        addresses = list(map(_ADDRESS, self._views)) if self._is_bound else self._nan_addresses
         return (
             list(map(_VERSION, self.tensors)) == self._versions
-            and list(map(_ADDRESS, self.tensors)) == addresses
+            and list(map(_ADDRESS, self.tensors)) == self._addresses()
             and not (self.is_frozen and any(map(_REQUIRES_GRAD, self.tensors)))
         )
 
@@ -184,7 +183,7 @@ class FlatParameters:
         self.rebind(index)
 
     def _addresses(self) -> list[int]:
-        return [view.data_ptr() for view in self._views] if self._is_bound else self._nan_addresses
+        return list(map(_ADDRESS, self._views)) if self._is_bound else self._nan_addresses
 
     def _keep_edits(self) -> None:
         """Before the unsharded buffer is freed: store what was written into it, where that needs no other rank."""
