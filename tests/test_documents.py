@@ -44,7 +44,9 @@ def test_python_blocks_parse(page):
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_results_that_are_named_exist(page):
     """A figure of a page stands in a file of benchmarks/results."""
-    names = re.findall(r"`((?:zero_step|offload|cpu_optimizer|lora|finetune)[\w*]*\.md)`", page.read_text("utf-8"))
+    names = re.findall(
+        r"`((?:zero_step|host_time|offload|cpu_optimizer|lora|finetune)[\w*]*\.md)`", page.read_text("utf-8")
+    )
     assert not [name for name in names if not any((ROOT / "benchmarks").glob(f"**/{name}"))]
 
 
