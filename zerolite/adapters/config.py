@@ -20,6 +20,7 @@ class LoraConfig:
     """What a LoRA adapter is, but for its values.
 
     targets: as a PEFT file tells them: ends of names, or a regular expression.
+    modules_to_save: ends of names of modules that train whole, as a PEFT file tells them.
     rank_pattern, alpha_pattern: regular expressions for ends of names that have a rank or an alpha of their own.
     """
 
@@ -29,6 +30,7 @@ class LoraConfig:
     targets: Targets = DEFAULT_TARGETS
     use_rslora: bool = False
     use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 

@@ -26,6 +26,9 @@ class Adapter:
     # Gives parameters of this kind the values that a base on the meta device could not give. Collective.
     compute_initial_values: Callable[[nn.Module], None] = has_its_values
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    # Modules that train whole, by the names of those of the base: these are sharded as the base's.
+    copies: dict[str, nn.Module] = field(default_factory=dict)
+    lacks_copied_values: bool = False  # the base had none when it was copied
     is_merged: bool = False  # it is part of the base's weights, so forwards leave it out
 
 
@@ -99,7 +102,7 @@ def begin(
 def adopt(model: nn.Module, adapter: Adapter) -> None:
     """Give an adapter all parameters that have been added to the model since `begin`: those that are in no other.
 
-    They train, and at stage 3 they stay unsharded: too small to be worth a gather.
+    They train, and at stage 3 all but its copies of modules stay unsharded: too small to be worth a gather.
     """
     taken = {id(p) for other in adapters_of(model).by_name.values() for p in other.parameters.values()}
     for name, parameter in model.named_parameters():
@@ -146,6 +149,11 @@ class AdapterExtension:
     """The hooks of engine.extensions.Extension; registered with a model's first adapter."""
 
     def stays_unsharded(self, model: nn.Module) -> list[nn.Parameter]:
+        adapters = adapters_of(model).by_name.values()
+        copied = {id(p) for adapter in adapters for module in adapter.copies.values() for p in module.parameters()}
+        return [p for p in self.adds(model) if id(p) not in copied]
+
+    def adds(self, model: nn.Module) -> list[nn.Parameter]:
         return [p for adapter in adapters_of(model).by_name.values() for p in adapter.parameters.values()]
 
     @torch.no_grad()

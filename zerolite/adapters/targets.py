@@ -1,6 +1,6 @@
 """Which linear layers get LoRA: by names, by a regular expression, all of them, or the model's fused projection."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -18,12 +18,15 @@ INSTEAD = (
 )  # fmt: skip
 
 
-def find(model: nn.Module, targets: str | Iterable[str]) -> tuple[Targets, dict[str, nn.Module]]:
+def find(
+    model: nn.Module, targets: str | Iterable[str], apart: Collection[str] = ()
+) -> tuple[Targets, dict[str, nn.Module]]:
     """Resolve a user's `targets`: (targets as a PEFT file has them, layers by their names).
 
-    targets: as in `add_lora`. Raises ValueError where a name matches no module, or one that is no linear layer.
+    targets: as in `add_lora`. apart: names of modules that train whole, so that nothing in them is a target.
+    Raises ValueError where a name matches no module, or one that is no linear layer.
     """
-    modules = modules_of(model)
+    modules = {name: module for name, module in modules_of(model).items() if not is_inside(name, apart)}
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
             found = _all_linear(model, modules)
@@ -37,9 +40,9 @@ def find(model: nn.Module, targets: str | Iterable[str]) -> tuple[Targets, dict[
                 (names for names in (DEFAULT_TARGETS, *INSTEAD) if any(matches(m, names) for m in modules)), targets
             )
         elif unmatched := [target for target in targets if not any(matches(name, (target,)) for name in modules)]:
-            check(model, {}, f"targets {', '.join(unmatched)}")
+            check(model, {}, f"targets {', '.join(unmatched)}", apart)
     found = {name: module for name, module in modules.items() if matches(name, targets)}
-    check(model, found, f"targets={targets!r}")
+    check(model, found, f"targets={targets!r}", apart)
     return targets, found
 
 
@@ -62,6 +65,11 @@ def matches(name: str, targets: Targets) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether the module of this name is one of `modules`, or lies in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether LoRA can go on the module: nn.Linear, or transformers' Conv1D, which is one with a transposed weight."""
     return isinstance(module, nn.Linear | Conv1D)
@@ -82,10 +90,11 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn
     return found
 
 
-def check(model: nn.Module, found: dict[str, nn.Module], what: str) -> None:
+def check(model: nn.Module, found: dict[str, nn.Module], what: str, apart: Collection[str] = ()) -> None:
     """ValueError where `found` is empty or has a module that is no linear layer; `what` is the user's request."""
     if not found:
-        raise ValueError(f"{what} match no module: {_what_there_is(model)}")
+        whole = f" ({', '.join(apart)} trains whole: see modules_to_save)" if apart else ""
+        raise ValueError(f"{what} match no module{whole}: {_what_there_is(model)}")
     for name, module in found.items():
         if not is_linear(module):
             raise ValueError(
