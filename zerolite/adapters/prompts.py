@@ -225,9 +225,11 @@ def _count_positions(base: nn.Module, inputs: dict, config: PromptConfig, is_fir
     Without position_ids and attention_mask, or where the decoder takes no position_ids, it counts by itself.
     """
     position_ids, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-    if "position_ids" not in _parameter_names(type(base).forward) or (position_ids is None and mask is None):
+    if "position_ids" not in _parameter_names(type(base).forward):
         return
     if position_ids is None:
+        if mask is None:
+            return
         length = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None).shape[1]
         position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
     position_ids = position_ids + config.tokens

@@ -39,6 +39,7 @@ class Adapters:
     by_name: dict[str, Adapter] = field(default_factory=dict)
     active: str | None = None
     num_disabled: int = 0  # nested `disabled` blocks
+    is_training_checked: bool = False  # the hook of `use` is on the model
 
     @property
     def current(self) -> Adapter | None:
@@ -111,11 +112,34 @@ def adopt(model: nn.Module, adapter: Adapter) -> None:
 
 
 def use(model: nn.Module, name: str) -> None:
-    """Have forwards use the adapter of that name. Every rank must call it alike.
+    """Have forwards use the adapter of that name, and no other train, as PEFT's set_adapter. Every rank calls it alike.
 
+    On a sharded model an adapter that was frozen when it was sharded computes, and does not train: a forward in
+    training mode and with gradients is a ValueError then.
     Raises ValueError where the model has no adapter of that name.
     """
-    adapters_of(model).active = adapter_of(model, name).name
+    adapters, adapter = adapters_of(model), adapter_of(model, name)
+    adapters.active = adapter.name
+    if find_engine(model) is None:
+        for other in adapters.by_name.values():
+            for parameter in other.parameters.values():
+                parameter.requires_grad_(other is adapter and not adapter.is_merged)
+    elif not adapters.is_training_checked:
+        adapters.is_training_checked = True
+        model.register_forward_pre_hook(_refuse_to_train_frozen, prepend=True)
+
+
+def _refuse_to_train_frozen(model: nn.Module, args: tuple) -> None:
+    """Pre-hook of a sharded model whose adapters are switched."""
+    current = adapters_of(model).current
+    if current is None or not model.training or not torch.is_grad_enabled():
+        return
+    if current.parameters and not any(parameter.requires_grad for parameter in current.parameters.values()):
+        raise ValueError(
+            f"adapter {current.name!r} was frozen when the model was sharded, so this forward would train nothing: "
+            f"call zerolite.adapters.use(model, {current.name!r}) before zerolite.shard to train it, and model.eval() "
+            "or torch.no_grad() to evaluate it"
+        )
 
 
 @contextlib.contextmanager
