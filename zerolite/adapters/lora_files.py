@@ -190,7 +190,8 @@ def _check_types(read: dict[str, Any]) -> None:
     fits = {
         "target_modules": is_names(targets)
         and (patterns.is_regular(targets) if isinstance(targets, str) else len(targets) > 0),
-        "exclude_modules": is_names(read["exclude_modules"]),
+        "exclude_modules": is_names(read["exclude_modules"])
+        and (not isinstance(read["exclude_modules"], str) or patterns.is_regular(read["exclude_modules"])),
         "layers_pattern": is_names(read["layers_pattern"])
         and all(patterns.is_regular(pattern) for pattern in _listed(read["layers_pattern"])),
         "layers_to_transform": all(isinstance(i, int) for i in (indices if isinstance(indices, list) else [indices])),
