@@ -25,6 +25,7 @@ from zerolite.adapters.merge import merge
 from zerolite.adapters.presets import parameter_groups
 from zerolite.adapters.prompts import add_prompt
 from zerolite.adapters.state import adapter_of, disabled, use
+from zerolite.engine.engine import info_of
 
 peft = pytest.importorskip("peft", reason="adapters are exchanged with PEFT: pip install peft")
 
@@ -113,6 +114,48 @@ def test_a_head_is_exchanged_with_peft_bit_by_bit(name, tmp_path):
     assert json.loads((tmp_path / "ours" / CONFIG).read_text())["task_type"] == MODELS[name][1]
     assert merge(model, batch={"input_ids": torch.tensor([[3, 4, 14]])}) < 1e-5
     torch.testing.assert_close(outputs(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_of_layers_are_exchanged_too(tmp_path):
+    """In PEFT a name means every module whose name ends so: "norm" those of all layers and the last."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=Q_K_V, modules_to_save=["norm"])
+    twin = draw(peft.get_peft_model(language_model("llama"), config, autocast_adapter_dtype=False)).eval()
+    twin.save_pretrained(tmp_path / "theirs")
+    model = load(language_model("llama"), tmp_path / "theirs")
+    assert torch.equal(outputs(model), outputs(twin)) and trained(model) == trained(twin)
+    assert len(adapter_of(model, None).copies) == 5
+    again = draw(add_lora(language_model("llama"), r=4, dropout=0.0, modules_to_save=["norm"]))
+    save(again, tmp_path / "ours")
+    there = peft.PeftModel.from_pretrained(language_model("llama"), tmp_path / "ours", autocast_adapter_dtype=False)
+    assert torch.equal(outputs(there.eval()), outputs(again))
+
+
+def checkpoint_on_rank(folder: Path):
+    def build(stage: int):
+        model = add_lora(language_model("llama", torch.float32), r=2, dropout=0.0, modules_to_save=["norm"])
+        model = zerolite.shard(draw(model), stage)
+        return model, zerolite.AdamW(parameter_groups(model, lr=1e-2))
+
+    def step(model, optimizer) -> None:
+        model(input_ids=torch.arange(3, 15).view(2, 6)).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = build(3)
+    step(model, optimizer)
+    zerolite.save(model, folder, optimizer, frozen=False)
+    step(model, optimizer)
+    again, other = build(2)
+    zerolite.load(again, folder, other)
+    step(again, other)
+    with torch.no_grad():
+        return outputs(model), outputs(again)
+
+
+def test_copies_in_layers_resume_from_a_checkpoint(ranks, tmp_path):
+    """Saved at stage 3 and gone on with at stage 2: the same bits."""
+    for straight, resumed in ranks(2).run(checkpoint_on_rank, tmp_path / "c"):
+        assert torch.equal(straight, resumed)
 
 
 def test_what_is_copied_is_what_peft_copies():
@@ -209,6 +252,8 @@ def train_on_rank(stage: int, offload: str | None, folder: Path):
     model = draw(ours(NAME, torch.float64 if offload is None else torch.float32))
     start = {key: p.detach().clone() for key, p in model.named_parameters() if not p.requires_grad}
     zerolite.shard(model, stage, offload=offload)
+    parameters = info_of(model.score.weight).bucket.parameters
+    assert parameters.stays_unsharded == (stage < 3), "it is sharded as the base's are"
     optimizer = zerolite.AdamW(parameter_groups(model, lr=1e-2), max_grad_norm=1.0)
     for step in range(3):
         loss_of(model, part(labels(), rank, world)).backward()
