@@ -209,12 +209,16 @@ def test_other_code_reads_the_weight_that_forwards_use():
     assert "score.weight" in model.state_dict()
 
 
-def test_lora_stays_out_of_what_trains_whole():
+def test_lora_stays_out_of_what_trains_whole(tmp_path):
     """As in PEFT; a target that lies nowhere else is an error."""
     model = add_lora(base("RobertaForSequenceClassification"), targets="all-linear")
     assert not any(key.startswith("classifier") for key in adapter_of(model, None).parameters)
     with pytest.raises(ValueError, match=r"out_proj match no module \(classifier trains whole: see modules_to_save\)"):
         add_lora(base("RobertaForSequenceClassification"), targets=["query", "out_proj"])
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "dense"])
+    twin = draw(peft.get_peft_model(base("RobertaForSequenceClassification"), config)).eval()
+    twin.save_pretrained(tmp_path)
+    assert torch.equal(outputs(load(base("RobertaForSequenceClassification"), tmp_path)), outputs(twin))
     model = add_lora(base("RobertaForSequenceClassification"), targets=["query", "out_proj"], modules_to_save=())
     assert "classifier.out_proj.lora.default.lora_A" in adapter_of(model, None).parameters
     assert not adapter_of(model, None).copies
@@ -321,6 +325,8 @@ def test_a_head_trains_on_ranks_as_in_peft(ranks, stage, offload, tmp_path):
 def load_on_rank(folder: str, stage: int):
     torch.manual_seed(dist.get_rank())
     model = zerolite.load_pretrained(folder, stage, adapt=lambda model: add_lora(model, r=4))
+    loss_of(model, labels()).backward()
+    check_gradients(model)
     with torch.no_grad():
         return outputs(model), [key for key, p in model.named_parameters() if p.requires_grad and "score" in key]
 
@@ -330,6 +336,17 @@ def test_a_head_added_before_its_values_starts_from_the_folders(ranks, stage, tm
     base(NAME).save_pretrained(tmp_path)
     for logits, names in ranks(2).run(load_on_rank, str(tmp_path), stage):
         assert torch.equal(logits, outputs(base(NAME))) and names == ["trained_copies.default.score.weight"]
+
+
+def test_a_copy_that_never_got_its_values_computes_nothing():
+    with torch.device("meta"):
+        model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SIZES))
+    add_lora(model)
+    model.load_state_dict(base(NAME).state_dict(), assign=True, strict=False)
+    with pytest.raises(ValueError, match="starts from the values of score, which had none"):
+        model.score(torch.zeros(1, 16))
+    with disabled(model):
+        assert model.score(torch.zeros(1, 16)).abs().max() == 0
 
 
 # Refusals #

@@ -33,6 +33,13 @@ class Copied(nn.Module):
     copied_as: str  # its name in the model
 
     def forward(self, *args, **kwargs):
+        adapter = self.adapters.current
+        if adapter is not None and adapter.lacks_copied_values and self.copied_as in adapter.copies:
+            raise ValueError(
+                f"adapter {adapter.name!r} starts from the values of {self.copied_as}, which had none when it was "
+                "added: zerolite.load_pretrained(adapt=...) and zerolite.shard(model) copy them; where neither is "
+                "called, add the adapter once the weights are loaded"
+            )
         twin = self._twin()
         return super().forward(*args, **kwargs) if twin is None else twin(*args, **kwargs)
 
