@@ -81,6 +81,18 @@ def test_a_prompt_without_a_number_of_tokens_is_refused(tmp_path, tokens):
         load(base("llama"), tmp_path / "prompt")
 
 
+@pytest.mark.parametrize("alpha", [1e308, -1e30, 10**400, float("inf"), float("nan")])
+def test_a_scale_beyond_fp32_is_refused(folder, alpha):
+    rewrite(folder, lora_alpha=alpha, use_dora=True)
+    assert "alpha is a finite number of at most 1e+18" in refused(folder)
+
+
+def test_a_long_value_is_not_repeated(tmp_path):
+    save(add_prompt(base("llama", torch.float32), "prompt", 3), tmp_path)
+    rewrite(tmp_path, token_dim="a" * 100_000)
+    assert "token_dim='aaa" in refused(tmp_path)
+
+
 def test_deep_nesting_is_no_json(folder):
     (folder / CONFIG).write_text("[" * 100_000)
     with pytest.raises(ValueError, match="adapter_config.json is no JSON"):
