@@ -365,7 +365,10 @@ KEY = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"
         (lambda tensors: tensors.pop(KEY), f"no {KEY}"),
         (lambda tensors: tensors.update(foreign=torch.ones(2)), "foreign, which has no place"),
         (lambda tensors: tensors.update({KEY: torch.ones(8, 3)}), rf"{KEY} of shape \(8, 3\) instead of \(8, 4\)"),
-        (lambda tensors: tensors.update({KEY: torch.ones(8, 4, dtype=torch.int8)}), f"{KEY} of torch.int8"),
+        (
+            lambda tensors: tensors.update({KEY: torch.ones(8, 4, dtype=torch.int8)}),
+            f"{KEY} of {TENSORS} is of dtype I8",
+        ),
     ],
     ids=["missing", "extra", "shape", "integers"],
 )

@@ -75,7 +75,7 @@ def adapted(family: str, dtype: torch.dtype = torch.float64, seed: int = 1, **op
 
 
 @torch.no_grad()
-def draw(model: nn.Module, name: str = "default", seed: int = 1) -> None:
+def draw(model: nn.Module, name: str = "default", seed: int = 1) -> nn.Module:
     """B away from zero, and magnitudes away from the norms."""
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in model._zerolite_adapters.by_name[name].parameters.items():
@@ -84,6 +84,7 @@ def draw(model: nn.Module, name: str = "default", seed: int = 1) -> None:
             parameter.mul_(1 + 0.2 * noise.tanh())
         else:
             parameter.add_(0.2 * noise)
+    return model
 
 
 def peft_name(parameter_name: str, name: str = "default") -> str:

@@ -135,7 +135,10 @@ def pairs(twin: nn.Module, adapted: nn.Module, name: str = "default") -> Iterato
 
 
 def batch(rows: int = 3, length: int = 7) -> dict[str, Tensor]:
-    """Rows of different lengths, padded on the left, with labels."""
+    """Rows of different lengths, padded on the left, with labels; none for a row's first token.
+
+    Padding in front of that one would predict it.
+    """
     generator = torch.Generator().manual_seed(7)
     input_ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
     attention_mask = torch.ones_like(input_ids)
@@ -145,8 +148,20 @@ def batch(rows: int = 3, length: int = 7) -> dict[str, Tensor]:
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "labels": torch.where(attention_mask == 1, input_ids, -100),
+        "labels": torch.where(attention_mask.cumsum(dim=1) > 1, input_ids, -100),
     }
+
+
+def moved_right(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same rows with their padding behind them, where PEFT's counting of positions leaves it out."""
+    padding = (inputs["attention_mask"] == 0).sum(dim=1).tolist()
+    return {key: torch.stack([r.roll(-n) for r, n in zip(v, padding, strict=True)]) for key, v in inputs.items()}
+
+
+def of_tokens(logits: Tensor, attention_mask: Tensor) -> Tensor:
+    """The logits of virtual and real tokens, row after row: (tokens, vocabulary)."""
+    num_virtual = logits.shape[1] - attention_mask.shape[1]
+    return logits[nn.functional.pad(attention_mask, (num_virtual, 0), value=1).bool()]
 
 
 def right_padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

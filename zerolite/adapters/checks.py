@@ -11,8 +11,8 @@ from zerolite.errors import ZeroliteError
 def check_gradients(model: nn.Module) -> None:
     """Check that the last backward gave each parameter of the active adapter a gradient. Collective.
 
-    Call it in the first step, between `backward` and `zero_grad`. A LoRA's A is left out: its gradient is zero as long
-    as B is zero, which is how B starts.
+    Call it in the first step, between `backward` and `zero_grad`. Left out is what has no gradient yet: a LoRA's A as
+    long as B is zero, which is how B starts, and an encoder's parameters behind a last layer of zeros.
     Raises ValueError where the model is not sharded or has no adapter. Raises ZeroliteError, on every rank and with the
     parameters' names, where a gradient is missing or zero on all ranks: the forward does not call the module, or the
     loss does not depend on its output.
@@ -22,7 +22,13 @@ def check_gradients(model: nn.Module) -> None:
     everything = [[True] * len(bucket.layout.slots) for bucket in engine.reducer.order]
     reduce_grad_stats(engine, everything)  # reduces what is late
     norms = slot_norms(engine)
-    silent = [name for name in adapter.parameters if name.rpartition(".")[2] != "lora_A" and not norms.get(name)]
+    prompts = getattr(model, "prompts", {})
+    later = {id(p) for p in prompts[adapter.name].without_gradient()} if adapter.name in prompts else set()
+    silent = [
+        name
+        for name, parameter in adapter.parameters.items()
+        if name.rpartition(".")[2] != "lora_A" and id(parameter) not in later and not norms.get(name)
+    ]
     if silent:
         raise ZeroliteError(
             f"adapter {adapter.name!r} learns nothing in {len(silent)} of {len(adapter.parameters)} parameters: after "

@@ -9,6 +9,7 @@ from zerolite.adapters import patterns
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 DEEP_KINDS = ("prefix", "p-tuning-v2")
+MAX_ALPHA = 1e18  # its square is finite in fp32: DoRA's norms have it
 KINDS = ("prompt", "p-tuning", *DEEP_KINDS)
 
 T = TypeVar("T")
@@ -20,6 +21,7 @@ class LoraConfig:
     """What a LoRA adapter is, but for its values.
 
     targets: as a PEFT file tells them: ends of names, or a regular expression.
+    modules_to_save: ends of names of modules that train whole, as a PEFT file tells them.
     rank_pattern, alpha_pattern: regular expressions for ends of names that have a rank or an alpha of their own.
     """
 
@@ -29,18 +31,19 @@ class LoraConfig:
     targets: Targets = DEFAULT_TARGETS
     use_rslora: bool = False
     use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"the rank r is an integer from 1, got {r!r}")
+                raise ValueError(f"the rank r is an integer from 1, got {r!r:.80}")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-                raise ValueError(f"alpha is a finite number, got {alpha!r}")
+            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= MAX_ALPHA:
+                raise ValueError(f"alpha is a finite number of at most {MAX_ALPHA:g}, got {alpha!r:.80}")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a probability from 0 to below 1, got {self.dropout!r}")
+            raise ValueError(f"dropout is a probability from 0 to below 1, got {self.dropout!r:.80}")
 
     def rank_of(self, layer_name: str) -> int:
         """r, or the rank that `rank_pattern` has for the layer."""

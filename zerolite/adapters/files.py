@@ -4,12 +4,13 @@ A folder holds adapter_config.json and adapter_model.safetensors. lora_files.py 
 content; this file moves it between disk and model.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,11 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 FORMATS = {"LORA": lora_files, **dict.fromkeys(prompt_files.KINDS, prompt_files)}
 
-DTYPES_BY_NAME = {name: dtype for dtype, name in safetensors_file.DTYPES.items()}
+MAX_CONFIG_BYTES = 16 << 20  # of adapter_config.json: PEFT's are some KB
+# Float8 numbers mean nothing without the scales of the format that they are from.
+DTYPES_BY_NAME = {
+    name: dtype for dtype, name in safetensors_file.DTYPES.items() if dtype.is_floating_point and dtype.itemsize > 1
+}
 
 Content = tuple[dict, dict[str, Tensor]]  # a configuration, and tensors by their names in the file
 
@@ -67,24 +72,27 @@ def load(model: nn.Module, folder: str | os.PathLike[str], name: str = "default"
     A model that is not sharded gets a new adapter called `name`, as the active one, and its base is frozen. A sharded
     model has its adapter called `name` already, of the same kind and shapes, and gets its values: each rank reads the
     folder. Values are cast to the dtype of the layers.
-    Raises ValueError for a folder that is incomplete or damaged, for tensors that are missing, left over or of another
-    shape, and for a configuration that is not supported. On a sharded model that is a ZeroliteError on every rank.
+    Raises ValueError, with the folder and the key, for a folder that is incomplete or damaged, for tensors that are
+    missing, left over, of another shape or not finite, and for a configuration that is not supported; the model is as
+    it was. On a sharded model that is a ZeroliteError on every rank.
     """
     folder = Path(folder)
     engine = find_engine(model)
     if engine is None:
-        config, header = _read_header(folder)
-        kind = FORMATS[config["peft_type"]]
-        kind.check(model, config, header)
-        kind.from_peft(model, name, config, _read_tensors(folder))
+        with _naming(folder):
+            config, header = _read_header(folder)
+            kind = FORMATS[config["peft_type"]]
+            kind.check(model, config, header)
+            kind.from_peft(model, name, config, _read_tensors(folder))
         return model
     adapter = adapter_of(model, name)
     values: dict[str, Tensor] = {}
 
     def read() -> None:
-        config, header = _read_header(folder)
-        _values_for(model, adapter, config, header)
-        values.update(_values_for(model, adapter, config, _read_tensors(folder)))
+        with _naming(folder):
+            config, header = _read_header(folder)
+            _values_for(model, adapter, config, header)
+            values.update(_values_for(model, adapter, config, _read_tensors(folder)))
 
     on_all_ranks(engine, f"loading adapter {name!r} from {folder}", ZeroliteError, read)
     by_id = {id(adapter.parameters[key]): value for key, value in values.items()}
@@ -165,6 +173,17 @@ def _compare(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
 # Reading #
 
 
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Inside, a ValueError about what stands in the folder has the folder's name."""
+    try:
+        yield
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: {error}") from error
+
+
 def _read_header(folder: Path) -> Content:
     """Configuration of a PEFT folder, and its tensors on the meta device; ValueError where it is incomplete or damaged.
 
@@ -175,18 +194,25 @@ def _read_header(folder: Path) -> Content:
             has_pickle = name == TENSORS and (folder / "adapter_model.bin").is_file()
             what = "only a pickle, adapter_model.bin: save it again with PEFT" if has_pickle else "give a PEFT folder"
             raise ValueError(f"{folder} holds no {name}: {what}")
+    num_bytes = (folder / CONFIG).stat().st_size
+    if num_bytes > MAX_CONFIG_BYTES:
+        raise ValueError(f"{folder / CONFIG} has {num_bytes:,} bytes, PEFT's have some thousand: it is not read")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{folder / CONFIG} is no JSON ({error})") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in list(FORMATS):  # whatever JSON holds there, hashable or not
-        raise ValueError(f"{folder / CONFIG} has peft_type {kind!r}: supported are {', '.join(FORMATS)}")
+        raise ValueError(f"{folder / CONFIG} has peft_type {kind!r:.80}: supported are {', '.join(FORMATS)}")
     return config, _read_each(folder, _on_meta)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    return _read_each(folder, lambda file, key: file.get_tensor(key))
+    tensors = _read_each(folder, lambda file, key: file.get_tensor(key))
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key} of {folder / TENSORS} holds NaN or Inf")
+    return tensors
 
 
 def _read_each(folder: Path, read: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -195,11 +221,15 @@ def _read_each(folder: Path, read: Callable[..., Tensor]) -> dict[str, Tensor]:
             return {key: read(file, key) for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{folder / TENSORS} is truncated or no safetensors file ({error})") from error
+    except (OSError, MemoryError) as error:  # it is mapped into memory: a limit on addresses counts, too
+        raise ValueError(f"{folder / TENSORS} cannot be opened ({error})") from error
 
 
 def _on_meta(file, key: str) -> Tensor:
     described = file.get_slice(key)
     dtype = DTYPES_BY_NAME.get(described.get_dtype())
     if dtype is None:
-        raise ValueError(f"{key} of {TENSORS} is of dtype {described.get_dtype()}, which no adapter has")
+        raise ValueError(
+            f"{key} of {TENSORS} is of dtype {described.get_dtype()}: adapters are floats of 16 bits or more"
+        )
     return torch.empty(described.get_shape(), dtype=dtype, device="meta")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from zerolite.adapters import heads
 from zerolite.adapters import targets as naming
 from zerolite.adapters.config import DEFAULT_TARGETS, LoraConfig
 from zerolite.adapters.layers import LoraLayer, LowRank, Together, adapted_class
@@ -29,17 +30,23 @@ def add_lora(
     *,
     use_rslora: bool = False,
     use_dora: bool = False,
+    modules_to_save: Iterable[str] | None = None,
     name: str = "default",
 ) -> nn.Module:
     """Add a LoRA adapter to a model, in place; returns the model. The base is frozen, only this adapter trains.
+
+    A model for classification or question answering has a head that is new: the adapter has a copy of it, which trains
+    whole and is saved with the adapter, as PEFT's.
 
     W x becomes W x + scale B A dropout(x) with A (r, K), B (N, r) and scale = alpha / r (Hu et al. 2021, arXiv
     2106.09685). B starts as zeros, so the model computes what it did before.
     targets: names of layers, or ends of names after a dot. Default: the attention's Q, K and V projections, or the
         fused projection of a model that has one. A string is a regular expression for whole names, or "all-linear":
-        every linear layer but the output head.
+        every linear layer but the output head and `modules_to_save`.
     use_rslora: scale = alpha / sqrt(r).
     use_dora: W's magnitude, a parameter (N,), and its direction train separately (Liu et al. 2024, arXiv 2402.09353).
+    modules_to_save: names of modules, or ends of names, that the adapter trains whole, in copies of its own. None: the
+        head of a classifier of transformers. (): nothing. Elsewhere what is outside of the base model is warned of.
     name: of the adapter. A model can have several; `use` chooses one, `disabled` switches them off.
 
     Call it before `zerolite.shard`, on every rank alike. Each rank draws values from torch's default generator; `shard`
@@ -47,19 +54,28 @@ def add_lora(
     `load_pretrained` computes DoRA's magnitudes. Reentrant activation checkpointing gives no gradients where no input
     requires one: call `model.enable_input_require_grads()` with it.
     Raises ValueError for an argument out of range, for targets that match no layer or a layer that cannot have LoRA,
-    for a name that is taken or no identifier, and for a sharded model.
+    for modules that cannot train whole (embeddings, tied weights, buffers), for a name that is taken or no identifier,
+    and for a sharded model.
     """
-    targets, layers = naming.find(model, targets)
-    attach(model, name, LoraConfig(r, alpha, dropout, targets, use_rslora, use_dora), layers)
+    ends, modules = heads.find(model, modules_to_save)
+    targets, layers = naming.find(model, targets, modules)
+    attach(model, name, LoraConfig(r, alpha, dropout, targets, use_rslora, use_dora, ends), layers, modules)
     return model
 
 
-def attach(model: nn.Module, name: str, config: LoraConfig, layers: Mapping[str, nn.Module]) -> Adapter:
-    """Put a new adapter on `layers`, given by their names in the model. ValueError where one cannot have LoRA."""
+def attach(
+    model: nn.Module,
+    name: str,
+    config: LoraConfig,
+    layers: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module],
+) -> Adapter:
+    """Put a new adapter on `layers`, with copies of `modules`, both by name. ValueError where one cannot have it."""
     for layer_name, layer in layers.items():
         _check(layer_name, layer)
     if hasattr(nn.ModuleDict, name):
         raise ValueError(f"an adapter cannot be called {name!r}: torch.nn.ModuleDict has a method of that name")
+    heads.check(model, modules)
     adapter = begin(model, name, config, compute_initial_values)
     for layer_name, layer in layers.items():
         if not isinstance(layer, LoraLayer):
@@ -68,6 +84,7 @@ def attach(model: nn.Module, name: str, config: LoraConfig, layers: Mapping[str,
             layer.lora = nn.ModuleDict()
         r, scale = config.rank_of(layer_name), config.scale_of(layer_name)
         layer.lora[name] = LowRank(layer, r, scale, float(config.dropout), config.use_dora)
+    heads.attach(model, adapter, modules)
     adopt(model, adapter)
     if not config.use_dora:
         _put_together(model, name, layers)
@@ -119,7 +136,7 @@ def layers_of(model: nn.Module, name: str) -> dict[str, LoraLayer]:
 
 @torch.no_grad()
 def compute_initial_values(model: nn.Module) -> None:
-    """Compute DoRA's missing magnitudes, the norms of W's rows. Collective if sharded.
+    """Compute DoRA's missing magnitudes, the norms of W's rows, and copy heads. Collective if sharded.
 
     A magnitude is missing, and NaN, where the adapter was added before the base had values. Called once the base has
     them, before the first forward. On a sharded model one unit is gathered at a time.
@@ -141,3 +158,4 @@ def compute_initial_values(model: nn.Module) -> None:
     for magnitudes in unsharded_parameters(model, norms, writeback=True):
         for magnitude in magnitudes:
             magnitude.copy_(norms[magnitude])
+    heads.copy_missing_values(model)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zerolite.adapters import patterns
+from zerolite.adapters import heads, patterns
 from zerolite.adapters import targets as naming
 from zerolite.adapters.config import LoraConfig
 from zerolite.adapters.layers import matrix
@@ -20,7 +20,7 @@ SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "
 READ: dict[str, Any] = {
     "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None, "exclude_modules": [],
     "layers_to_transform": [], "layers_pattern": [], "rank_pattern": {}, "alpha_pattern": {},
-    "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+    "use_rslora": False, "use_dora": False, "init_lora_weights": True, "modules_to_save": [],
 }  # fmt: skip
 # Keys that change no forward of a loaded adapter. A layer's class says whether its weight is transposed.
 WITHOUT_EFFECT = {
@@ -36,12 +36,12 @@ KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
 def to_peft(model: nn.Module, adapter: Adapter) -> tuple[dict, dict[str, Tensor]]:
     """(adapter_config.json, tensors by PEFT's names) of a LoRA adapter; the tensors share memory with the model.
 
-    The adapter's parameters must be unsharded. Not collective.
+    The adapter's parameters must be unsharded, but for copies of modules: collective where it has some.
     """
     config, layers = _config_of(adapter), layers_of(model, adapter.name)
     entries = {
         "peft_type": "LORA",
-        "task_type": _task_of(model),
+        "task_type": _task_of(model, adapter),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "revision": None,
         "auto_mapping": None,
@@ -59,10 +59,11 @@ def to_peft(model: nn.Module, adapter: Adapter) -> tuple[dict, dict[str, Tensor]
         "alpha_pattern": dict(config.alpha_pattern),
         "layers_to_transform": None,
         "layers_pattern": None,
-        "modules_to_save": None,
+        "modules_to_save": list(config.modules_to_save) or None,
     }
     values = {f"{name}.lora.{adapter.name}.{kind}": key for name in layers for kind, key in _keys(name, config)}
-    return entries, {key: adapter.parameters[name].detach() for name, key in values.items()}
+    tensors = {key: adapter.parameters[name].detach() for name, key in values.items()}
+    return entries, tensors | {PREFIX + name: value for name, value in heads.values_of(model, adapter).items()}
 
 
 def from_peft(model: nn.Module, name: str, config: dict, tensors: dict[str, Tensor]) -> None:
@@ -72,9 +73,10 @@ def from_peft(model: nn.Module, name: str, config: dict, tensors: dict[str, Tens
     that is not supported and for tensors that do not fit this model; the text names them.
     """
     lora, layers = check(model, config, tensors)
-    adapter = attach(model, name, lora, layers)
+    adapter = attach(model, name, lora, layers, heads.matched(model, lora.modules_to_save))
     for parameter_name, value in _values(layers, adapter, tensors).items():
         adapter.parameters[parameter_name].data.copy_(value)
+    adapter.lacks_copied_values = False
     for layer in layers.values():
         layer.lora[name].is_magnitude_missing = False
 
@@ -82,7 +84,9 @@ def from_peft(model: nn.Module, name: str, config: dict, tensors: dict[str, Tens
 def check(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, nn.Module]]:
     """What `from_peft` adds, and to which layers; it raises what that raises. `tensors` may lie on the meta device."""
     lora, layers = _meaning(model, config)
-    _check_tensors(_expected(layers, lora), tensors)
+    modules = heads.matched(model, lora.modules_to_save)
+    heads.check(model, modules)
+    _check_tensors(_expected(layers, lora) | _shapes_of(modules), tensors)
     return lora, layers
 
 
@@ -93,11 +97,12 @@ def values_of(model: nn.Module, adapter: Adapter, config: dict, tensors: dict[st
     """
     lora, layers = _meaning(model, config)
     own, there = _config_of(adapter), layers_of(model, adapter.name)
-    _check_tensors(_expected(there, own), tensors)
+    _check_tensors(_expected(there, own) | _shapes_of(adapter.copies), tensors)
     for what, ours, theirs in [
         ("use_dora", own.use_dora, lora.use_dora),
         *((f"scale of {name}", own.scale_of(name), lora.scale_of(name)) for name in there),
         ("layers", sorted(there), sorted(layers)),
+        ("modules_to_save", sorted(adapter.copies), sorted(heads.matched(model, lora.modules_to_save))),
     ]:
         if ours != theirs:
             raise ValueError(
@@ -111,7 +116,11 @@ def _config_of(adapter: Adapter) -> LoraConfig:
     return adapter.config
 
 
-def _task_of(model: nn.Module) -> str | None:
+def _task_of(model: nn.Module, adapter: Adapter) -> str | None:
+    """PEFT's task_type. With one of a classifier PEFT expects its heads in the file, whatever modules_to_save says."""
+    for task, (kind, names) in TASKS.items():
+        if any(task in cls.__name__ for cls in type(model).__mro__):
+            return kind if heads.matched(model, names).keys() <= adapter.copies.keys() else None
     if not hasattr(model, "can_generate") or not model.can_generate():
         return None
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
@@ -119,21 +128,30 @@ def _task_of(model: nn.Module) -> str | None:
 
 # Configuration #
 
+# Part of a class's name -> (PEFT's task_type, the modules_to_save that it adds).
+TASKS = {
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+}
+
 
 def _meaning(model: nn.Module, config: dict) -> tuple[LoraConfig, dict[str, nn.Module]]:
     """(the configuration as a LoraConfig, the layers of this model that it targets). ValueError if not supported."""
     _refuse_unsupported(config)
     read = {key: default if config.get(key) is None else config[key] for key, default in READ.items()}
     _check_types(read)
-    modules, targets, exclude = naming.modules_of(model), read["target_modules"], read["exclude_modules"]
+    targets, exclude, whole = read["target_modules"], read["exclude_modules"], read["modules_to_save"]
+    apart = heads.matched(model, whole)
+    modules = {n: module for n, module in naming.modules_of(model).items() if not naming.is_inside(n, apart)}
     is_pattern = isinstance(targets, str) and targets.lower() != naming.ALL_LINEAR
     if isinstance(targets, str) and not is_pattern:
-        _, layers = naming.find(model, naming.ALL_LINEAR)
+        _, layers = naming.find(model, naming.ALL_LINEAR, apart)
     else:
         is_meant = _by_layers(targets, read["layers_to_transform"], read["layers_pattern"])
         layers = {name: module for name, module in modules.items() if is_meant(name)}
     layers = {name: layer for name, layer in layers.items() if not exclude or not naming.matches(name, exclude)}
-    naming.check(model, layers, f"target_modules={targets!r} of adapter_config.json")
+    naming.check(model, layers, f"target_modules={targets!r} of adapter_config.json", apart)
     lora = LoraConfig(
         r=read["r"],
         alpha=read["lora_alpha"],
@@ -141,6 +159,7 @@ def _meaning(model: nn.Module, config: dict) -> tuple[LoraConfig, dict[str, nn.M
         targets=targets if is_pattern and not exclude else naming.shortest(modules, layers),
         use_rslora=read["use_rslora"],
         use_dora=read["use_dora"],
+        modules_to_save=tuple(dict.fromkeys(whole)),
         rank_pattern=read["rank_pattern"],
         alpha_pattern=read["alpha_pattern"],
     )
@@ -171,12 +190,14 @@ def _check_types(read: dict[str, Any]) -> None:
     fits = {
         "target_modules": is_names(targets)
         and (patterns.is_regular(targets) if isinstance(targets, str) else len(targets) > 0),
-        "exclude_modules": is_names(read["exclude_modules"]),
+        "exclude_modules": is_names(read["exclude_modules"])
+        and (not isinstance(read["exclude_modules"], str) or patterns.is_regular(read["exclude_modules"])),
         "layers_pattern": is_names(read["layers_pattern"])
         and all(patterns.is_regular(pattern) for pattern in _listed(read["layers_pattern"])),
         "layers_to_transform": all(isinstance(i, int) for i in (indices if isinstance(indices, list) else [indices])),
         "rank_pattern": is_patterns(read["rank_pattern"]),
         "alpha_pattern": is_patterns(read["alpha_pattern"]),
+        "modules_to_save": is_names(read["modules_to_save"]) and not isinstance(read["modules_to_save"], str),
         "use_rslora": isinstance(read["use_rslora"], bool),
         "use_dora": isinstance(read["use_dora"], bool),
     }
@@ -223,6 +244,14 @@ def _expected(layers: dict[str, nn.Module], config: LoraConfig) -> dict[str, tup
     return shapes
 
 
+def _shapes_of(modules: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{PREFIX}{name}.{key}": tuple(parameter.shape)
+        for name, module in modules.items()
+        for key, parameter in module.named_parameters()
+    }
+
+
 def _check_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
     problems = [f"no {key}" for key in expected if key not in tensors]
     problems += [f"{key}, which has no place" for key in tensors if key not in expected]
@@ -239,8 +268,9 @@ def _check_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tens
 
 
 def _values(layers: dict[str, nn.Module], adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
+    low_ranks = {
         f"{name}.lora.{adapter.name}.{kind}": tensors[key]
         for name in layers
         for kind, key in _keys(name, _config_of(adapter))
     }
+    return low_ranks | {name: tensors[PREFIX + key] for name, key in heads.parameter_names(adapter).items()}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from zerolite.adapters import heads
 from zerolite.adapters.config import LoraConfig
 from zerolite.adapters.lora import layers_of
 from zerolite.adapters.state import Adapters, adapter_of, adapters_of, evaluating
@@ -21,7 +22,8 @@ def merge(model: nn.Module, name: str | None = None, batch: dict[str, Tensor] | 
     """Add a LoRA adapter into the base's weights: the active one, or the one called `name`. Collective if sharded.
 
     W becomes W + scale B A, computed in fp32 (fp64 for fp64) and rounded once to W's dtype; with DoRA its rows are also
-    scaled to the magnitude. Forwards leave the adapter out from then on, and `zerolite.export` writes the merged model.
+    scaled to the magnitude. Modules that it trains whole replace the base's. Forwards leave the adapter out from then
+    on, and `zerolite.export` writes the merged model.
     At stage 3 one unit is gathered at a time.
     batch: keyword arguments for the model; None: random token ids, the same on every rank.
     Returns the largest absolute difference between the logits of the adapted and of the merged model, over all ranks.
@@ -38,7 +40,10 @@ def merge(model: nn.Module, name: str | None = None, batch: dict[str, Tensor] | 
         engine.fetch()
     layers = layers_of(model, adapter.name)
     _refuse_tied(model, layers)
-    if not all(parameter.isfinite().all() for parameter in adapter.parameters.values()):
+    copies = heads.values_of(model, adapter)
+    copied = heads.parameter_names(adapter)
+    values = [p for name, p in adapter.parameters.items() if name not in copied]
+    if not all(value.isfinite().all() for value in (*values, *copies.values())):
         raise ZeroliteError(f"adapter {adapter.name!r} holds NaN or Inf: it is not merged")
     batch = _default_batch(model) if batch is None else batch
     with evaluating(model), _only(adapters, adapter.name):
@@ -48,6 +53,7 @@ def merge(model: nn.Module, name: str | None = None, batch: dict[str, Tensor] | 
             for weight in weights:
                 layer = by_weight[id(weight)]
                 layer.lora[adapter.name].merge_into(layer)
+        heads.merge(model, adapter)
         adapter.is_merged = True
         difference = (_logits(model, batch) - adapted).abs().max().double()
     return difference.item() if engine is None else engine.all_gather_scalars(difference.view(1)).max().item()
@@ -76,7 +82,10 @@ def _default_batch(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     output = model(**batch)
-    logits = output if isinstance(output, Tensor) else output.logits
+    if isinstance(output, Tensor):
+        logits = output
+    else:  # question answering has two
+        logits = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits])
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -93,7 +93,7 @@ def check(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> PromptC
     """What `from_peft` adds; it raises what that raises. `tensors` may lie on the meta device."""
     kind, num_tokens = KINDS[config["peft_type"]], config.get("num_virtual_tokens")
     if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 1:
-        raise ValueError(f"adapter_config.json has num_virtual_tokens={num_tokens!r}: expected a number from 1")
+        raise ValueError(f"adapter_config.json has num_virtual_tokens={num_tokens!r:.80}: expected a number from 1")
     prompt = PromptConfig(kind, num_tokens, init="random")
     shape = shape_of_supported(model)
     _check(config, _sizes(model, prompt.is_deep, shape))
@@ -123,6 +123,6 @@ def _check(config: dict, sizes: dict[str, int]) -> None:
         supported = sizes.get(key, "CAUSAL_LM" if key == "task_type" else None)
         if value != supported:
             raise ValueError(
-                f"adapter_config.json has {key}={value!r}: for this model and peft_type {config['peft_type']} only "
+                f"adapter_config.json has {key}={value!r:.80}: for this model and peft_type {config['peft_type']} only "
                 f"{supported!r} is supported"
             )

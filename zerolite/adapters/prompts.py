@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from zerolite.adapters import heads
 from zerolite.adapters.config import DEEP_KINDS, KINDS, PromptConfig
 from zerolite.adapters.prefix import attentions_of, cache_keyword, give_prefix, install_prefix
 from zerolite.adapters.state import Adapters, adapters_of, adopt, begin, disabled, evaluating
@@ -42,12 +43,14 @@ def add_prompt(
     encoder_hidden: hidden size of the encoder; None: the size of its input.
 
     The model is called as before. With "prompt" and "p-tuning" its logits begin with those of the virtual tokens, as
-    PEFT's do; labels are padded here, and `logits_to_keep` counts from the end. Position ids that the caller passes are
-    not used then: the model counts from 0 over virtual and real tokens.
+    PEFT's do; labels are padded here, and `logits_to_keep` counts from the end. Positions count virtual and then real
+    tokens: those that the caller or `generate` passes, else those of the attention_mask, so that a row's logits do not
+    depend on its padding (PEFT counts padding).
     Parameters are fp32, or fp64 where the model is. Call it before `zerolite.shard`, on every rank alike. On a model on
     the meta device, `shard` or `load_pretrained` computes the initial values that need the model.
-    Raises TypeError for a model that is not of transformers; ValueError for an encoder-decoder, for a kind, init,
-    encoder or text_ids that do not go together, for a name that is taken, and for a sharded model.
+    Raises TypeError for a model that is not of transformers; ValueError for an encoder-decoder, for a new head (of a
+    classifier), for a kind, init, encoder or text_ids that do not go together, for a name that is taken, and for a
+    sharded model. A forward that does not pass the virtual tokens is a ValueError.
     """
     config = _resolved(kind, tokens, init, text_ids, encoder, encoder_hidden, shape_of_supported(model))
     source_ids = _source_ids(model, config, text_ids) if config.init in ("vocabulary", "text") else None
@@ -65,7 +68,27 @@ def shape_of_supported(model: nn.Module) -> Shape:
         raise TypeError(f"virtual tokens are added to a model of transformers, got {type(model).__name__}")
     if model.config.is_encoder_decoder:
         raise ValueError(f"virtual tokens are added to decoders, {type(model).__name__} is an encoder-decoder")
-    return shape_of(model)
+    if head := heads.task_head(model):
+        raise ValueError(
+            f"{type(model).__name__} has a new head ({', '.join(head)}), which virtual tokens would leave random and "
+            "frozen: use add_lora, which trains it, or a model with a language-model head"
+        )
+    shape, width = shape_of(model), model.get_input_embeddings().embedding_dim
+    if width != shape.hidden:
+        raise ValueError(
+            f"{type(model).__name__} has embeddings of width {width} and layers of width {shape.hidden}: virtual "
+            "tokens are added where both are one"
+        )
+    return shape
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The module whose forward virtual tokens enter: what a model calls its decoder, else its base model.
+
+    Some models (OPT, BART's decoder, vision-language models) call it without calling their base model.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model else model.base_model
 
 
 def _resolved(
@@ -108,12 +131,13 @@ def _resolved(
 def attach(model: nn.Module, config: PromptConfig, name: str) -> VirtualTokens:
     """Add virtual tokens to a model, as its active adapter, with zeros or random values."""
     shape = shape_of_supported(model)
-    base = model.base_model
+    base = decoder_of(model)
     attentions = attentions_of(base, shape.layers) if config.is_deep else []
     adapter = begin(model, name, config, compute_initial_values)
     if not hasattr(model, "prompts"):
         model.prompts = Prompts(adapters_of(model))
         model.register_forward_pre_hook(model.prompts.before_model, with_kwargs=True)
+        model.register_forward_hook(model.prompts.after_model)
         base.register_forward_pre_hook(model.prompts.before_decoder, with_kwargs=True)
     if config.is_deep and not any(other.config.is_deep for other in model.prompts.values()):
         install_prefix(base, attentions)
@@ -138,6 +162,7 @@ class Prompts(nn.ModuleDict):
     def __init__(self, adapters: Adapters):
         super().__init__()
         self.adapters = adapters
+        self.is_passed = False  # the decoder's forward has begun inside this forward of the model
 
     def current(self) -> VirtualTokens | None:
         """The virtual tokens that forwards use now; None: the active adapter is no prompt, or is off."""
@@ -147,6 +172,7 @@ class Prompts(nn.ModuleDict):
     def before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the model: virtual tokens that have logits get the label IGNORED."""
         current = self.current()
+        self.is_passed = False
         if current is None or current.config.is_deep:
             return None
         inputs = _by_name(model, args, kwargs)
@@ -157,27 +183,33 @@ class Prompts(nn.ModuleDict):
             inputs["logits_to_keep"] = inputs["logits_to_keep"] + count  # positions of real tokens
         return (), inputs
 
+    def after_model(self, model: nn.Module, args: tuple, output: object) -> None:
+        """Hook of the model: ValueError where its forward has not passed the virtual tokens."""
+        if self.current() is not None and not self.is_passed:
+            raise ValueError(
+                f"the forward of {type(model).__name__} does not call {type(decoder_of(model)).__name__}, where "
+                "virtual tokens enter: they would have no effect; use add_lora"
+            )
+
     def before_decoder(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the decoder: puts the virtual tokens in front, unless its cache holds them already."""
         current = self.current()
         if current is None:
             return None
+        self.is_passed = True
         inputs = _by_name(base, args, kwargs)
         count = current.config.tokens
         keyword = cache_keyword(type(base).forward)
         cache = None if keyword is None else inputs.get(keyword)
         _refuse_unsupported(inputs, cache, current.config)
+        is_first = cache is None or cache.get_seq_length() == 0
+        _count_positions(base, inputs, current.config, is_first)
         if inputs.get("attention_mask") is not None:
             inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (count, 0), value=1)
-        is_first = cache is None or cache.get_seq_length() == 0
         if current.config.is_deep:
-            if inputs.get("position_ids") is not None:
-                inputs["position_ids"] = inputs["position_ids"] + count
             if is_first:
                 give_prefix(base, inputs, current.keys_values())
-            return (), inputs
-        inputs["position_ids"] = None  # the decoder counts from what its cache holds
-        if is_first:
+        elif is_first:
             embeds = inputs.get("inputs_embeds")
             if embeds is None:
                 embeds = base.get_input_embeddings()(inputs["input_ids"])
@@ -185,6 +217,26 @@ class Prompts(nn.ModuleDict):
             inputs["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
             inputs["input_ids"] = None
         return (), inputs
+
+
+def _count_positions(base: nn.Module, inputs: dict, config: PromptConfig, is_first: bool) -> None:
+    """Change position_ids to those behind the virtual tokens; padding is not counted, as `generate` counts.
+
+    Without position_ids and attention_mask, or where the decoder takes no position_ids, it counts by itself.
+    """
+    position_ids, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if "position_ids" not in _parameter_names(type(base).forward):
+        return
+    if position_ids is None:
+        if mask is None:
+            return
+        length = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None).shape[1]
+        position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+    position_ids = position_ids + config.tokens
+    if is_first and not config.is_deep:
+        virtual = torch.arange(config.tokens, device=position_ids.device, dtype=position_ids.dtype)
+        position_ids = torch.cat([virtual.expand(*position_ids.shape[:-1], -1), position_ids], dim=-1)
+    inputs["position_ids"] = position_ids
 
 
 def _refuse_unsupported(inputs: dict, cache: Cache | None, config: PromptConfig) -> None:

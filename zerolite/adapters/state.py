@@ -26,6 +26,9 @@ class Adapter:
     # Gives parameters of this kind the values that a base on the meta device could not give. Collective.
     compute_initial_values: Callable[[nn.Module], None] = has_its_values
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    # Modules that train whole, by the names of those of the base: these are sharded as the base's.
+    copies: dict[str, nn.Module] = field(default_factory=dict)
+    lacks_copied_values: bool = False  # the base had none when it was copied
     is_merged: bool = False  # it is part of the base's weights, so forwards leave it out
 
 
@@ -36,6 +39,7 @@ class Adapters:
     by_name: dict[str, Adapter] = field(default_factory=dict)
     active: str | None = None
     num_disabled: int = 0  # nested `disabled` blocks
+    is_training_checked: bool = False  # the hook of `use` is on the model
 
     @property
     def current(self) -> Adapter | None:
@@ -99,7 +103,7 @@ def begin(
 def adopt(model: nn.Module, adapter: Adapter) -> None:
     """Give an adapter all parameters that have been added to the model since `begin`: those that are in no other.
 
-    They train, and at stage 3 they stay unsharded: too small to be worth a gather.
+    They train, and at stage 3 all but its copies of modules stay unsharded: too small to be worth a gather.
     """
     taken = {id(p) for other in adapters_of(model).by_name.values() for p in other.parameters.values()}
     for name, parameter in model.named_parameters():
@@ -108,11 +112,34 @@ def adopt(model: nn.Module, adapter: Adapter) -> None:
 
 
 def use(model: nn.Module, name: str) -> None:
-    """Have forwards use the adapter of that name. Every rank must call it alike.
+    """Have forwards use the adapter of that name, and no other train, as PEFT's set_adapter. Every rank calls it alike.
 
+    On a sharded model an adapter that was frozen when it was sharded computes, and does not train: a forward in
+    training mode and with gradients is a ValueError then.
     Raises ValueError where the model has no adapter of that name.
     """
-    adapters_of(model).active = adapter_of(model, name).name
+    adapters, adapter = adapters_of(model), adapter_of(model, name)
+    adapters.active = adapter.name
+    if find_engine(model) is None:
+        for other in adapters.by_name.values():
+            for parameter in other.parameters.values():
+                parameter.requires_grad_(other is adapter and not adapter.is_merged)
+    elif not adapters.is_training_checked:
+        adapters.is_training_checked = True
+        model.register_forward_pre_hook(_refuse_to_train_frozen, prepend=True)
+
+
+def _refuse_to_train_frozen(model: nn.Module, args: tuple) -> None:
+    """Pre-hook of a sharded model whose adapters are switched."""
+    current = adapters_of(model).current
+    if current is None or not model.training or not torch.is_grad_enabled():
+        return
+    if current.parameters and not any(parameter.requires_grad for parameter in current.parameters.values()):
+        raise ValueError(
+            f"adapter {current.name!r} was frozen when the model was sharded, so this forward would train nothing: "
+            f"call zerolite.adapters.use(model, {current.name!r}) before zerolite.shard to train it, and model.eval() "
+            "or torch.no_grad() to evaluate it"
+        )
 
 
 @contextlib.contextmanager
@@ -146,6 +173,11 @@ class AdapterExtension:
     """The hooks of engine.extensions.Extension; registered with a model's first adapter."""
 
     def stays_unsharded(self, model: nn.Module) -> list[nn.Parameter]:
+        adapters = adapters_of(model).by_name.values()
+        copied = {id(p) for adapter in adapters for module in adapter.copies.values() for p in module.parameters()}
+        return [p for p in self.adds(model) if id(p) not in copied]
+
+    def adds(self, model: nn.Module) -> list[nn.Parameter]:
         return [p for adapter in adapters_of(model).by_name.values() for p in adapter.parameters.values()]
 
     @torch.no_grad()

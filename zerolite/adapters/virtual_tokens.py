@@ -64,6 +64,13 @@ class VirtualTokens(nn.Module):
             )
         return self.encoder(self.embedding)
 
+    def without_gradient(self) -> list[nn.Parameter]:
+        """Parameters whose gradient is zero whatever the loss: those behind an encoder's last layer that is zero."""
+        last = self.encoder[-1] if isinstance(self.encoder, nn.Sequential) else None
+        if last is None or last.weight.any():
+            return []
+        return [p for p in self.parameters() if p is not last.weight and p is not last.bias]
+
     def keys_values(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, (1, heads, tokens, head_dim) each."""
         shape = self.shape

@@ -68,11 +68,12 @@ def _add(writer: "_Writer | None", model: nn.Module, unit: Unit) -> None:
 def _unsharded(model: nn.Module, unit: Unit) -> dict[str, torch.Tensor]:
     """Copies of the unit's parameters on the host, by the names that transformers ties from; without adapters'."""
     ties = getattr(model, "all_tied_weights_keys", {})
+    added = {id(p) for extension in extensions_of(model) for p in extension.adds(model)}
     return {
         ties.get(slot.name, slot.name): parameter.detach().to("cpu", copy=True)
         for bucket in unit.buckets
-        if not bucket.group.stays_unsharded
         for slot, parameter in bucket.slots()
+        if id(parameter) not in added
     }
 
 

@@ -12,6 +12,9 @@ class Extension(Protocol):
     def stays_unsharded(self, model: nn.Module) -> Collection[nn.Parameter]:
         """Parameters that every rank keeps whole at stage 3 too."""
 
+    def adds(self, model: nn.Module) -> Collection[nn.Parameter]:
+        """Parameters that are no part of the user's model: an export leaves them out."""
+
     def after_sharding(self, model: nn.Module) -> None:
         """The model's parameters and buffers have their values now. Collective."""
 
