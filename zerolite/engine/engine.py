@@ -213,6 +213,8 @@ class Engine:
             )
         bucket.gradients.accumulate(index, gradient.detach())
         self.reducer.version += 1
+        if len(parameter._post_accumulate_grad_hooks) > 1:
+            self.handles.show(bucket, index)  # to hooks of others
         if self.is_syncing:
             self.reducer.mark_ready(bucket, index)
 
