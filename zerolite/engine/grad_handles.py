@@ -121,7 +121,7 @@ class GradHandles:
             self._scales.clear()
 
     def show(self, bucket: TrainableBucket, index: int) -> None:
-        """The gradient is in the bucket, and hooks of others on it are called next: they may look at it, or clear it."""
+        """The gradient is in the bucket, and hooks of others are called next: they may look at it, or clear it."""
         parameter, slot, _ = self._slots[self._first_slot[bucket] + index]
         self._place(parameter, slot)
 
