@@ -15,6 +15,7 @@ whole parameters (`state[p]` holds this rank's part).
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -154,7 +155,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         state = self._table.state_of(state_dict, self.param_groups)
         check_options(state_dict["param_groups"], self.rule.is_decoupled)
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved_group.items() if key != "params"})
+            group.update({key: deepcopy(value) for key, value in saved_group.items() if key != "params"})
         self._table.absorb(state)
         self.state = state
         for hook in self._optimizer_load_state_dict_post_hooks.values():
