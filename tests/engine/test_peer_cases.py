@@ -19,7 +19,7 @@ def run_cases(stages: dict[str, tuple[int, ...]], offload: zerolite.Offload | No
             try:
                 results[name, stage] = train_case(name, stage, offload)
             except Exception as error:
-                print("FAIL", name, stage, type(error).__name__, str(error)[:300], flush=True)
+                raise AssertionError(f"{name} at stage {stage}: {type(error).__name__}: {error}") from error
     return results
 
 
