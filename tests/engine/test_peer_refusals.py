@@ -12,7 +12,7 @@ import torch
 from models import Stack, drawn, llama
 from saved import attempt
 from torch import nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, jacrev, vmap
 from torch.nn.utils import parametrizations, prune, remove_weight_norm, spectral_norm, weight_norm
 
 import zerolite
@@ -135,6 +135,12 @@ def mapped(stage: int) -> None:
     vmap(lambda row: model(row[None])[0])(X)
 
 
+def transformed_while_workers_step(stage: int) -> None:
+    model = zerolite.shard(drawn(Stack).double(), stage=stage, offload=zerolite.Offload(workers=1, threads=1))
+    learn(model)
+    jacrev(model)(X)
+
+
 def sparse(stage: int) -> None:
     model = sharded(stage, lambda: nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Linear(4, 2)))
     model(torch.tensor([1, 2, 1])).sum().backward()
@@ -164,6 +170,7 @@ REFUSED: dict[str, tuple[Callable[[int], None], tuple[int, ...], str]] = {
     "tensor left by a hook": (tensor_left_by_a_hook, (1, 3), "blocks.1.up.bias.grad was set to a tensor"),
     "functional_call": (called_on_what_reads_as_nan, (3,), "first.weight was replaced by values computed.*NaN"),
     "vmap": (mapped, (3,), "root.*torch.func.*stage=2"),
+    "jacrev": (transformed_while_workers_step, (1,), "root.*torch.func.*workers have stepped.*model.parameters"),
     "sparse": (sparse, (0, 3), "0.weight has a sparse gradient"),
 }
 

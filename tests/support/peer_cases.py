@@ -9,6 +9,7 @@ import torch
 from cases import Case, data, squared
 from models import Block, Stack, drawn
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 
@@ -277,6 +278,50 @@ class Mapped(PeerCase):
     def step(self, model, rank, step, quiet):
         x, y = data(rank, step)
         squared(torch.func.vmap(lambda row: model(row[None])[0])(x), y).backward()
+
+
+class Transformed(PeerCase):
+    """Transforms of torch.func tell a number that weighs the loss: by inputs, by parameters, a row at a time."""
+
+    stages = (0, 2)
+
+    def step(self, model, rank, step, quiet):
+        x, y = data(rank, step)
+        func, own = torch.func, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+        def loss(parameters, rows):
+            return func.functional_call(model, parameters, (rows,)).square().mean()
+
+        by_parameters = func.grad(loss)(own, x)
+        by_row = func.vmap(func.grad(lambda parameters, row: loss(parameters, row[None])), in_dims=(None, 0))(own, x)
+        seen = [*by_parameters.values(), *by_row.values(), func.jacrev(model)(x), *func.jvp(model, (x,), (x,))]
+        weight = sum(each.detach().square().mean() for each in seen)
+        (squared(model(x), y) * weight).backward()
+
+
+class DerivativesOfInputs(PeerCase):
+    """Forward-mode tangents, a Jacobian and a product with a Hessian, all of it under the loss."""
+
+    def step(self, model, rank, step, quiet):
+        x, y = data(rank, step)
+        with forward_ad.dual_level():
+            out, tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x))))
+            squared(out, y + tangent.detach()).backward()
+        functional = torch.autograd.functional
+        functional.jacobian(model, x, create_graph=True).square().mean().backward()
+        _, product = functional.hvp(lambda rows: squared(model(rows), y), x, torch.ones_like(x), create_graph=True)
+        product.square().mean().backward()
+
+
+class CompiledFromOutside(PeerCase):
+    stages = (3,)
+
+    def after(self, model):
+        self.compiled = torch.compile(model, backend="eager")
+
+    def step(self, model, rank, step, quiet):
+        x, y = data(rank, step)
+        squared(self.compiled(x), y).backward()
 
 
 # Reparametrizations #
