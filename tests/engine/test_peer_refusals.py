@@ -83,6 +83,12 @@ def resized(tied: bool, is_inside: bool) -> Callable[[int], None]:
     return run
 
 
+def shared_memory(stage: int) -> None:
+    model = sharded(stage)
+    with whole(model, stage):
+        model.share_memory()
+
+
 def lazy(stage: int) -> None:
     zerolite.shard(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)), stage=stage)
 
@@ -161,6 +167,7 @@ REFUSED: dict[str, tuple[Callable[[int], None], tuple[int, ...], str]] = {
     "resized whole": (resized(False, True), (1, 3), rf"lm_head.weight, of shape \(70, 16\), {NEW}"),
     "resized, tied": (resized(True, False), (1, 3), r"embed_tokens.weight was .* replaced .*shape \(70, 16\)"),
     "resized whole, tied": (resized(True, True), (1, 3), r"embed_tokens.weight was .* replaced .*shape \(70, 16\)"),
+    "share_memory": (shared_memory, (3,), "share_memory: .* lies in memory that is freed"),
     "lazy": (lazy, (1, 3), "1.weight has no shape before the first forward of its lazy module"),
     "optimizer in backward": (optimizer_in_backward, (0, 1, 3), IN_A_HOOK),
     "step in a hook": (step_in_a_hook_of_a_module, (1, 3), IN_A_HOOK),

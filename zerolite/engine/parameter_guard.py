@@ -48,6 +48,10 @@ class ParameterGuard:
                 self._owners.setdefault(id(parameter), []).append((module, name))
         self._num_entries = sum(map(len, self._dicts))
 
+    @property
+    def frees_parameters(self) -> bool:
+        return not all(bucket.parameters.stays_unsharded for unit in self._units for bucket in unit.buckets)
+
     def check(self) -> None:
         """Store what foreign code changed in shards and masters.
 
@@ -188,7 +192,13 @@ def guard_apply(
     @functools.wraps(own_apply)
     def apply(fn, *args, **kwargs):
         for dtype, name in dtypes().items():
-            result = fn(torch.ones((), dtype=dtype))
+            given = torch.ones((), dtype=dtype)
+            result = fn(given)
+            if result is given and given.is_shared() and guard.frees_parameters:
+                raise ValueError(
+                    f"share_memory: {name} lies in memory that is freed and taken again, which shared memory cannot "
+                    "be: share a copy (copy.deepcopy inside zerolite.full_params), or shard at a stage below 3"
+                )
             if result.dtype != dtype:
                 raise ValueError(
                     f"{name} is sharded as {dtype} and would become {result.dtype}: zerolite keeps its dtype (cast "
