@@ -80,8 +80,8 @@ class GradHandle(torch.Tensor):
 
     @data.setter
     def data(self, given) -> None:
-        """`Module._apply` gives what it made of the handle; no other tensor can be the gradient."""
-        if not isinstance(given, GradHandle) or given.slot is not self.slot or given.dtype != self.dtype:
+        """`Module._apply` gives what it made of the handle: the parameter guard looks at what became of the parameter."""
+        if not isinstance(given, GradHandle) or given.slot is not self.slot:
             raise _refusal("data = ...", [self])
 
     @classmethod
