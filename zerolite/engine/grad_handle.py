@@ -80,7 +80,7 @@ class GradHandle(torch.Tensor):
 
     @data.setter
     def data(self, given) -> None:
-        """`Module._apply` gives what it made of the handle: the parameter guard looks at what became of the parameter."""
+        """`Module._apply` gives what it made of the handle; what became of the parameter is the guard's."""
         if not isinstance(given, GradHandle) or given.slot is not self.slot:
             raise _refusal("data = ...", [self])
 
