@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import re
 import weakref
 
@@ -30,6 +32,16 @@ REFUSED = {
     "clamp_": lambda p: clip_grad_value_([p], 1.0),
     "stack": lambda p: torch.stack([p.grad, p.grad]),
     "add_": lambda p: torch.zeros_like(p, requires_grad=False).add_(p.grad),
+    "`item`": lambda p: p.grad.item(),
+    "`__float__`": lambda p: float(p.grad),
+    "`__bool__`": lambda p: 1 if p.grad else 0,
+    "`__index__`": lambda p: range(p.grad),
+    "format '.3f'": lambda p: f"{p.grad:.3f}",
+    "tolist": lambda p: p.grad.tolist(),
+    "data = ": lambda p: setattr(p.grad, "data", torch.zeros_like(p)),
+    "is_pinned|__dlpack__": lambda p: torch.from_dlpack(p.grad),
+    "pickle|__reduce_ex__": lambda p: pickle.dumps(p.grad),
+    "deepcopy": lambda p: copy.deepcopy(p.grad),
 }
 
 

@@ -30,8 +30,8 @@ def by_torch(loop: str) -> Run:
     return whole(model), logged
 
 
-def by_zerolite(loop: str, stage: int, dtype=torch.float64, offload: str | None = None) -> Run:
-    model = zerolite.shard(build(dtype), stage=stage, offload=offload)
+def by_zerolite(loop: str, stage: int, dtype=torch.float64, offload: str | None = None, mesh=None) -> Run:
+    model = zerolite.shard(build(dtype), stage=stage, offload=offload, mesh=mesh)
     setting = Setting(
         model, model, zerolite.AdamW(model.parameters(), **OPTIONS), dist.get_rank(), dist.get_world_size(),
         partial(zerolite.no_sync, model), partial(zerolite.full_params, model),
@@ -58,6 +58,21 @@ def test_loops_of_torch_train_alike_at_every_stage(ranks, world):
                     assert logged == runs[0][1], "what it logged, by stage"
                 except AssertionError as error:
                     raise AssertionError(f"{loop} at stage {stage}: {error}") from error
+
+
+def on_replicas_of_shards(loops: list[str]) -> list[tuple[str, Run, list[Run]]]:
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return [(loop, by_torch(loop), [by_zerolite(loop, stage, mesh=mesh) for stage in (1, 3)]) for loop in loops]
+
+
+def test_loops_of_torch_train_alike_on_replicas_of_shards(ranks):
+    """On a mesh of two dimensions: clips of parts, norms, gradients scaled and cleared, Inf on one rank."""
+    loops = ["clipped_in_part_and_again", "norms_logged", "accumulated", "cleared_in_part", "overflow_on_one_rank"]
+    for results in ranks(4).run(on_replicas_of_shards, loops):
+        for loop, (expected, expected_log), runs in results:
+            for parameters, logged in runs:
+                assert logged == pytest.approx(expected_log, rel=1e-12), loop
+                assert_close(parameters, expected, rtol=1e-12, atol=1e-13)
 
 
 def cleared_in_part_with_norm(offload: str | None) -> float:

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from cases import CASES, Case
 from entry_cases import ENTRY_CASES
 from models import divide_gradients, drawn, whole
+from peer_cases import PEER_CASES, PeerCase
 
 import zerolite
 
-ALL = CASES | ENTRY_CASES
+ALL = CASES | ENTRY_CASES | PEER_CASES
 LR, WEIGHT_DECAY = 1e-2, 0.1
 
 
@@ -36,6 +37,9 @@ def train_case(name: str, stage: int, offload: zerolite.Offload | None = None):
     case.prepare(model)
     precision = zerolite.Precision(torch.float64, torch.float64)
     model = zerolite.shard(model, stage=stage, precision=precision, offload=offload)
+    if isinstance(case, PeerCase):
+        with zerolite.full_params(model, writeback=True) if stage == 3 else nullcontext():
+            case.after(model)
     optimizer = zerolite.AdamW(case.groups(model), lr=LR, weight_decay=WEIGHT_DECAY)
     norms = []
     for step in range(case.steps):
@@ -53,6 +57,8 @@ def plain_case(name: str, world: int):
     case = ALL[name]()
     model = drawn(case.build).double()
     case.prepare(model)
+    if isinstance(case, PeerCase):
+        case.after(model)
     optimizer = torch.optim.AdamW(case.groups(model), lr=LR, weight_decay=WEIGHT_DECAY)
     norms, kept = [], {}
     for step in range(case.steps):

@@ -213,6 +213,8 @@ class Engine:
             )
         bucket.gradients.accumulate(index, gradient.detach())
         self.reducer.version += 1
+        if len(parameter._post_accumulate_grad_hooks) > 1:
+            self.handles.show(bucket, index)  # to hooks of others
         if self.is_syncing:
             self.reducer.mark_ready(bucket, index)
 
@@ -263,6 +265,11 @@ class Engine:
 
     def before_step(self) -> None:
         """Nothing gathered may outlive a step, and nothing be unfetched from the last one."""
+        if is_in_backward():
+            raise ZeroliteError(
+                "an optimizer steps when loss.backward() has returned: in a hook of it gradients are not yet those of "
+                "all ranks"
+            )
         if self._is_backward_open:
             self.abandon_backward()
         self.guard.check()

@@ -73,13 +73,22 @@ class Entries:
 
     # Saved tensors #
 
-    def check_transforms(self, unit: Unit) -> None:
-        """ValueError under a transform of torch.func, which saves tensors where no hook can see them."""
-        if self._buckets and torch._C._functorch.peek_interpreter_stack() is not None:
+    def is_transformed(self, unit: Unit) -> bool:
+        """Whether a transform of torch.func is at work, which saves tensors where no hook can see them.
+
+        Its backward reaches no parameter of the model. ValueError where a unit would have to be gathered or fetched.
+        """
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return False
+        called = f"the forward of {unit.name} is called under a transform of torch.func (grad, jvp, ...), and "
+        if self._buckets:
             raise ValueError(
-                f"the forward of {unit.name} is called under a transform of torch.func (grad, jvp, ...), and "
-                "its parameters are freed before the transform reads them: shard with stage=2, or use torch.autograd"
+                f"{called}its parameters are freed before the transform reads them: shard with stage=2, or use "
+                "torch.autograd"
             )
+        if any(bucket.parameters.state is not ParameterState.UNSHARDED for bucket in unit.buckets):
+            raise ValueError(f"{called}workers have stepped its parameters: call list(model.parameters()) before it")
+        return True
 
     def watch(self) -> bool:
         """Have saved tensors pass through here from now on; False where they do already, or nothing is freed."""

@@ -65,24 +65,24 @@ class GradHandle(torch.Tensor):
         handle.slot, handle.incoming = slot, None
         return handle
 
+    def __format__(self, spec: str) -> str:
+        if spec:
+            raise _refusal(f"format '{spec}'", [self])
+        return repr(self)
+
     def __repr__(self, *, tensor_contents=None) -> str:
         shape, dtype, device = tuple(self.shape), self.dtype, self.device
         return f"GradHandle({self.slot.name}, shape={shape}, dtype={dtype}, device='{device}', sharded)"
 
-    def numpy(self, *, force=False):
-        raise _refusal("numpy", [self])
+    @property
+    def data(self):
+        return GradHandle(self, self.slot)
 
-    def tolist(self):
-        raise _refusal("tolist", [self])
-
-    def data_ptr(self):
-        raise _refusal("data_ptr", [self])
-
-    def __deepcopy__(self, memo):
-        raise _refusal("deepcopy", [self])
-
-    def __reduce_ex__(self, protocol):
-        raise _refusal("pickle", [self])
+    @data.setter
+    def data(self, given) -> None:
+        """`Module._apply` gives what it made of the handle; what became of the parameter is the guard's."""
+        if not isinstance(given, GradHandle) or given.slot is not self.slot:
+            raise _refusal("data = ...", [self])
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -91,6 +91,22 @@ class GradHandle(torch.Tensor):
         if answer is None or not handles:
             raise _refusal(func.overloadpacket.__name__, _handles([*args, *(kwargs or {}).values()]))
         return answer(handles, *args, **(kwargs or {}))
+
+
+def _refused(operation: str) -> Callable:
+    def refuse(self: GradHandle, *args, **kwargs):
+        raise _refusal(operation, [self])
+
+    return refuse
+
+
+# What torch answers before it dispatches, of memory that is not there, or refuses without a name.
+_DIRECT = (
+    "item", "tolist", "numpy", "data_ptr", "__bool__", "__int__", "__float__", "__complex__", "__index__",
+    "__deepcopy__", "__reduce_ex__", "__dlpack__",
+)  # fmt: skip
+for _name in _DIRECT:
+    setattr(GradHandle, _name, _refused(_name))
 
 
 def _handles(args: Sequence[Any]) -> list[GradHandle]:

@@ -83,6 +83,7 @@ class GradHandles:
     def __init__(self, engine: "Engine"):
         self._engine = engine
         self._slots: list[tuple[torch.nn.Parameter, HandledSlot, TrainableBucket]] = []
+        self._first_slot: dict[Bucket, int] = {}  # in `_slots`
         self._scales: dict[Bucket, list[float]] = {}  # a slot; of buckets where one is not 1
         self._squares: tuple[int, dict[Bucket, list[float]]] | None = None  # with the gradients' version
         self._asked: tuple[int, dict[Bucket, list[float]]] | None = None  # version and scales of the first norm
@@ -92,6 +93,7 @@ class GradHandles:
     def add(self, buckets: Iterable[Bucket]) -> None:
         for bucket in buckets:
             if isinstance(bucket, TrainableBucket):
+                self._first_slot[bucket] = len(self._slots)
                 for index, parameter in enumerate(bucket.parameters.tensors):
                     self._slots.append((parameter, HandledSlot(self, bucket, index), bucket))
 
@@ -118,14 +120,29 @@ class GradHandles:
             self._engine.reducer.version += 1
             self._scales.clear()
 
+    def show(self, bucket: TrainableBucket, index: int) -> None:
+        """The gradient is in the bucket, and hooks of others are called next: they may look at it, or clear it."""
+        parameter, slot, _ = self._slots[self._first_slot[bucket] + index]
+        self._place(parameter, slot)
+
     def place(self) -> None:
         """A backward has ended. See [Note: handles on all ranks]."""
         on_all_ranks = self._engine.mesh.world_size > 1
+        cleared: dict[Bucket, list[int]] = {}
         for parameter, slot, bucket in self._slots:
             if (on_all_ranks or bucket.gradients.was_used[slot.index]) and parameter.grad is None:
-                if slot.handle is None:
-                    slot.handle = GradHandle(parameter, slot)
-                parameter.grad = slot.expected = slot.handle
+                if slot.expected is None:
+                    self._place(parameter, slot)
+                else:  # it was there, for a hook
+                    slot.expected = None
+                    cleared.setdefault(bucket, []).append(slot.index)
+        if cleared:
+            self._clear(cleared)
+
+    def _place(self, parameter: torch.nn.Parameter, slot: HandledSlot) -> None:
+        if slot.handle is None:
+            slot.handle = GradHandle(parameter, slot)
+        parameter.grad = slot.expected = slot.handle
 
     def check(self) -> None:
         """Drop gradients that somebody cleared. ZeroliteError for a tensor that somebody put in a handle's place."""

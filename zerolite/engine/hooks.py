@@ -54,6 +54,7 @@ class _Use:
         self.engine, self.unit = engine, unit
         self.is_running = False
         self.is_watching = False  # saved tensors, for the time of the forward
+        self.is_transformed = False  # by torch.func
         self.has_begun = False
         self.inputs = self.missing = 0  # views of inputs; those whose gradient has not come in this backward
 
@@ -72,25 +73,31 @@ class _Use:
 
 
 class _BeforeForward:
+    """torch.compile of the model does not trace it: collectives are no graph."""
+
     def __init__(self, engine: Engine, unit: Unit, uses: list[_Use], entries: Entries):
         self.engine, self.unit, self.uses, self.entries = engine, unit, uses, entries
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args, kwargs):
         use = _Use(self.engine, self.unit)
         self.uses.append(use)
-        self.entries.check_transforms(self.unit)
+        use.is_transformed = self.entries.is_transformed(self.unit)
         use.is_running = True
         self.engine.pre_forward(self.unit)
-        if not torch.is_grad_enabled():
+        if use.is_transformed or not torch.is_grad_enabled():
             return None
         use.is_watching = self.entries.watch()
         return None if self.unit.is_root else _view_inputs(args, kwargs, use)
 
 
 class _AfterForward:
+    """As _BeforeForward, not traced."""
+
     def __init__(self, engine: Engine, unit: Unit, uses: list[_Use], entries: Entries):
         self.engine, self.unit, self.uses, self.entries = engine, unit, uses, entries
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args, output):
         engine, unit, use = self.engine, self.unit, self.uses.pop()
         if not use.is_running:
@@ -99,7 +106,8 @@ class _AfterForward:
             self.entries.unwatch()
         output = self.entries.keep_outputs(output)
         nodes = {}
-        if torch.is_grad_enabled() and unit.forward_depth == 1:  # not an owner of the root's inside the root's forward
+        is_outermost = unit.forward_depth == 1  # not an owner of the root's inside the root's forward
+        if is_outermost and torch.is_grad_enabled() and not use.is_transformed:
             nodes = {id(t.grad_fn): t.grad_fn for t in tensors_of(output) if t.grad_fn is not None}
         for node in nodes.values():
             node.register_prehook(use.begin)

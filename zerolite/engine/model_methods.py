@@ -1,6 +1,7 @@
 """Methods of the user's model that would be wrong on sharded state: made right, or refused by name."""
 
 import functools
+import types
 from collections.abc import Callable
 
 import torch
@@ -85,7 +86,7 @@ def _fetch_when_read(engine: Engine) -> None:
     own_parameters = model.named_parameters
 
     @functools.wraps(own_parameters)
-    def named_parameters(*args, **kwargs):
+    def named_parameters(self: nn.Module, *args, **kwargs):
         for name, parameter in own_parameters(*args, **kwargs):
             info = info_of(parameter)  # none for one that was added later
             if info is not None:
@@ -95,6 +96,7 @@ def _fetch_when_read(engine: Engine) -> None:
     def fetch(module: nn.Module, *args) -> None:
         engine.fetch()
 
-    model.named_parameters = named_parameters  # model.parameters() asks this one
+    # model.parameters() asks this one, and torch.compile whether it is a method.
+    model.named_parameters = types.MethodType(named_parameters, model)
     model.register_state_dict_pre_hook(fetch)
     model.register_load_state_dict_pre_hook(fetch)

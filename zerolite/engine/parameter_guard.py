@@ -8,11 +8,13 @@ The comparison costs a few integers a parameter and no collective: every rank mu
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.utils import stateless
 
 from zerolite.shards.bucket import Bucket, Unit
 
@@ -46,13 +48,20 @@ class ParameterGuard:
                 self._owners.setdefault(id(parameter), []).append((module, name))
         self._num_entries = sum(map(len, self._dicts))
 
+    @property
+    def frees_parameters(self) -> bool:
+        return not all(bucket.parameters.stays_unsharded for unit in self._units for bucket in unit.buckets)
+
     def check(self) -> None:
         """Store what foreign code changed in shards and masters.
 
         ValueError, with the parameter's name, for what cannot be stored.
         """
         if self._has_other_objects():
-            self._restore_objects(is_kept=True)
+            if _is_called_on_others():
+                self._expect_values_of_others()
+            else:
+                self._restore_objects(is_kept=True)
         for unit in self._units:
             for bucket in unit.buckets:
                 if not bucket.parameters.is_intact():
@@ -99,6 +108,14 @@ class ParameterGuard:
             if entries.get(name) is not expected:
                 return True
         return False
+
+    def _expect_values_of_others(self) -> None:
+        """torch.func.functional_call has the model compute with other tensors, this once: they are not the model's."""
+        for identity, (bucket, index) in self._slots.items():
+            for module, name in self._owners.get(identity, ()):
+                other = module._parameters.get(name)
+                if other is not None and other is not bucket.parameters.tensors[index]:
+                    _expect_values(bucket, index, other)
 
     def _restore_objects(self, is_kept: bool) -> list[str]:
         """Put the sharded parameters back where others stand, with the values of those where `is_kept`.
@@ -175,7 +192,13 @@ def guard_apply(
     @functools.wraps(own_apply)
     def apply(fn, *args, **kwargs):
         for dtype, name in dtypes().items():
-            result = fn(torch.ones((), dtype=dtype))
+            given = torch.ones((), dtype=dtype)
+            result = fn(given)
+            if result is given and given.is_shared() and guard.frees_parameters:
+                raise ValueError(
+                    f"share_memory: {name} lies in memory that is freed and taken again, which shared memory cannot "
+                    "be: share a copy (copy.deepcopy inside zerolite.full_params), or shard at a stage below 3"
+                )
             if result.dtype != dtype:
                 raise ValueError(
                     f"{name} is sharded as {dtype} and would become {result.dtype}: zerolite keeps its dtype (cast "
@@ -232,13 +255,21 @@ def _store_edits(bucket: Bucket) -> None:
     parameters.absorb_edits()
 
 
+def _is_called_on_others() -> bool:
+    """Whether torch.func.functional_call stands on the stack; looked at only where parameters are other objects."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not stateless._functional_call.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
 def _expect_readable(bucket: Bucket, index: int, what: str) -> None:
     if not bucket.parameters.is_readable:
         raise ValueError(f"{_name(bucket, index)} {what} while it was sharded and read as NaN: {WHOLE}")
 
 
 def _expect_values(bucket: Bucket, index: int, values: torch.Tensor) -> None:
-    if values.is_floating_point() and values.isnan().any():
+    if not bucket.parameters.is_readable and values.is_floating_point() and values.isnan().any():
         _expect_readable(bucket, index, "was replaced by values computed from it")
 
 

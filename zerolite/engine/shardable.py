@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from zerolite.config import LOW_PRECISION
 
@@ -14,8 +15,12 @@ def is_computed_in(dtype: torch.dtype) -> bool:
 
 
 def check_parameters(model: nn.Module) -> None:
-    """ValueError for complex parameters, trainable ones that no rule steps, and two that share memory."""
+    """ValueError for parameters without a shape, complex and trainable ones that no rule steps, two over one memory."""
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name} has no shape before the first forward of its lazy module: run one before zerolite.shard"
+            )
         if parameter.is_complex():
             raise ValueError(
                 f"{name} is complex ({parameter.dtype}), and reductions and optimizers work on real numbers: keep "

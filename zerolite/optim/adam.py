@@ -1,7 +1,8 @@
 """Adam over sharded parameters."""
 
 from zerolite.optim.base import ShardedOptimizer
-from zerolite.optim.rules import AdamRule, check_hyperparameters
+from zerolite.optim.hyperparameters import check_hyperparameters, check_torch_options
+from zerolite.optim.rules import AdamRule
 
 
 class Adam(ShardedOptimizer):
@@ -10,7 +11,16 @@ class Adam(ShardedOptimizer):
     rule = AdamRule()
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, max_grad_norm: float | None = None
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        *,
+        max_grad_norm: float | None = None,
+        **torch_options,
     ):
+        check_torch_options("Adam", torch_options, self.rule.is_decoupled)
         check_hyperparameters(lr, betas, eps, weight_decay)
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), max_grad_norm)

@@ -15,6 +15,7 @@ whole parameters (`state[p]` holds this rank's part).
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from zerolite.engine.engine import Engine, sharded_info
 from zerolite.engine.grad_stats import GradStats, reduce_grad_stats
 from zerolite.errors import ZeroliteError
 from zerolite.optim.groups import Groups
+from zerolite.optim.hyperparameters import check_options
 from zerolite.optim.parameter_states import StateTable
 from zerolite.optim.rules import Rule
 from zerolite.optim.skipped_steps import non_finite_units, report_skipped
@@ -86,7 +88,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # Param groups and states #
 
     def add_param_group(self, param_group: dict) -> None:
-        """As torch's. ValueError for parameters of no sharded model, of another one, or unfrozen after sharding."""
+        """As torch's. ValueError as `Groups.read`: for its numbers and options, and for what is not sharded."""
         super().add_param_group(param_group)
         try:
             self._follow_groups()
@@ -96,6 +98,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _follow_groups(self) -> None:
         """Step the parameters that are in `param_groups` now. ValueError as `add_param_group`."""
+        check_options(self.param_groups, self.rule.is_decoupled)
         if self._groups.are(self.param_groups):
             return
         before, now = self._groups.infos, self._groups.read(self.param_groups)
@@ -142,15 +145,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         States hold this rank's range only, of 16-bit parameters with the fp32 "master". Where unsharded parameters
         stay, the model's own state dict brings the ranges of the other ranks. A parameter without states starts anew.
         Not collective.
-        ValueError, and no change, for param groups of other sizes, states that are missing, or of other shapes.
+        ValueError, and no change, for param groups of other sizes or with options that zerolite has not, and for
+        states that are missing, or of other shapes.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         self._follow_groups()
         state = self._table.state_of(state_dict, self.param_groups)
+        check_options(state_dict["param_groups"], self.rule.is_decoupled)
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved_group.items() if key != "params"})
+            group.update({key: deepcopy(value) for key, value in saved_group.items() if key != "params"})
         self._table.absorb(state)
         self.state = state
         for hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -173,10 +178,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def describe(self) -> dict[str, Any]:
         """Class, param groups by parameter name, and steps taken, as JSON values."""
-        groups = []
-        for group in self.param_groups:
-            hyper = {name: _as_number(v) for name, v in group.items() if name not in ("params", "param_names")}
-            groups.append({**hyper, "params": [_name(parameter) for parameter in group["params"]]})
+        groups = [_description(group) for group in self.param_groups]
         self._table.absorb(self.state)
         steps = {_name(parameter): int(self._table.steps[parameter]) for parameter in self._groups.infos}
         return {"class": type(self).__name__, "groups": groups, "steps": steps}
@@ -236,7 +238,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         A step whose gradients hold Inf or NaN changes nothing on any rank; `step_was_skipped` and `skipped_units` tell.
         WorkerError where a worker failed. ZeroliteError where ranks have run other modules or their optimizers differ,
-        and where fp16 gradients overflow at the lowest loss scale, 1.
+        where fp16 gradients overflow at the lowest loss scale, 1, and in a hook of a backward.
         """
         loss = None
         if closure is not None:
@@ -299,6 +301,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _prepare(self, work: list[Work]) -> None:
         """What a rule must know of all buckets before it steps the first."""
+
+
+def _description(group: dict[str, Any]) -> dict[str, Any]:
+    hyper = {name: _as_number(value) for name, value in group.items() if name not in ("params", "param_names")}
+    return {**hyper, "params": [_name(parameter) for parameter in group["params"]]}
 
 
 def _as_number(value):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zerolite.engine.engine import Engine, ParameterInfo, sharded_info
+from zerolite.optim.hyperparameters import check_hyperparameters
 from zerolite.shards.bucket import Bucket
 
 
@@ -30,8 +31,11 @@ class Groups:
     def read(self, param_groups: Sequence[dict[str, Any]]) -> "Groups":
         """The groups as they are now.
 
-        ValueError for a parameter in two groups, of no sharded model, of another one, or unfrozen after sharding.
+        ValueError for numbers of a new group that are out of their range, and for a parameter in two groups, of no
+        sharded model, of another one, or unfrozen after sharding.
         """
+        for group in param_groups[len(self._parameters) :]:
+            check_hyperparameters(group["lr"], group["betas"], group.get("eps", 0.0), group["weight_decay"])
         now = Groups()
         now._parameters = [list(group["params"]) for group in param_groups]
         group_of = {parameter: index for index, group in enumerate(now._parameters) for parameter in group}

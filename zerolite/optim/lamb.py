@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 
 from zerolite.optim.base import ShardedOptimizer, Work
-from zerolite.optim.rules import LambRule, check_hyperparameters, trust_ratio
+from zerolite.optim.hyperparameters import check_hyperparameters
+from zerolite.optim.rules import LambRule, trust_ratio
 
 
 class Lamb(ShardedOptimizer):

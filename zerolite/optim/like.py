@@ -8,8 +8,6 @@ from zerolite.optim.adam import Adam
 from zerolite.optim.adamw import AdamW
 from zerolite.optim.base import ShardedOptimizer
 
-_REFUSED = ("amsgrad", "maximize", "capturable", "differentiable")  # what changes numbers or graphs; not fused, foreach
-
 
 def like(torch_optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None) -> ShardedOptimizer:
     """The sharded optimizer of an AdamW or Adam of torch that has not stepped. Collective where a zerolite.AdamW is.
@@ -35,10 +33,6 @@ def like(torch_optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None 
     if torch_optimizer._optimizer_step_pre_hooks or torch_optimizer._optimizer_step_post_hooks:
         raise ValueError(f"this {kind.__name__} has step hooks: register them on the optimizer that like returns")
     groups = torch_optimizer.param_groups
-    for index, group in enumerate(groups):
-        for option in _REFUSED:
-            if group.get(option):
-                raise ValueError(f"param group {index} has {option}={group[option]}, which zerolite has not: set False")
     is_decoupled = {bool(group.get("decoupled_weight_decay", kind is torch.optim.AdamW)) for group in groups}
     if len(is_decoupled) > 1:
         raise ValueError("some param groups have decoupled_weight_decay and some have not: build two optimizers")

@@ -1,7 +1,8 @@
 """Lion over sharded parameters."""
 
 from zerolite.optim.base import ShardedOptimizer
-from zerolite.optim.rules import LionRule, check_hyperparameters
+from zerolite.optim.hyperparameters import check_hyperparameters
+from zerolite.optim.rules import LionRule
 
 
 class Lion(ShardedOptimizer):

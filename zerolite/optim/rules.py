@@ -32,6 +32,7 @@ class Rule(ABC):
     name: int  # of the host kernels
     state_names: tuple[str, ...]
     is_per_parameter = False
+    is_decoupled = True  # weight decay is no part of the gradient
 
     def is_one_pass(self, operands: Operands) -> bool:
         """Whether the host kernels serve, which need no scratch; they take fp64 parameters with fp64 gradients."""
@@ -90,6 +91,7 @@ class AdamRule(Rule):
 
     name = abi.ADAM
     state_names = ("exp_avg", "exp_avg_sq")
+    is_decoupled = False
     functional: Callable[..., None] = staticmethod(adam)
 
     def step_in_torch(self, operands: Operands, update: Update) -> None:
@@ -108,6 +110,7 @@ class AdamWRule(AdamRule):
     """AdamW (Loshchilov & Hutter 2019, algorithm 2): weight decay decoupled from the gradient."""
 
     name = abi.ADAMW
+    is_decoupled = True
     functional: Callable[..., None] = staticmethod(adamw)
 
 
@@ -168,15 +171,3 @@ def trust_ratio(parameter_squares: float, direction_squares: float) -> float:
     if parameter_squares == 0 or direction_squares == 0:
         return 1.0
     return math.sqrt(parameter_squares) / math.sqrt(direction_squares)
-
-
-def check_hyperparameters(lr, betas, eps, weight_decay) -> None:
-    """ValueError as torch.optim's constructors raise it."""
-    if not lr >= 0:
-        raise ValueError(f"lr is a number of at least 0, got {lr}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas are two numbers in [0, 1), got {betas}")
-    if not eps >= 0:
-        raise ValueError(f"eps is a number of at least 0, got {eps}")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay is a number of at least 0, got {weight_decay}")
