@@ -57,7 +57,10 @@ class Tokens:
             if not segment.is_learned:
                 continue
             if not was_learned and np.any((self.starts < begin) & (self.ends > begin)):
-                raise ValueError(f"the answer {segment.text[:40]!r} merges with what stands before it into one token")
+                raise ValueError(
+                    f"the answer {segment.text[:40]!r} merges with what stands before it into one token: "
+                    "the template's prompt should end in a line feed or a special token"
+                )
             inside = self.of(begin, end)
             labels[inside] = self.ids[inside]
         return Example(self.ids, labels)
