@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
 
 import zerolite
-from zerolite.medqa import corpus, model, processes, report, resume, tuning
+from zerolite.medqa import corpus, model, processes, report, resume, template, tuning
 from zerolite.medqa.answers import answer, held_out_questions
 from zerolite.medqa.arguments import Options, parse
 from zerolite.medqa.batches import Order, collate, fingerprint, micro_batches
@@ -59,10 +59,11 @@ def prepare(options: Options) -> Run:
         resume.claim_output(folder, is_resumed=options.resume is not None)
     found = resume.find(Path(options.resume)) if options.resume else []
     tokenizer = model.load_tokenizer(options)
+    told = template.choose(tokenizer, options.template)
     config = model.load_config(options, tokenizer)
     adapt = tuning.adaptation(options, tokenizer)
     data = corpus.load(options, tokenizer, folder / "rejected.jsonl" if is_rank_0 else None)
-    tuning.check_labels(data.train, tokenizer.eos_token_id)
+    tuning.check_labels(data.train, template.template_of(tokenizer).end_token_id)
 
     ranks = processes.join()
     options = options.resolved(ranks.device.type)
@@ -73,12 +74,13 @@ def prepare(options: Options) -> Run:
         raise ValueError("the ranks read different training rows: every machine needs the same files and tokenizer")
     if is_rank_0:
         (folder / "options.yaml").write_text(options.to_yaml(), encoding="utf-8")
-    ranks.print("\n".join(filter(None, [f"{options.to_yaml()}{data.summary}", why_stage])))
+    ranks.print("\n".join(filter(None, [f"{options.to_yaml()}{data.summary}", told, data.first_row, why_stage])))
 
     global_batch_rows = ranks.world_size * options.per_device_train_batch_size * options.gradient_accumulation_steps
     order = Order([len(example.input_ids) for example in data.train], global_batch_rows, options.seed)
     num_steps = options.max_steps or math.ceil(options.num_train_epochs * order.steps_per_epoch)
     sharded = model.sharded(options, config, adapt)
+    model.align_ends(sharded, tokenizer)
     optimizer = model.optimizer_of(options, tuning.optimizer_groups(options, sharded))
     # "constant" of transformers has no warm-up.
     schedule = options.lr_scheduler_type.replace("constant", "constant_with_warmup")

@@ -6,13 +6,13 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import SHARED
 from transformers import AutoTokenizer
 
 from zerolite import DataError
-from zerolite.medqa import corpus, data, prompts, tokenizer
+from zerolite.medqa import corpus, data, template, tokenizer
 from zerolite.medqa.arguments import CORPUS
 from zerolite.medqa.data import Conversation
 from zerolite.medqa.prompts import IGNORED, Example, encode, encode_prompt
@@ -30,66 +30,94 @@ DIALOGUE = Conversation(
 )
 
 
-@pytest.mark.parametrize("folder", TOKENIZERS, ids=lambda folder: folder.name)
-def test_loss_is_on_answers_and_eos_only(folder):
-    if not folder.is_dir():
-        pytest.skip(f"{folder.name}: shared tokenizers not beside the repository")
-    tok = AutoTokenizer.from_pretrained(folder)
-    (example,), num_shortened = encode([DIALOGUE], tok, 512)
-    ids, labels = example.input_ids, example.labels
-    assert num_shortened == 0 and len(ids) == len(labels) and ids.dtype == np.int32
-    learned = labels != IGNORED
-    assert (labels[learned] == ids[learned]).all()
-    ends = np.flatnonzero(ids == tok.eos_token_id)  # a special token's name inside a text stays text
-    assert len(ends) == 2 and learned[ends].all()
-    starts = np.flatnonzero(np.diff(learned.astype(int)) == 1) + 1
-    answers = [tok.decode(ids[a:b]).strip() for a, b in zip(starts, ends, strict=True)]
-    assert answers == [answer for _, answer in DIALOGUE.turns]
-    asked = tok.decode(ids[: starts[0]], skip_special_tokens=True)
-    assert "Answer briefly." in asked and "咳嗽怎么办？" in asked and "多喝水" not in asked
-    if tok.bos_token_id is not None:
-        assert ids[0] == tok.bos_token_id and (ids[1:] != tok.bos_token_id).all()
+@pytest.fixture(params=TOKENIZERS, ids=lambda folder: folder.name)
+def tok(request):
+    if not request.param.is_dir():
+        pytest.skip(f"{request.param.name}: shared tokenizers not beside the repository")
+    opened = AutoTokenizer.from_pretrained(request.param)
+    template.choose(opened, None)
+    return opened
 
 
-def test_what_is_asked_is_what_was_trained_on():
-    (example,), _ = encode([DIALOGUE], SHIPPED, 512)
-    prompt = encode_prompt(DIALOGUE, SHIPPED, 512)
-    assert prompt == example.input_ids[: len(prompt)].tolist()
-    assert example.labels[len(prompt)] != IGNORED and (example.labels[: len(prompt)] == IGNORED).all()
-    assert encode_prompt(DIALOGUE, SHIPPED, 8) == [SHIPPED.bos_token_id, *prompt[-7:]]
-
-
-def test_chat_template_is_the_same_format():
-    messages = [{"role": "system", "content": DIALOGUE.system}]
-    for question, answer in DIALOGUE.turns:
+def messages_of(conversation: Conversation) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    for question, answer in conversation.turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    (example,), _ = encode([DIALOGUE], SHIPPED, 512)
-    assert SHIPPED.apply_chat_template(messages, return_dict=False) == example.input_ids.tolist()
+    return messages
 
 
+def runs(ids: np.ndarray, labels: np.ndarray) -> list[list[int]]:
+    """The ids of each run of learned positions."""
+    learned = (labels != IGNORED).astype(int)
+    assert (labels[labels != IGNORED] == ids[labels != IGNORED]).all()
+    borders = np.flatnonzero(np.diff(np.concatenate([[0], learned, [0]])))
+    return [ids[a:b].tolist() for a, b in zip(borders[::2], borders[1::2], strict=True)]
+
+
+def test_the_ids_of_training_are_those_of_the_written_template(tok, tmp_path):
+    """Of what transformers makes of the tokenizer's folder; the marks of that template are the labels."""
+    tok.save_pretrained(tmp_path)
+    written = AutoTokenizer.from_pretrained(tmp_path)
+    two = (*DIALOGUE.turns[:1], ("And a fever?", "Rest, and see a doctor."))
+    for turns in (two[:1], two, (("a", "b"), ("- c  d", "1. e\n\n\n2. f"), ("¿g?", "¡h!"))):
+        row = Conversation(turns, DIALOGUE.system)
+        (example,), num_shortened = encode([row], tok, 512)
+        expected = written.apply_chat_template(messages_of(row), return_dict=True, return_assistant_tokens_mask=True)
+        assert num_shortened == 0 and example.input_ids.dtype == np.int32
+        assert example.input_ids.tolist() == expected["input_ids"]
+        assert (example.labels != IGNORED).astype(int).tolist() == expected["assistant_masks"]
+        asked = written.apply_chat_template(messages_of(row)[:2], add_generation_prompt=True, return_dict=False)
+        assert encode_prompt(row, tok, 512) == asked == expected["input_ids"][: len(asked)]
+
+
+def test_loss_is_on_answers_and_their_end_only(tok):
+    """A special token's name inside a text stays text, in what is given and in what is learned."""
+    eos = tok.eos_token
+    row = Conversation(
+        ((f"a {eos} b", "多喝水。"), ("And a fever?", f"Rest, and {eos} see a doctor.")), "Answer briefly."
+    )
+    (example,), _ = encode([row], tok, 512)
+    found = runs(example.input_ids, example.labels)
+    assert [ids[-1] for ids in found] == [tok.eos_token_id] * 2
+    assert [tok.decode(ids[:-1]).strip() for ids in found] == [answer for _, answer in row.turns]
+    assert all(tok.eos_token_id not in ids[:-1] for ids in found)
+    given = tok.decode(example.input_ids[example.labels == IGNORED])
+    assert "Answer briefly." in given and "And a fever?" in given and "多喝水" not in given
+
+
+@settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=4),
-    cutoff=st.integers(16, 80),
-    has_bos=st.booleans(),
+    turns=st.lists(st.tuples(*[st.integers(1, 60)] * 2), min_size=1, max_size=4),
+    cutoff=st.integers(40, 120),
+    system=st.sampled_from(["", "Be brief. " * 3]),
 )
-def test_shortening(lengths, cutoff, has_bos):
-    """At most cutoff_len tokens; every answer kept ends with EOS; nothing is cut that has room."""
-    bos, eos = [-1] * has_bos, -2
-    turns = [([100] * p + [101], [200] * a + [eos]) for p, a in lengths]  # 101: the end of "### Answer:"
-    total = len(bos) + sum(len(p) + len(a) for p, a in turns)
-    example, is_shortened = prompts._join(list(turns), bos, cutoff)
-    ids, labels = example.input_ids.tolist(), example.labels.tolist()
-    assert is_shortened == (total > cutoff) and len(ids) == min(len(ids), cutoff)
-    assert ids[: len(bos)] == bos and ids[-1] == labels[-1] == eos
-    assert [label for label in labels if label != IGNORED] == [i for i in ids if i in (200, eos)]
-    if not is_shortened:
-        assert len(ids) == total
-    prompt, answer = turns[-1]
-    room = cutoff - len(bos)
-    if len(prompt) + len(answer) > room:  # one turn is left, and it fills the room, half to each where both are long
-        assert len(ids) == cutoff and 101 in ids
-        assert ids.count(100) + 1 >= min(len(prompt), room // 2)
-        assert ids.count(200) + 1 >= min(len(answer), room - room // 2)
+def test_shortening(turns, cutoff, system):
+    """At most cutoff_len tokens; whole turns go first; then the question keeps its end and the answer its beginning."""
+    row = Conversation(tuple(("q" + " 咳嗽" * q, "a" + " fever" * a) for q, a in turns), system.strip())
+    (whole,), _ = encode([row], SHIPPED, 10_000)
+    (example,), num_shortened = encode([row], SHIPPED, cutoff)
+    assert num_shortened == (len(whole.input_ids) > cutoff)
+    if not num_shortened:
+        assert example.input_ids.tolist() == whole.input_ids.tolist()
+        return
+    assert len(example.input_ids) <= cutoff
+    found = [SHIPPED.decode(ids) for ids in runs(example.input_ids, example.labels)]
+    assert all(text.endswith(SHIPPED.eos_token) for text in found)
+    answers = [answer for _, answer in row.turns][-len(found) :]
+    if len(found) > 1:
+        assert [text.removesuffix(SHIPPED.eos_token) for text in found] == answers
+    assert answers[0].startswith(found[0].removesuffix(SHIPPED.eos_token))
+    given = SHIPPED.decode(example.input_ids[example.labels == IGNORED])
+    if len(found) == 1:
+        kept = given.split("### Question:\n")[1].split("\n\n### Answer:")[0]
+        assert row.turns[-1][0].endswith(kept)
+        is_cut = kept != row.turns[-1][0] or found[0].removesuffix(SHIPPED.eos_token) != answers[0]
+        assert not is_cut or len(example.input_ids) > cutoff - 4, "what has room is not cut"
+
+
+def test_a_cutoff_without_room_for_the_template_is_refused():
+    with pytest.raises(ValueError, match=r"cutoff_len: 10 tokens have no room for the chat template's own \d+"):
+        encode([DIALOGUE], SHIPPED, 10)
 
 
 def test_a_set_without_labels_is_refused():
@@ -118,7 +146,7 @@ def test_shipped_tokenizer_gives_any_text_back(text):
 def test_shipped_tokenizer_is_what_its_script_makes():
     for text in ("Fever and cough 🤒🌡️", "高血压患者应低盐饮食。", "a\n\n\tb  c"):
         assert SHIPPED.decode(SHIPPED(text)["input_ids"]) == text
-    assert len(SHIPPED) == tokenizer.NUM_PIECES and SHIPPED.chat_template == prompts.CHAT_TEMPLATE
+    assert len(SHIPPED) == tokenizer.NUM_PIECES and SHIPPED.chat_template == template.ZEROLITE
     assert (SHIPPED.bos_token, SHIPPED.eos_token, SHIPPED.pad_token) == (tokenizer.BOS, tokenizer.EOS, tokenizer.PAD)
     made = tokenizer.train(sorted(CORPUS.glob("train.*.jsonl"))).backend_tokenizer.to_str()
     assert json.loads(made) == json.loads((CORPUS / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ import zerolite
 from zerolite.medqa.data import Conversation
 from zerolite.medqa.processes import Processes
 from zerolite.medqa.prompts import encode_prompt
+from zerolite.medqa.template import template_of
 
 MAX_NEW_TOKENS = 128
 
@@ -57,7 +58,7 @@ def _answer(
         do_sample=False,
         max_new_tokens=min(MAX_NEW_TOKENS, cutoff_len - len(prompt)),
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=[template_of(tokenizer).end_token_id, tokenizer.eos_token_id],
         pad_token_id=tokenizer.eos_token_id,
     )
     # Whole parameters are here, and only this rank generates: no step of it may wait for the others.

@@ -35,6 +35,11 @@ class Options:
     tokenizer_name_or_path: str | None = option(
         None, str, "local tokenizer folder (default: the model's folder, or the shipped tokenizer)"
     )
+    template: str | None = option(
+        None,
+        str,
+        "chat template: own, zerolite, alpaca, or a file of Jinja (default: the model's own, where it has one)",
+    )
     # What is trained
     finetuning_type: str = option(
         "full", str, "all parameters, or an adapter of a frozen pretrained model", choices=FINETUNING_TYPES

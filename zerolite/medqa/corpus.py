@@ -11,6 +11,8 @@ from zerolite.medqa import data
 from zerolite.medqa.arguments import CORPUS, Options
 from zerolite.medqa.prompts import Example, encode
 
+SHOWN_CHARACTERS = 400
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -18,6 +20,7 @@ class Corpus:
     validation: list[Example]
     validation_rows: list[data.Conversation]
     summary: str  # what was read, kept, rejected and shortened, for people
+    first_row: str  # the first training row as the model reads it, for people
 
 
 def load(options: Options, tokenizer: PreTrainedTokenizerBase, rejects: Path | None) -> Corpus:
@@ -38,7 +41,15 @@ def load(options: Options, tokenizer: PreTrainedTokenizerBase, rejects: Path | N
         rejected = rows["train"].rejected + rows["validation"].rejected
         lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejected]
         rejects.write_text("".join(lines), encoding="utf-8")
-    return Corpus(examples["train"], examples["validation"], rows["validation"].kept, "\n".join(summary))
+    shown = tokenizer.decode(examples["train"][0].input_ids)
+    shown = repr(shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}...")
+    return Corpus(
+        examples["train"],
+        examples["validation"],
+        rows["validation"].kept,
+        "\n".join(summary),
+        f"first row: {shown}",
+    )
 
 
 def require_labels(name: str, examples: list[Example]) -> int:

@@ -15,14 +15,14 @@ from transformers import (
 )
 
 import zerolite
-from zerolite.medqa import prompts
 from zerolite.medqa.arguments import CORPUS, Options
+from zerolite.medqa.template import template_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
-    """The tokenizer, with this project's chat template; it must have an EOS token, since answers end with one.
+    """The tokenizer; it must have an EOS token, since answers end with one.
 
     Raises ValueError where the folder is missing or holds no usable tokenizer.
     """
@@ -36,7 +36,10 @@ def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder}: no usable tokenizer; name one with --tokenizer_name_or_path ({why})") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no EOS token, which every answer ends with")
-    tokenizer.chat_template = prompts.CHAT_TEMPLATE
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{folder}: expected a tokenizer.json, got a tokenizer that does not tell where its tokens lie"
+        )
     return tokenizer
 
 
@@ -104,10 +107,32 @@ def sharded(options: Options, config: PretrainedConfig, adapt: Callable[[nn.Modu
     if options.model_name_or_path is None:
         model = zerolite.shard(LlamaForCausalLM(config), **how)
     else:
-        model = zerolite.load_pretrained(options.model_name_or_path, adapt=adapt, **how)
+        folder = Path(options.model_name_or_path).resolve()  # an adapter keeps the name, and is opened from elsewhere
+        model = zerolite.load_pretrained(folder, adapt=adapt, **how)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def align_ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the model stop where its training says so, and the configurations that go with it fit to be written.
+
+    EOS of config.json and generation_config.json becomes what ends an answer, the tokenizer's EOS, and what was there.
+    Flags of sampling are taken from a generation config that does not sample: transformers refuses to write it else.
+    Raises ValueError where it still refuses.
+    """
+    for config in (model.config, model.generation_config):
+        there = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends = [template_of(tokenizer).end_token_id, tokenizer.eos_token_id, *there]
+        ends = list(dict.fromkeys(end for end in ends if end is not None))
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    if not model.generation_config.do_sample:
+        for name in SAMPLING:
+            setattr(model.generation_config, name, None)
+    model.generation_config.validate(strict=True)
 
 
 OPTIMIZERS = {"adamw": zerolite.AdamW, "adam": zerolite.Adam, "lamb": zerolite.Lamb, "lion": zerolite.Lion}

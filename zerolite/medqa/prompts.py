@@ -1,48 +1,28 @@
-"""The prompt format, and a conversation as token ids and labels.
+"""A conversation as token ids and labels: what its rendered text gives, with loss on answers and what ends them.
 
-    <bos>{system}\n\n### Question:\n{question}\n\n### Answer:\n{answer}<eos>### Question:\n ...
-
-Prompts and answers are tokenised apart, so that no merge crosses the border between what is given and what is
-learned; a special token's name inside a text stays text. Loss is on each answer and its EOS. `CHAT_TEMPLATE` is the
-same format for `tokenizer.apply_chat_template`: it goes with the exported model.
+What is asked is what was trained: both are tokenised from the chat template's text. A row that is too long is cut in
+its texts, never in what the template writes around them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from zerolite.medqa.data import Conversation
+from zerolite.medqa.template import Template, template_of
+from zerolite.medqa.tokens import IGNORED, Example, Tokens, tokenize, tokenize_all
+
+__all__ = ["IGNORED", "Example", "encode", "encode_prompt"]
 
 # A row of more is not tokenised whole: a tokeniser takes 200 bytes and 2 us a character, and cutoff_len drops the rest.
 WHOLE_CHARACTERS = 1 << 17
 CHARACTERS_A_TOKEN = 16  # of a part that is tokenised; where it gives too few tokens, a longer part is
 CUT_TOKENS = 64  # so near to a cut, tokens may be others than those of the whole text
 
-IGNORED = -100  # label of a position without loss, as in torch's cross_entropy
-
-SYSTEM = "{}\n\n"
-QUESTION = "### Question:\n{}\n\n### Answer:\n"
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '### Question:\\n' + message['content'] + '\\n\\n### Answer:\\n' }}"
-    "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
-)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as the model reads it. `labels[i]` is `input_ids[i]` where it is to be learned, else IGNORED."""
-
-    input_ids: np.ndarray  # (length,) int32
-    labels: np.ndarray  # (length,) int32
-
-    @property
-    def num_labels(self) -> int:
-        """Positions with loss; the first position has none, since nothing predicts it."""
-        return int((self.labels[1:] != IGNORED).sum())
+T = TypeVar("T")
 
 
 def encode(
@@ -50,122 +30,130 @@ def encode(
 ) -> tuple[list[Example], int]:
     """Examples of at most `cutoff_len` tokens, in the same order, and how many of them were shortened.
 
-    Too long a row loses its oldest turns first, and the system text with the first of them. Then prompt and answer
-    share `cutoff_len`, half to each where both are long: the prompt loses its beginning, the answer its end, but
-    never its EOS.
+    The ids are those of `tokenizer.apply_chat_template`. Too long a row loses its oldest turns first, then its system
+    text. Then question and answer share `cutoff_len`, half to each where both are long: the question loses its
+    beginning, the answer its end, but never the token that ends it. Raises ValueError for a row that the template or
+    the tokenizer changes, and where `cutoff_len` has no room for the template.
     """
-    is_long = [_num_characters(conversation) > WHOLE_CHARACTERS for conversation in conversations]
-    whole = [conversation for conversation, long in zip(conversations, is_long, strict=True) if not long]
-    ids = iter(_tokenize(texts(whole), tokenizer))
+    template = template_of(tokenizer)
+    rows = [_bounded(conversation, tokenizer, cutoff_len) for conversation in conversations]
+    segments = [_named(row, lambda row=row: template.segments(row)) for row in rows]
     examples, num_shortened = [], 0
-    for conversation, long in zip(conversations, is_long, strict=True):
-        if long:
-            turns = _last_turns(conversation, tokenizer, cutoff_len)
-        else:
-            turns = [(next(ids), next(ids) + [tokenizer.eos_token_id]) for _ in conversation.turns]
-        example, is_shortened = _join(turns, _bos(tokenizer), cutoff_len)
-        examples.append(example)
-        num_shortened += is_shortened
+    for given, row, tokens in zip(conversations, rows, tokenize_all(segments, template), strict=True):
+        num_shortened += row != given or len(tokens.ids) > cutoff_len
+        if len(tokens.ids) > cutoff_len:
+            tokens = _named(row, lambda row=row, tokens=tokens: _shortened(row, tokens, template, cutoff_len))
+        examples.append(_named(row, tokens.example))
     return examples, num_shortened
 
 
-def texts(conversations: list[Conversation]) -> list[str]:
-    """What is tokenised: prompt, answer, prompt, answer ... of all turns of all conversations."""
-    return [
-        text
-        for conversation in conversations
-        for prompt, (_, answer) in zip(_prompts(conversation), conversation.turns, strict=True)
-        for text in (prompt, answer)
-    ]
+def _named(row: Conversation, make: Callable[[], T]) -> T:
+    """What `make` gives; its ValueError with the row's beginning."""
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"row {row.turns[0][0][:60]!r}: {error}") from error
 
 
 def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
-    """Token ids that the answer to the first question is generated from: the last `room` of them at most."""
-    ids = _tokenize_end(_prompts(conversation)[0], tokenizer, room)
-    bos = _bos(tokenizer)
-    return bos + ids[-(room - len(bos)) :]
+    """Token ids that the answer to the first question is generated from: `room` of them at most.
 
-
-def _prompts(conversation: Conversation) -> list[str]:
-    prompts = [QUESTION.format(question) for question, _ in conversation.turns]
-    if conversation.system:
-        prompts[0] = SYSTEM.format(conversation.system) + prompts[0]
-    return prompts
-
-
-def _tokenize(strings: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    if not strings:
-        return []
-    encoded = tokenizer(strings, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
-    return encoded["input_ids"]
-
-
-def _num_characters(conversation: Conversation) -> int:
-    return len(conversation.system) + sum(len(question) + len(answer) for question, answer in conversation.turns)
-
-
-def _last_turns(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cutoff_len: int
-) -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer with EOS) of the last turns: of an absurdly long row, what `_join` makes the same example from.
-
-    Of each text so much is tokenised that more than `cutoff_len` tokens are sure, since `_join` asks no more of its
-    length than whether it is that long; and turns before those that fill `cutoff_len` would be dropped.
+    Too long a question loses its beginning.
     """
-    turns: list[tuple[list[int], list[int]]] = []
-    length = 0
-    for prompt, (_, text) in zip(reversed(_prompts(conversation)), reversed(conversation.turns), strict=True):
-        answer = _tokenize_start(text, tokenizer, cutoff_len) + [tokenizer.eos_token_id]
-        turns.insert(0, (_tokenize_end(prompt, tokenizer, cutoff_len), answer))
-        length += len(turns[0][0]) + len(answer)
+    template = template_of(tokenizer)
+    first = replace(conversation, turns=((conversation.turns[0][0], "?"),))
+    first = _bounded(first, tokenizer, room)
+    (tokens,) = tokenize_all([template.prompt_segments(first)], template)
+    if len(tokens.ids) > room:
+        first = replace(first, system="")
+        (tokens,) = tokenize_all([template.prompt_segments(first)], template)
+    while (excess := len(tokens.ids) - room) > 0:
+        first = _cut(first, tokens, 0, excess, room)
+        (tokens,) = tokenize_all([template.prompt_segments(first)], template)
+    return tokens.ids.tolist()
+
+
+# --- rows that are too long -----------------------------------------------------------------------------------------
+
+
+def _bounded(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cutoff_len: int) -> Conversation:
+    """Of an absurdly long row so much that the same example comes of it, since `_shortened` drops all the rest.
+
+    Of each text so much stays that more than `cutoff_len` tokens are sure; turns before those that fill it are left
+    out.
+    """
+    texts = [conversation.system, *(text for turn in conversation.turns for text in turn)]
+    if sum(map(len, texts)) <= WHOLE_CHARACTERS:
+        return conversation
+    turns, length = [], 0
+    for question, answer in reversed(conversation.turns):
+        question, num_question = _part(question, tokenizer, cutoff_len, lambda text, size: text[-size:])
+        answer, num_answer = _part(answer, tokenizer, cutoff_len, lambda text, size: text[:size])
+        turns.insert(0, (question, answer))
+        length += num_question + num_answer
         if length > cutoff_len:
             break
-    return turns
+    system, _ = _part(conversation.system, tokenizer, cutoff_len, lambda text, size: text[:size])
+    return replace(conversation, turns=tuple(turns), system=system)
 
 
-def _tokenize_start(text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[int]:
-    """Token ids of `text`, of a long one the first `num_tokens` and some more, which may be others near the cut."""
-    return _tokenize_part(text, tokenizer, num_tokens, lambda size: text[:size])
-
-
-def _tokenize_end(text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[int]:
-    """Token ids of `text`, of a long one the last `num_tokens` and some more, which may be others near the cut."""
-    return _tokenize_part(text, tokenizer, num_tokens, lambda size: text[-size:])
-
-
-def _tokenize_part(
-    text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int, part: Callable[[int], str]
-) -> list[int]:
+def _part(
+    text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int, part: Callable[[str, int], str]
+) -> tuple[str, int]:
+    """(part, its tokens): of a long text one end of more than `num_tokens` tokens and some more."""
     size = max(WHOLE_CHARACTERS, num_tokens * CHARACTERS_A_TOKEN)
     while size < len(text):
-        (ids,) = _tokenize([part(size)], tokenizer)
+        ((ids, _, _),) = tokenize([part(text, size)], tokenizer)
         if len(ids) >= num_tokens + CUT_TOKENS:
-            return ids
+            return part(text, size), len(ids)
         size *= 2  # few tokens of many characters each
-    (ids,) = _tokenize([text], tokenizer)
-    return ids
+    ((ids, _, _),) = tokenize([text], tokenizer)
+    return text, len(ids)
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+def _shortened(conversation: Conversation, tokens: Tokens, template: Template, cutoff_len: int) -> Tokens:
+    def again(shorter: Conversation) -> Tokens:
+        (found,) = tokenize_all([template.segments(shorter)], template)
+        return found
+
+    while (excess := len(tokens.ids) - cutoff_len) > 0 and len(conversation.turns) > 1:
+        begins = [begin for segment, begin, _ in tokens.spans() if segment.slot and segment.slot[0] == "question"]
+        drop = 0
+        while drop < len(begins) - 1 and excess > 0:
+            excess -= int(tokens.of(begins[drop], begins[drop + 1]).sum())
+            drop += 1
+        conversation = replace(conversation, turns=conversation.turns[drop:])
+        tokens = again(conversation)
+    if len(tokens.ids) > cutoff_len and conversation.system:
+        conversation = replace(conversation, system="")
+        tokens = again(conversation)
+    while (excess := len(tokens.ids) - cutoff_len) > 0:
+        conversation = _cut(conversation, tokens, 1, excess, cutoff_len)
+        tokens = again(conversation)
+    return tokens
 
 
-def _join(turns: list[tuple[list[int], list[int]]], bos: list[int], cutoff_len: int) -> tuple[Example, bool]:
-    room = cutoff_len - len(bos)
-    length = sum(len(prompt) + len(answer) for prompt, answer in turns)
-    is_shortened = length > room
-    while length > room and len(turns) > 1:
-        prompt, answer = turns.pop(0)
-        length -= len(prompt) + len(answer)
-    if length > room:
-        prompt, answer = turns[0]
-        prompt = prompt[-max(room - len(answer), room // 2) :]
-        answer_room = room - len(prompt)
-        if len(answer) > answer_room:
-            answer = answer[: answer_room - 1] + answer[-1:]
-        turns = [(prompt, answer)]
-    input_ids, labels = list(bos), [IGNORED] * len(bos)
-    for prompt, answer in turns:
-        input_ids += prompt + answer
-        labels += [IGNORED] * len(prompt) + answer
-    return Example(np.array(input_ids, np.int32), np.array(labels, np.int32)), is_shortened
+def _cut(conversation: Conversation, tokens: Tokens, is_answer_there: int, excess: int, room: int) -> Conversation:
+    """A conversation of one turn with `excess` tokens less, of the longer one of its texts first."""
+    counts, spans, texts = {"question": 0, "answer": 0}, {}, {"answer": conversation.turns[0][1]}
+    for segment, begin, end in tokens.spans():
+        if segment.slot:
+            spans[segment.slot[0]], texts[segment.slot[0]] = begin, segment.text
+            counts[segment.slot[0]] = int(tokens.of(begin, end).sum())
+    fixed = len(tokens.ids) - counts["question"] - counts["answer"]
+    if room - fixed < 1 + is_answer_there:
+        raise ValueError(f"cutoff_len: {room} tokens have no room for the chat template's own {fixed}")
+    keep = len(tokens.ids) - excess - fixed
+    keep_answer = min(counts["answer"], max(keep - counts["question"], keep // 2, 1)) if is_answer_there else 0
+    keep_question = min(counts["question"], max(keep - keep_answer, 1))
+    question, answer, question_begin = texts["question"], texts["answer"], spans["question"]
+    if keep_question < counts["question"]:
+        inside = np.flatnonzero(tokens.of(question_begin, question_begin + len(question)))
+        cut = int(tokens.starts[inside[-keep_question]]) - question_begin
+        question = question[max(cut, 1) :]
+    if is_answer_there and keep_answer < counts["answer"]:
+        begin = spans["answer"]
+        inside = np.flatnonzero(tokens.of(begin, begin + len(answer)))
+        cut = int(tokens.ends[inside[keep_answer - 1]]) - begin
+        answer = answer[: min(cut, len(answer) - 1)]
+    return replace(conversation, turns=((question, answer),))

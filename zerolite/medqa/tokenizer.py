@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from zerolite.medqa import data, prompts
+from zerolite.medqa import data, template
 from zerolite.medqa.arguments import CORPUS
 
 FOLDER = CORPUS / "tokenizer"
@@ -29,14 +29,16 @@ def train(files: list[Path]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(prompts.texts(data.read(files).kept), trainer)
+    turns = [turn for row in data.read(files).kept for turn in row.turns]
+    texts = [text for question, answer in turns for text in (template.QUESTION.format(question), answer)]
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
-        chat_template=prompts.CHAT_TEMPLATE,
+        chat_template=template.ZEROLITE,
     )
 
 

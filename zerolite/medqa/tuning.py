@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -106,14 +105,15 @@ def optimizer_groups(options: Options, model: nn.Module) -> list[dict]:
     ]
 
 
-def check_labels(examples: list[Example], eos_token_id: int) -> None:
-    """Every row has label tokens and ends with EOS among them, else the model never learns to answer, or to stop."""
+def check_labels(examples: list[Example], end_token_id: int) -> None:
+    """Every row has label tokens and what ends an answer is the last, else the model never learns to answer or stop."""
     for row, example in enumerate(examples):
-        if not np.any(example.labels != IGNORED):
+        learned = example.labels[example.labels != IGNORED]
+        if not len(learned):
             raise zerolite.DataError(f"row {row} of the training data has no label token: nothing is learned from it")
-        if example.labels[-1] != eos_token_id:
+        if learned[-1] != end_token_id:
             raise zerolite.DataError(
-                f"row {row} of the training data does not end with EOS ({eos_token_id}) in its labels: the model would "
+                f"row {row} of the training data does not end with EOS ({end_token_id}) in its labels: the model would "
                 "never learn to stop"
             )
 
@@ -135,6 +135,8 @@ def write_result(options: Options, model: nn.Module, tokenizer, folder: Path, ra
     """Write the trained model, or the adapter and, where asked for, the merged model. Every rank must call it."""
     if options.is_adapter:
         adapters.save(model, folder / "adapter")
+        if ranks.rank == 0:
+            tokenizer.save_pretrained(folder / "adapter")  # with the template that it was trained with
         if not options.export_merged:
             return folder / "adapter"
         difference = adapters.merge(model)
