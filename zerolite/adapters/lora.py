@@ -40,8 +40,9 @@ def add_lora(
 
     W x becomes W x + scale B A dropout(x) with A (r, K), B (N, r) and scale = alpha / r (Hu et al. 2021, arXiv
     2106.09685). B starts as zeros, so the model computes what it did before.
-    targets: names of layers, or ends of names after a dot. Default: the attention's Q, K and V projections, or the
-        fused projection of a model that has one. A string is a regular expression for whole names, or "all-linear":
+    targets: names of layers, or ends of names after a dot. Default, also when given in full: the attention's Q, K and V
+        projections, or the fused projection of a model that has one; of the language model alone where the model reads
+        images or sound. A string is a regular expression for whole names, or "all-linear":
         every linear layer but the output head and `modules_to_save`.
     use_rslora: scale = alpha / sqrt(r).
     use_dora: W's magnitude, a parameter (N,), and its direction train separately (Liu et al. 2024, arXiv 2402.09353).
