@@ -9,8 +9,8 @@
 Shards that workers step get their commands first, and `step` returns without waiting for them: parameters are fetched
 when somebody needs them (offload/fetch.py, [Note: just-in-time fetch]).
 
-What torch.optim has and this has not: sparse gradients, complex parameters, `capturable`, `differentiable`, states of
-whole parameters (`state[p]` holds this rank's part).
+What torch.optim has and this has not: sparse gradients, complex parameters, the options that `hyperparameters` names,
+and states of whole parameters: `state[p]` holds this rank's part, zeros and step 0 before the first step.
 """
 
 from collections import defaultdict

@@ -9,7 +9,9 @@ Every method but the properties is collective: every rank of the group must call
 
 import contextlib
 import struct
+import weakref
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -25,6 +27,11 @@ from zerolite.runtime import device as devices
 HEADER = struct.Struct("<QI20s96s")  # a message's bytes, hash of its label, dtype, as much of the label as fits
 # A tag of gloo has 31 bits: a hash, a sequence number, and one bit that tells header and payload apart.
 SEQUENCE_BITS = 10  # a rank has far fewer exchanges in flight
+# A model may be dropped in the middle of a backward. A peer may still wait for what it sent, so the last exchanges are
+# kept; those that were waited for are empty.
+_last: deque["Pending"] = deque(maxlen=64)
+# What nobody received of it must match nothing of the next one's: how many models were sharded over a process group.
+_generations: "weakref.WeakKeyDictionary[dist.ProcessGroup, int]" = weakref.WeakKeyDictionary()
 # What NCCL and gloo both know; other dtypes move as bytes.
 TRANSPORTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
 CHUNK_NUMEL = 128 * 1024  # three of them in fp32 lie in a core's second-level cache
@@ -143,6 +150,8 @@ class ExchangeGroup(Group):
         self.size = dist.get_world_size(process_group)
         self.peers = [peer for peer in range(self.size) if peer != self.rank]
         self.count = 0
+        self.generation = _generations.get(process_group, 0) + 1 & (1 << 30 - SEQUENCE_BITS) - 1
+        _generations[process_group] = self.generation
 
     def _exchange(
         self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor], label: str, *then
@@ -151,16 +160,18 @@ class ExchangeGroup(Group):
 
         gloo ends the process when a message is of another size than expected. Each message's tag has a sequence number
         and a hash of its label, size and dtype, so messages of ranks that are out of step never match. The header, of
-        one size always and tagged by the sequence number alone, carries all three: a mismatch raises at once instead of
-        hanging.
+        one size always and tagged by generation and sequence number alone, carries all three: a mismatch raises at once
+        instead of hanging.
         """
         self.count = (self.count + 1) % (1 << SEQUENCE_BITS)
         sent = next(iter(sends.values()))
         header, content_hash = _header(label, sent.nbytes, str(sent.dtype))
         headers = {peer: torch.empty_like(header) for peer in self.peers}
         try:  # a peer may have closed its connection already
-            header_works = self._post({peer: header for peer in self.peers}, headers, 2 * self.count)
-            works = self._post(sends, receives, content_hash << SEQUENCE_BITS + 1 | 2 * self.count + 1)
+            tag = self.generation << SEQUENCE_BITS + 1 | 2 * self.count
+            header_works = self._post({peer: header for peer in self.peers}, headers, tag)
+            tag = (content_hash ^ self.generation) << SEQUENCE_BITS + 1 | 2 * self.count + 1
+            works = self._post(sends, receives, tag)
         except RuntimeError as error:
             raise _failure(label, error) from error
 
@@ -170,7 +181,8 @@ class ExchangeGroup(Group):
                     raise RuntimeError(f"rank {peer} of the group is at {_difference(received, header)}")
 
         steps = [*(work.wait for work in header_works), check, *(work.wait for work in works), *then]
-        return Pending(steps, (header, sends, receives), label)
+        _last.append(Pending(steps, (header, sends, receives), label))
+        return _last[-1]
 
     def _post(self, sends, receives, tag: int) -> list[Any]:
         group = self.process_group
