@@ -83,6 +83,7 @@ ENDS: dict[str, tuple[Callable, str]] = {
     "loader": (raises(StopIteration("no more rows")), "rank {rank} failed: StopIteration: no more rows"),
     "memory": (raises(MemoryError("no room")), "rank {rank} failed: MemoryError: no room"),
     "ctrl-C": (raises(KeyboardInterrupt()), "rank {rank} failed: KeyboardInterrupt"),
+    "of torch": (raises(ValueError("no such row")), "rank {rank} failed: ValueError: no such row"),
     "end": (raises(SystemExit(0)), ENDED),
     "kill": (lambda model, optimizer: os.kill(os.getpid(), signal.SIGKILL), UNKNOWN),
     "no exit": (lambda model, optimizer: os._exit(0), UNKNOWN),
@@ -104,6 +105,8 @@ def live(connection: int, folder: Path, rank: int, broken: int, how: str, stage:
             if step == BROKEN and rank == broken:
                 (folder / "when").write_text(f"{time.time()}")
                 ENDS[how][0](model, optimizer)
+            if how == "of torch":
+                dist.all_reduce(torch.zeros(1))  # a loss for the log
             model(torch.ones(2, 5)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -140,7 +143,7 @@ def others_of(broken: int, how: str, stage: int, folder: Path) -> list[tuple[str
 def test_the_others_name_the_rank_and_its_reason_in_two_seconds(tmp_path, how):
     stage, broken = (3, 0) if how in ("backward", "step", "end") else (1, 2)
     for text, seconds in others_of(broken, how, stage, tmp_path):
-        assert "zerolite.errors.ZeroliteError: rank " in text, text
+        assert f"{'because of another' if how == 'of torch' else 'ZeroliteError'}: rank " in text, text
         assert ENDS[how][1].format(rank=broken) in text, text
         assert seconds < SPEAK_S * load(), (seconds, text)
         if how in ("end", "kill", "no exit"):

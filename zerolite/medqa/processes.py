@@ -186,13 +186,18 @@ def report_failure(error: Exception, rank: int) -> int:
         print(error, file=sys.stderr)
     elif of_a_worker or any(mark in str(error) for mark in PEER_FAILURES):
         time.sleep(PATIENCE_S)
-        print(f"rank {rank}: ends because another rank did ({str(error).splitlines()[0]})", file=sys.stderr)
+        _tell(RuntimeError(f"rank {rank}: ends because another rank did ({str(error).splitlines()[0]})"))
     else:
         print(f"rank {rank} failed: {error}", file=sys.stderr)
         if isinstance(error, zerolite.CheckpointError):  # a full disk: where it was noticed does not matter
             error = type(error)(str(error))
-        sys.excepthook(type(error), error, error.__traceback__)  # zerolite's tells the other ranks, too
+        _tell(error)
     return 1
+
+
+def _tell(error: Exception) -> None:
+    """As the interpreter does: zerolite's hook tells the other ranks, too, and what they have told."""
+    sys.excepthook(type(error), error, error.__traceback__)
 
 
 def leave(status: int) -> None:

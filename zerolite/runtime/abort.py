@@ -29,6 +29,7 @@ ENDED = "zerolite/ended"  # /rank: its program has come to its end
 FOREVER = datetime.timedelta(days=365)
 GRACE_SECONDS = 0.7  # between the end of another rank's connection and the arrival of its message
 MAX_CHARACTERS = 2000
+BROKEN_MARKS = ("onnection", "NCCL", "process group has not been initialized")  # of torch's errors about another rank
 KINDS = {kind.__name__: kind for kind in (WorkerError, ZeroliteError)}
 
 
@@ -162,9 +163,18 @@ def _abort_groups() -> None:
 
 
 def _publish_uncaught(kind, error, trace) -> None:
-    """`sys.excepthook`: the traceback first, then the word to other ranks, whose time to read it is bounded."""
+    """`sys.excepthook`: the traceback first, then the word to other ranks, whose time to read it is bounded.
+
+    Where the error is that of a plain torch collective, whose other rank has failed, its reason is said instead.
+    """
     _previous_hook(kind, error, trace)
-    if os.getpid() != _process or _world is None or _world.failures:
+    if os.getpid() != _process or _world is None:
+        return
+    if any(mark in str(error) for mark in BROKEN_MARKS):
+        cause = reason()
+        if cause is not None and cause.message not in str(error):
+            print(f"rank {_world.rank} ends because of another: {cause.message}", file=sys.stderr)
+    if _world.failures:
         return
     said = "".join(traceback.format_exception_only(kind, error)).strip()
     publish(f"rank {_world.rank} failed: {said}", ZeroliteError)
