@@ -88,6 +88,8 @@ class _Writer:
         self.num_files = 0
 
     def open(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is no folder, and an export writes one: name another")
         if self.folder.is_dir() and any(path.is_dir() for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds folders, which an export would remove: name another folder")
         self.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import shlex
 import signal
@@ -165,13 +166,20 @@ def refuse(error: Exception, rank: int, status: int = 2) -> int:
     if rank != 0 and dist.is_initialized():
         time.sleep(SAME_S)
     elif rank != 0:
-        joining = threading.Thread(target=_join_with, args=(str(error),), daemon=True)  # rank 0 may never come
+        joining = threading.Thread(
+            target=_join_with, args=(without_secrets(str(error)),), daemon=True
+        )  # rank 0 may never come
         joining.start()
         joining.join(SAME_BEFORE_JOIN_S)
         if not joining.is_alive():
             return status
-    print(f"train_medqa.py: error: {error}", file=sys.stderr)
+    print(f"train_medqa.py: error: {without_secrets(str(error))}", file=sys.stderr)
     return status
+
+
+def without_secrets(text: str) -> str:
+    """URLs, given where a path is expected, less user and password; a `Path` has one slash fewer."""
+    return re.sub(r"(\w:/{1,2})[^/\s@]+@", r"\1***@", text)
 
 
 def _join_with(mistake: str) -> None:
