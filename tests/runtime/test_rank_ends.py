@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,6 +25,7 @@ from torch import nn
 from zygote import zygote
 
 import zerolite
+from zerolite.runtime import abort
 
 WORLD = 3
 SPEAK_S = 2.0
@@ -119,16 +121,50 @@ def live(connection: int, folder: Path, rank: int, broken: int, how: str, stage:
     os._exit(0)
 
 
+def end_well(connection: int, folder: Path, rank: int, port: int) -> None:
+    """Rank 0 has the store, which ends with it; each listens, as with NCCL or offload."""
+    os.close(connection)
+    atexit._clear()
+    os.dup2(os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT), 2)  # C++ speaks there
+    store = dist.TCPStore("127.0.0.1", port, WORLD, is_master=rank == 0, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    abort.listen()
+    model = zerolite.shard(Stack(7, 1), stage=2)
+    model(torch.ones(2, 5)).sum().backward()
+    dist.barrier()
+    time.sleep(0.3 if rank else 0.0)  # the store's rank ends first
+    atexit._run_exitfuncs()
+    left = [thread.name for thread in threading.enumerate() if "zerolite" in thread.name]
+    (folder / f"left-{rank}").write_text(" ".join(left))
+    os._exit(0)
+
+
+def test_a_run_that_ends_well_says_nothing_and_leaves_no_listener(tmp_path):
+    """One that sleeps in the store when the interpreter goes away ends a process that was done by SIGABRT."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start_all(lambda rank: (end_well, tmp_path, rank, port))
+    for rank in range(WORLD):
+        assert (tmp_path / f"left-{rank}").read_text() == (tmp_path / f"said-{rank}").read_text() == ""
+
+
+def start_all(of_rank: Callable[[int], tuple]) -> None:
+    """Run a function and its arguments as each rank's program, to its end."""
+    processes = []
+    for rank in range(WORLD):
+        work, *arguments = of_rank(rank)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            processes.append(zygote().start(work, theirs, *arguments))
+    for process in processes:
+        process.wait()
+
+
 def others_of(broken: int, how: str, stage: int, folder: Path) -> list[tuple[str, float]]:
     """Each other rank's last words, and the seconds until it had said them."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
-    processes = []
-    for rank in range(WORLD):
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            processes.append(zygote().start(live, theirs, folder, rank, broken, how, stage, store.port))
-    for process in processes:
-        process.wait()
+    start_all(lambda rank: (live, folder, rank, broken, how, stage, store.port))
     began = float((folder / "when").read_text())
     others = [rank for rank in range(WORLD) if rank != broken]
     said = [(folder / f"said-{rank}").read_text() for rank in others]

@@ -23,7 +23,8 @@ from torch.distributed import distributed_c10d
 
 from zerolite.errors import WorkerError, ZeroliteError
 
-KEY = "zerolite/abort"
+KEY = "zerolite/abort"  # /rank: what that rank is to hear
+OVER = "-"  # nothing more: its listener may end
 HEARD = "zerolite/heard"  # how many ranks have read the reason
 ENDED = "zerolite/ended"  # /rank: its program has come to its end
 FOREVER = datetime.timedelta(days=365)
@@ -38,6 +39,7 @@ class Failure(NamedTuple):
 
     kind: type[ZeroliteError]
     message: str  # names the rank
+    is_own: bool = False  # this rank's
 
 
 class World(NamedTuple):
@@ -80,9 +82,10 @@ def listen() -> None:
     announce()
     if not dist.is_initialized() or dist.get_world_size() == 1 or _world is None or _world is _listens_to:
         return
+    _end_listener()
     _listens_to = _world
-    clone = distributed_c10d._get_default_store().clone()  # a connection of its own
-    _listener = threading.Thread(target=_sleep, args=(clone, _world.failures), name="zerolite-abort", daemon=True)
+    clone = _world.store.clone()  # a connection of its own
+    _listener = threading.Thread(target=_sleep, args=(clone, _world), name="zerolite-abort", daemon=True)
     _listener.start()
 
 
@@ -90,9 +93,8 @@ def publish(message: str, kind: type[ZeroliteError] = WorkerError) -> None:
     """Send a failure to every rank, unless one has been heard; `kind` is the error that they raise."""
     if _world is None or _world.failures:
         return
-    _world.failures.append(Failure(kind, message))
-    with contextlib.suppress(RuntimeError):  # the store is gone, and with it the run
-        _world.store.compare_set(KEY, "", f"{kind.__name__} {message}"[:MAX_CHARACTERS])
+    _world.failures.append(Failure(kind, message, is_own=True))
+    _send_others(_world, f"{kind.__name__} {message}"[:MAX_CHARACTERS])
 
 
 def rank() -> int:
@@ -107,8 +109,7 @@ def check() -> None:
     aborted, with whatever lies there; so every such read is followed by this.
     """
     if _world is not None and _world.failures:
-        kind, message = _world.failures[0]
-        raise kind(message)
+        raise _world.failures[0].kind(_world.failures[0].message)
 
 
 def reason(peer: int | None = None) -> Failure | None:
@@ -120,11 +121,9 @@ def reason(peer: int | None = None) -> Failure | None:
         return None
     deadline = time.monotonic() + GRACE_SECONDS
     while not _world.failures and time.monotonic() < deadline and not (peer is not None and has_ended(peer)):
-        if _world is _listens_to and _listener is not None:
-            if not _listener.is_alive():
-                break
+        if _world is _listens_to and _listener is not None and _listener.is_alive():
             _listener.join(timeout=0.05)
-        elif _read(_world.store, _world.failures):
+        elif _read(_world.store, _world):
             time.sleep(0.02)
         else:
             break
@@ -132,28 +131,54 @@ def reason(peer: int | None = None) -> Failure | None:
 
 
 def has_ended(rank: int) -> bool:
-    """Whether another rank's program came to its end without a failure."""
+    """Whether another rank's program came to its end, or left it by `sys.exit`."""
     with contextlib.suppress(RuntimeError):
         return _world is not None and _world.store.check([f"{ENDED}/{rank}"])
     return False
 
 
-def _read(store: dist.Store, failures: list[Failure]) -> bool:
-    """Read the reason if there is one; False where the store is gone."""
+def _send_others(world: World, text: str) -> None:
+    """Have the other ranks hear `text`, unless they have been sent something before."""
+    with contextlib.suppress(RuntimeError):  # the store is gone, and with it the run
+        for rank in set(range(world.size)) - {world.rank}:
+            world.store.compare_set(f"{KEY}/{rank}", "", text)
+
+
+def _wait_until_heard(world: World) -> None:
+    """This process may be the one that has the store."""
+    deadline = time.monotonic() + GRACE_SECONDS
     with contextlib.suppress(RuntimeError):
-        if store.check([KEY]):
-            kind, _, message = store.get(KEY).decode(errors="replace").partition(" ")
-            failures.append(Failure(KINDS[kind], message))
-            store.add(HEARD, 1)
-        return True
+        while world.store.add(HEARD, 0) < world.size - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def _read(store: dist.Store, world: World) -> bool:
+    """Read what this rank is to hear, if anything; False where nothing will come any more."""
+    with contextlib.suppress(RuntimeError):
+        key = f"{KEY}/{world.rank}"
+        if not store.check([key]):
+            return True
+        kind, _, message = store.get(key).decode(errors="replace").partition(" ")
+        store.add(HEARD, 1)
+        if kind != OVER and not world.failures:
+            world.failures.append(Failure(KINDS[kind], message))
     return False
 
 
-def _sleep(store: dist.Store, failures: list[Failure]) -> None:
+def _sleep(store: dist.Store, world: World) -> None:
     with contextlib.suppress(RuntimeError):
-        store.wait([KEY], FOREVER)
-        _read(store, failures)
-        _abort_groups()
+        store.wait([f"{KEY}/{world.rank}"], FOREVER)
+        _read(store, world)
+        if world.failures:
+            _abort_groups()
+
+
+def _end_listener() -> None:
+    """A thread that sleeps in the store when the interpreter ends would end the process by SIGABRT."""
+    if _listens_to is not None and _listener is not None and _listener.is_alive():
+        with contextlib.suppress(RuntimeError):
+            _listens_to.store.compare_set(f"{KEY}/{_listens_to.rank}", "", OVER)
+        _listener.join(timeout=1.0)
 
 
 def _abort_groups() -> None:
@@ -170,22 +195,25 @@ def _publish_uncaught(kind, error, trace) -> None:
     _previous_hook(kind, error, trace)
     if os.getpid() != _process or _world is None:
         return
-    if any(mark in str(error) for mark in BROKEN_MARKS):
+    if not isinstance(error, ZeroliteError) and any(mark in str(error) for mark in BROKEN_MARKS):
         cause = reason()
         if cause is not None and cause.message not in str(error):
             print(f"rank {_world.rank} ends because of another: {cause.message}", file=sys.stderr)
-    if _world.failures:
-        return
     said = "".join(traceback.format_exception_only(kind, error)).strip()
     publish(f"rank {_world.rank} failed: {said}", ZeroliteError)
     _abort_groups()
-    deadline = time.monotonic() + GRACE_SECONDS
-    with contextlib.suppress(RuntimeError):  # this process may be the one that has the store
-        while _world.store.add(HEARD, 0) < _world.size - 1 and time.monotonic() < deadline:
-            time.sleep(0.02)
+    if _world.failures[0].is_own:
+        _wait_until_heard(_world)
 
 
 def _publish_end() -> None:
-    if os.getpid() == _process and _world is not None and not _world.failures:
+    """At the interpreter's exit. Rank 0, which may be the one that has the store, ends all listeners with it."""
+    if os.getpid() != _process or _world is None:
+        return
+    if not _world.failures:
         with contextlib.suppress(RuntimeError):
             _world.store.set(f"{ENDED}/{_world.rank}", "")
+        if _world.rank == 0 and _listens_to is _world:
+            _send_others(_world, OVER)
+            _wait_until_heard(_world)
+    _end_listener()

@@ -79,7 +79,7 @@ def _failure(label: str, error: RuntimeError) -> ZeroliteError:
     if peer is None:
         what += f" ({said}). Another rank failed, is stuck, or runs"
     elif abort.has_ended(peer):
-        what += f": rank {peer} came to the end of its program ({said}). It ran"
+        what += f": rank {peer} came to the end of its program, or left it by sys.exit ({said}). It ran"
     elif is_late:
         what += (
             f": rank {peer} did not answer within the process group's timeout ({said}). It is stuck, stopped, or runs"
