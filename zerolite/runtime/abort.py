@@ -169,7 +169,7 @@ def _sleep(store: dist.Store, world: World) -> None:
     with contextlib.suppress(RuntimeError):
         store.wait([f"{KEY}/{world.rank}"], FOREVER)
         _read(store, world)
-        if world.failures:
+        if world is _world and world.failures and not world.failures[0].is_own:
             _abort_groups()
 
 
