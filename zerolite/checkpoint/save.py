@@ -46,8 +46,9 @@ def save(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None, ex
     Raises TypeError where the first two arguments are not a module and a path, and for an optimizer that is not
     zerolite's. Raises ValueError for a model that is not sharded, and for an optimizer of another model. Raises
     CheckpointError on every rank where one cannot write: the disk is full, the folder holds something else than a
-    checkpoint, or `extra` holds what is neither JSON nor a tensor. Nothing new is left then, and what stood in the
-    folder still stands. Raises WorkerError where a worker failed: half-stepped states are never saved.
+    checkpoint or is removed meanwhile, or `extra` holds what is neither JSON nor a tensor. Nothing new is left then,
+    and what stood in the folder still stands. Raises WorkerError where a worker failed: half-stepped states are never
+    saved.
     """
     model, folder = model_and_folder("save", model, folder)
     engine = engine_of(model)
