@@ -1,10 +1,10 @@
 """Failure broadcast: what ends one rank is told to all others, who end with its reason instead of the transport's.
 
-The rank that fails publishes its reason in the process group's store, outside of collectives, and aborts its process
-groups: an optimizer worker that failed, or (`announce`) any exception that nobody catches. The first one counts. gloo's
-collectives then fail at once on the other ranks, where `collectives` reads the reason. NCCL's would wait, so there, and
-where workers step (they may fail while no rank communicates), a listener thread of each rank sleeps on the reason and
-aborts the process groups itself. A rank whose program ends well says so when it does, and nothing is aborted.
+The rank that fails publishes its reason in the process group's store, outside of collectives: an optimizer worker that
+failed, or (`announce`) any exception that nobody catches. The first one counts. gloo's collectives fail on the other
+ranks when its process ends, and `collectives` reads the reason then. NCCL's would wait, so there, and where workers
+step, a listener thread of each rank sleeps on the reason and aborts the process groups. A rank whose program ends well
+says so when it does, and nothing is aborted.
 """
 
 import atexit
@@ -102,6 +102,10 @@ def rank() -> int:
     return _world.rank if _world is not None else 0
 
 
+def has_heard() -> bool:
+    return _world is not None and bool(_world.failures)
+
+
 def check() -> None:
     """The error that was published, if any: what an aborted collective has left on the device is no result.
 
@@ -145,7 +149,7 @@ def _send_others(world: World, text: str) -> None:
 
 
 def _wait_until_heard(world: World) -> None:
-    """This process may be the one that has the store."""
+    """Before rank 0 ends: it may be the one that has the store."""
     deadline = time.monotonic() + GRACE_SECONDS
     with contextlib.suppress(RuntimeError):
         while world.store.add(HEARD, 0) < world.size - 1 and time.monotonic() < deadline:
@@ -182,7 +186,7 @@ def _end_listener() -> None:
 
 
 def _abort_groups() -> None:
-    """End this rank's connections, and with them its collectives and what others wait for."""
+    """End this rank's collectives: NCCL's at once, gloo's with its process."""
     with _abort_lock, contextlib.suppress(RuntimeError, AttributeError, AssertionError, ValueError):  # none are left
         distributed_c10d._abort_process_group()
 
@@ -202,7 +206,7 @@ def _publish_uncaught(kind, error, trace) -> None:
     said = "".join(traceback.format_exception_only(kind, error)).strip()
     publish(f"rank {_world.rank} failed: {said}", ZeroliteError)
     _abort_groups()
-    if _world.failures[0].is_own:
+    if _world.rank == 0 and _world.failures[0].is_own:
         _wait_until_heard(_world)
 
 

@@ -192,6 +192,8 @@ class ExchangeGroup(Group):
         one size always and tagged by the sequence number alone, carries all three: a mismatch raises at once instead of
         hanging.
         """
+        if abort.has_heard():  # this rank computed while its groups were aborted
+            raise _failure(label, RuntimeError("another rank failed"))
         self.count = (self.count + 1) % (1 << SEQUENCE_BITS)
         sent = next(iter(sends.values()))
         header, content_hash = _header(label, sent.nbytes, str(sent.dtype))
@@ -213,14 +215,16 @@ class ExchangeGroup(Group):
         """Start to receive from every peer and to send to it; what waits for each."""
         group = self.process_group
         waits: list[Callable[[], None]] = []
-        for peer in self.peers:
-            waits.append(partial(self._wait, peer, dist.irecv(receives[peer], group=group, group_src=peer, tag=tag)))
-        for peer in self.peers:
-            try:
+        peer = self.rank
+        try:
+            for peer in self.peers:
+                work = dist.irecv(receives[peer], group=group, group_src=peer, tag=tag)
+                waits.append(partial(self._wait, peer, work))
+            for peer in self.peers:
                 work = dist.isend(sends[peer], group=group, group_dst=peer, tag=tag)
-            except RuntimeError as error:  # it has closed its connection already
-                raise PeerError(self.world_ranks[peer], error) from error
-            waits.append(partial(self._wait, peer, work))
+                waits.append(partial(self._wait, peer, work))
+        except RuntimeError as error:  # it has closed its connection already
+            raise PeerError(self.world_ranks[peer], error) from error
         return waits
 
     def _wait(self, peer: int, work) -> None:
