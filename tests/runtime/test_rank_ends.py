@@ -132,7 +132,7 @@ def end_well(connection: int, folder: Path, rank: int, port: int) -> None:
     model = zerolite.shard(Stack(7, 1), stage=2)
     model(torch.ones(2, 5)).sum().backward()
     dist.barrier()
-    time.sleep(0.3 if rank else 0.0)  # the store's rank ends first
+    time.sleep(1.5 if rank else 0.0)  # the store's rank ends first
     atexit._run_exitfuncs()
     left = [thread.name for thread in threading.enumerate() if "zerolite" in thread.name]
     (folder / f"left-{rank}").write_text(" ".join(left))
