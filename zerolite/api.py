@@ -45,6 +45,7 @@ def shard(
     Every rank must run the same modules and optimizer steps in the same order. gloo's ranks that do not are told so at
     once; NCCL's wait for each other until the process group's timeout, 10 minutes where it is started here. With
     TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment torch compares every collective and names the first that differs.
+    A rank that ends by an error which nobody catches ends the others with its reason (`sys.excepthook` is extended).
 
     What others do to parameters later (`p.data = ...`, `model.to`, a state dict with assign=True, edits in place)
     counts as in torch from the next forward or step on, if every rank does the same; what cannot be is a ValueError

@@ -151,6 +151,14 @@ def test_pipes_are_refused_by_name(tmp_path):
         parse(["--config", str(pipe)])
 
 
+def test_a_url_in_place_of_a_path_is_refused_without_its_password(tmp_path, monkeypatch, capsys):
+    url = "https://somebody:hf_secret@huggingface.co/a/b"
+    monkeypatch.setattr(sys, "argv", ["train_medqa.py", "--model_name_or_path", url, "--output_dir", str(tmp_path)])
+    assert train_medqa.main() == 2
+    said = capsys.readouterr()
+    assert "hf_secret" not in said.out + said.err and "***@huggingface.co/a/b: expected a local folder" in said.err
+
+
 @pytest.mark.parametrize("key", ["output", "instruction"])
 def test_rows_of_any_depth_are_rejected_by_line(tmp_path, key):
     """json reads a level deeper than it writes, and how deep that is depends on the stack."""

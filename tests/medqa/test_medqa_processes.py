@@ -189,3 +189,20 @@ def test_a_mistake_is_one_message(launcher, arguments, message, tmp_path):
         assert done.returncode == 2 and err.count("\n") == 1
     else:
         assert done.returncode != 0
+
+
+def test_a_mistake_that_one_rank_alone_finds_is_told_by_rank_0_at_once(flags, tmp_path):
+    """A machine without the rows, say; nobody waits for a rank that has ended."""
+    script = tmp_path / "lacking.py"
+    script.write_text(
+        "import os, sys\n"
+        "import train_medqa\n"
+        "if os.environ['RANK'] == '1': sys.argv += ['--train_file', 'absent.jsonl']\n"
+        "train_medqa.processes.SAME_BEFORE_JOIN_S = 1000.0\n"
+        "train_medqa.processes.leave(train_medqa.main())\n"
+    )
+    process = start([*flags, "--output_dir", str(tmp_path / "out")], script=script)
+    _, err = process.communicate()
+    assert process.returncode != 0
+    told = "train_medqa.py: error: rank 1: absent.jsonl: cannot be read: No such file or directory"
+    assert err.count(told) == 1 == err.count("train_medqa.py: error:"), err

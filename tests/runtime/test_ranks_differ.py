@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +25,12 @@ def model_of(width: int = 7, blocks: int = 3, dtype: torch.dtype = torch.float32
 
 def freeze(model: nn.Module) -> None:
     model.blocks[0].up.weight.requires_grad_(False)
+
+
+def other_order(model: nn.Module) -> None:
+    """As where a program walks a set of names, whose order is each process's own."""
+    norm = model.blocks[0]._modules.pop("norm")
+    model.blocks[0].norm = norm
 
 
 def with_buffer(dtype: torch.dtype) -> Callable[[nn.Module], None]:
@@ -65,6 +72,11 @@ SHARDS: dict[str, tuple[Told, Told, list[str]]] = {
         ["blocks.0.up.weight is", "trainable on rank 0", "frozen on rank 1"],
     ),
     "names": ((model_of, {}), (lambda: model_of(changed=rename), {}), ["parameter last.bias is", "absent on rank 1"]),
+    "order": (
+        (model_of, {}),
+        (lambda: model_of(changed=other_order), {}),
+        ["their order: number ", "is parameter blocks.0.norm.weight on rank 0 and parameter blocks.0."],
+    ),
     "buffer": (
         (lambda: model_of(changed=with_buffer(torch.int64)), {}),
         (lambda: model_of(changed=with_buffer(torch.float32)), {}),
@@ -88,6 +100,20 @@ def test_shard_compares_all_that_collectives_and_numbers_depend_on(ranks, stage)
         for (name, (*_, parts)), (kind, text) in zip(SHARDS.items(), results, strict=True):
             assert kind == "ZeroliteError" and "zerolite.shard" in text, f"{name}: {kind or 'nothing'} {text}"
             assert all(part in text for part in parts), f"{name}: {text}"
+
+
+def shard_with_another_torch() -> tuple[str, str]:
+    version = torch.__version__
+    torch.__version__ = "2.11.0+cu130" if rank() == 1 else "2.13.0+cpu"
+    try:
+        return attempt(lambda: zerolite.shard(model_of(), stage=2))
+    finally:
+        torch.__version__ = version
+
+
+def test_ranks_of_another_torch_are_refused_with_both_versions(ranks):
+    for kind, text in ranks(2).run(shard_with_another_torch):
+        assert kind == "ZeroliteError" and "version of torch is 2.13.0 on rank 0 and 2.11.0 on rank 1" in text
 
 
 def groups_of(model: nn.Module, **options) -> list[dict]:
@@ -275,6 +301,22 @@ def test_messages_that_do_not_match_are_an_error_on_both_ranks(ranks, what):
     """gloo ends the process for a message of another size; here each rank says what both were about to send."""
     for kind, text in ranks(2).run(send_unlike, what):
         assert kind == "ZeroliteError" and all(part in text for part in MESSAGES[what]), text
+
+
+def wait_twice() -> tuple[list[tuple[str, str]], float]:
+    """A unit whose gather has failed is freed on the error's way out, which waits for the gather again."""
+    group = collectives.group_of(dist.group.WORLD, torch.device("cpu"))
+    pending = group.all_gather(torch.ones(4), torch.ones(2), f"gathering {rank()}")
+    said = [attempt(pending.wait)]
+    begin = time.monotonic()
+    said.append(attempt(pending.wait))
+    return said, time.monotonic() - begin
+
+
+def test_a_collective_that_failed_fails_again_at_once(ranks):
+    """gloo would wait for the timeout of its group, since what came was taken the first time."""
+    for (first, second), seconds in ranks(2).run(wait_twice):
+        assert first == second and first[0] == "ZeroliteError" and seconds < 1.0
 
 
 def train_unevenly() -> tuple[str, str]:

@@ -34,8 +34,8 @@ def export(model: nn.Module, folder) -> None:
     other files in the folder (a tokenizer) stay. Adapters are left out.
 
     Raises ValueError for a model that is not sharded, and while an adapter is on and not merged, since the folder would
-    not be the model that runs. Raises ZeroliteError on every rank where rank 0 cannot write, or where the folder holds
-    folders; what stood there still stands then. Raises WorkerError where a worker failed.
+    not be the model that runs. Raises ZeroliteError on every rank where rank 0 cannot write, or where the folder is a
+    file or holds folders; what stood there still stands then. Raises WorkerError where a worker failed.
     """
     engine = engine_of(model)
     for extension in extensions_of(model):
@@ -89,6 +89,8 @@ class _Writer:
         self.num_files = 0
 
     def open(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is no folder, and an export writes one: name another")
         if self.folder.is_dir() and any(path.is_dir() for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds folders, which an export would remove: name another folder")
         self.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,11 @@ written beside its place, synced, and appears by one rename; every decision to f
 No pickle is written or read.
 """
 
+import contextlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -45,8 +46,9 @@ def save(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None, ex
     Raises TypeError where the first two arguments are not a module and a path, and for an optimizer that is not
     zerolite's. Raises ValueError for a model that is not sharded, and for an optimizer of another model. Raises
     CheckpointError on every rank where one cannot write: the disk is full, the folder holds something else than a
-    checkpoint, or `extra` holds what is neither JSON nor a tensor. Nothing new is left then, and what stood in the
-    folder still stands. Raises WorkerError where a worker failed: half-stepped states are never saved.
+    checkpoint or is removed meanwhile, or `extra` holds what is neither JSON nor a tensor. Nothing new is left then,
+    and what stood in the folder still stands. Raises WorkerError where a worker failed: half-stepped states are never
+    saved.
     """
     model, folder = model_and_folder("save", model, folder)
     engine = engine_of(model)
@@ -58,7 +60,7 @@ def save(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None, ex
         path = written / f"rank-{engine.mesh.rank:05d}.safetensors"
         written_files = together(lambda: _write_rank(engine, optimizer, extra, frozen, path))
         together(lambda: _commit(engine, optimizer, written_files, frozen, written, folder))
-    except CheckpointError:
+    except BaseException:  # Ctrl-C, and another rank that is gone, too
         if engine.mesh.rank == 0:
             shutil.rmtree(written, ignore_errors=True)
         raise
@@ -92,9 +94,22 @@ def _write_rank(engine: Engine, optimizer: ShardedOptimizer | None, extra, froze
     metadata = {"slices": json.dumps(slices), "extra": json.dumps(pack(extra, "extra", tensors))}
     entries += [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
     reads += [tensor.detach for tensor in tensors.values()]
-    safetensors_file.write_safetensors(path, entries, (read() for read in reads), metadata)
-    files.sync_file(path)
-    return f"{path.stat().st_size} {files.sha256_of(path)}"
+    with _kept(path.parent):
+        safetensors_file.write_safetensors(path, entries, (read() for read in reads), metadata)
+        files.sync_file(path)
+        return f"{path.stat().st_size} {files.sha256_of(path)}"
+
+
+@contextlib.contextmanager
+def _kept(written: Path) -> Iterator[None]:
+    """Inside, files below `written` are missing only where somebody has removed what rank 0 made."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{written} is gone, or not to be seen on this rank: save to a folder that all ranks see and no other "
+            f"program saves to ({error})"
+        ) from error
 
 
 def _commit(
@@ -120,5 +135,6 @@ def _commit(
         "optimizer": optimizer.describe() if optimizer is not None else None,
         "loss_scale": engine.loss_scale.state_dict() if engine.loss_scale is not None else None,
     }
-    write_manifest(written, content)
-    files.commit_folder(written, folder)
+    with _kept(written):
+        write_manifest(written, content)
+        files.commit_folder(written, folder)

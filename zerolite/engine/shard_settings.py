@@ -22,6 +22,7 @@ def compare_shards(
     """
     mesh, precision = engine.mesh, engine.precision
     settings = {
+        "version of torch": torch.__version__.split("+")[0],  # a build for another device is no other version
         "stage": str(engine.partition.stage),
         "mesh": f"{mesh.replicas.size} x {mesh.shard.size}",
         "precision": f"{precision.param}, reduced in {precision.reduce}" if precision is not None else "None",

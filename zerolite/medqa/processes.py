@@ -1,13 +1,15 @@
 """The processes of a run: how they join, add up numbers, notice that they are to stop, and end without a hang."""
 
+import contextlib
 import ctypes
 import os
+import re
 import resource
 import shlex
 import signal
 import sys
+import threading
 import time
-import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,6 +23,7 @@ TIMEOUT = timedelta(minutes=10)
 # What a collective raises when another rank is gone, or had the process group aborted because it ends. That rank prints
 # the cause, so this one keeps it short.
 PEER_FAILURES = (
+    "did not complete",  # zerolite's own, with the other rank's reason
     "gloo",
     "NCCL",
     "Connection closed by peer",
@@ -31,8 +34,11 @@ PEER_FAILURES = (
 # How long a rank that has nothing new to say waits, for the one that has. That one speaks before its process ends, and
 # the others hear of it when its connections close or in the moment before, so this only covers its print.
 PATIENCE_S = 1.0
-# How long a rank waits for rank 0 to say what both found, whenever rank 0 comes to it; torchrun ends it then.
-SAME_S = 10.0
+# How long a rank waits for rank 0 to say what both found: torchrun ends it then. Before ranks have joined each other,
+# rank 0 comes to it whenever its imports are done.
+SAME_S = 2.0
+SAME_BEFORE_JOIN_S = 10.0
+MISTAKE_BYTES = 512
 PR_SET_PDEATHSIG = 1
 
 
@@ -74,10 +80,10 @@ def environment_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def join() -> Processes:
+def join(mistake: str = "") -> Processes:
     """Take this process's device and, under torchrun, join the others, or a process group that is there already.
 
-    Every rank must call it.
+    Every rank must call it, one that cannot go on with its `mistake`: ValueError on every rank then, which names it.
     """
     device = _device()
     if device.type == "cuda":
@@ -89,7 +95,13 @@ def join() -> Processes:
             dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
         else:
             dist.init_process_group("gloo", timeout=TIMEOUT)
-    return Processes(dist.get_rank(), dist.get_world_size(), device)
+    ranks = Processes(dist.get_rank(), dist.get_world_size(), device)
+    rows = ranks.gather(*mistake.encode()[:MISTAKE_BYTES].ljust(MISTAKE_BYTES, b"\0"))
+    texts = [bytes(map(int, row)).rstrip(b"\0").decode(errors="replace") for row in rows]
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+    if found:
+        raise ValueError("; ".join(found[:4]))
+    return ranks
 
 
 def _device() -> torch.device:
@@ -146,11 +158,33 @@ def end_with_torchrun() -> None:
 
 
 def refuse(error: Exception, rank: int, status: int = 2) -> int:
-    """Say what the user is to change, in one message; the exit status."""
-    if rank != 0:
-        time.sleep(SAME_S)  # every rank finds the same mistake, and rank 0 tells it
-    print(f"train_medqa.py: error: {error}", file=sys.stderr)
+    """Say what the user is to change, in one message; the exit status.
+
+    Every rank finds most mistakes, and rank 0 tells them. It tells what others alone have found, too: it waits for them
+    in `join`, so they come there with it.
+    """
+    if rank != 0 and dist.is_initialized():
+        time.sleep(SAME_S)
+    elif rank != 0:
+        joining = threading.Thread(
+            target=_join_with, args=(without_secrets(str(error)),), daemon=True
+        )  # rank 0 may never come
+        joining.start()
+        joining.join(SAME_BEFORE_JOIN_S)
+        if not joining.is_alive():
+            return status
+    print(f"train_medqa.py: error: {without_secrets(str(error))}", file=sys.stderr)
     return status
+
+
+def without_secrets(text: str) -> str:
+    """URLs, given where a path is expected, less user and password; a `Path` has one slash fewer."""
+    return re.sub(r"(\w:/{1,2})[^/\s@]+@", r"\1***@", text)
+
+
+def _join_with(mistake: str) -> None:
+    with contextlib.suppress(ValueError):  # this one
+        join(mistake)
 
 
 def report_failure(error: Exception, rank: int) -> int:
@@ -160,11 +194,18 @@ def report_failure(error: Exception, rank: int) -> int:
         print(error, file=sys.stderr)
     elif of_a_worker or any(mark in str(error) for mark in PEER_FAILURES):
         time.sleep(PATIENCE_S)
-        print(f"rank {rank}: ends because another rank did ({str(error).splitlines()[0]})", file=sys.stderr)
+        _tell(RuntimeError(f"rank {rank}: ends because another rank did ({str(error).splitlines()[0]})"))
     else:
-        text = "".join(traceback.format_exception(error))
-        print(f"rank {rank} failed: {error}\n{text}", file=sys.stderr)
+        print(f"rank {rank} failed: {error}", file=sys.stderr)
+        if isinstance(error, zerolite.CheckpointError):  # a full disk: where it was noticed does not matter
+            error = type(error)(str(error))
+        _tell(error)
     return 1
+
+
+def _tell(error: Exception) -> None:
+    """As the interpreter does: zerolite's hook tells the other ranks, too, and what they have told."""
+    sys.excepthook(type(error), error, error.__traceback__)
 
 
 def leave(status: int) -> None:
@@ -173,12 +214,12 @@ def leave(status: int) -> None:
     Under torchrun not by `exit`: gloo's threads abort there now and then, and a rank that failed must not wait for
     others that wait for it.
     """
-    if dist.is_initialized():
-        if status == 0:
-            try:
-                dist.barrier()
-            except RuntimeError as error:  # the result is complete, whatever became of the others
-                print(f"done; another rank ended before this one could ({str(error).splitlines()[0]})", file=sys.stderr)
+    if dist.is_initialized() and status == 0:
+        try:
+            dist.barrier()
+        except RuntimeError as error:  # the result is complete, whatever became of the others
+            print(f"done; another rank ended before this one could ({str(error).splitlines()[0]})", file=sys.stderr)
+    if "WORLD_SIZE" in os.environ or dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -77,7 +77,8 @@ class Host:
 
     def check_memory(self, needed_bytes: int, what: str) -> None:
         """ZeroliteError, with both sizes, where the machine has less than its ranks are about to take."""
-        check_available(needed_bytes, self.num_local_ranks, what)
+        with needed(f"how much memory is free for {what}"):
+            check_available(needed_bytes, self.num_local_ranks, what)
 
     def allocate(self, numel: int, dtype: torch.dtype, is_copied: bool = False) -> SharedTensor:
         """Zeros whose pages are placed by the threads that will work on them.

@@ -1,6 +1,7 @@
 """Folders that appear whole or not at all: fsync, hashes, and an atomic rename."""
 
 import ctypes
+import errno
 import glob
 import hashlib
 import os
@@ -40,7 +41,12 @@ def beside(folder: Path, token: str) -> Path:
 
 
 def commit_folder(written: Path, folder: Path) -> None:
-    """Make `written` appear as `folder` in one step, durable; what stood there before is removed afterwards."""
+    """Make `written` appear as `folder` in one step, durable; what stood there before is removed afterwards.
+
+    FileNotFoundError where somebody has removed `written`, FileExistsError where a file stands in its place.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(errno.EEXIST, "is a file, where a folder is to appear", str(folder))
     sync_file(written)
     previous = None
     if not folder.exists():

@@ -12,9 +12,8 @@ import struct
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Iterator
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
@@ -51,20 +50,56 @@ class Pending:
             for step in self.steps:
                 step()
         except RuntimeError as error:
-            raise _failure(self.label, error) from error
+            failure = error if isinstance(error, ZeroliteError) else _failure(self.label, error)
+            self.steps = (partial(_raise, failure),)  # gloo would wait a second time for what came the first time
+            raise failure from error
         self.steps, self.keepalive = (), ()
+
+
+def _raise(error: ZeroliteError) -> None:
+    raise error
+
+
+class PeerError(RuntimeError):
+    """The transport's error in an exchange with one other rank."""
+
+    def __init__(self, peer: int, error: RuntimeError):
+        super().__init__(str(error))
+        self.peer = peer  # its rank in the world
+
+
+class OutOfStepError(RuntimeError):
+    """Another rank is at another collective."""
 
 
 def _failure(label: str, error: RuntimeError) -> ZeroliteError:
     """What a collective's failure means: another rank's, where one was published, else what is likely."""
-    failure = abort.received()
-    if failure is not None:
-        return WorkerError(failure)
+    peer = error.peer if isinstance(error, PeerError) else None
+    is_late = "timeout" in str(error).lower() or "timed out" in str(error).lower()
+    reason = abort.reason(peer) if not isinstance(error, OutOfStepError) else None
+    if reason is not None and reason.kind is WorkerError:
+        return WorkerError(reason.message)
+    what = f"rank {abort.rank()}: {label} did not complete"
+    if reason is not None:
+        return reason.kind(f"{what}: {reason.message}")
+    said = str(error).split(". This is typically")[0]  # gloo guesses at length
+    if peer is None:
+        what += f" ({said}). Another rank failed, is stuck, or runs"
+    elif abort.has_ended(peer):
+        what += f": rank {peer} came to the end of its program, or left it by sys.exit ({said}). It ran"
+    elif is_late:
+        what += (
+            f": rank {peer} did not answer within the process group's timeout ({said}). It is stuck, stopped, or runs"
+        )
+    else:
+        what += (
+            f": rank {peer} was killed, ended without a word, or left the process group ({said}): see its output. If "
+            "it came to its end it ran"
+        )
     return ZeroliteError(
-        f"rank {dist.get_rank()}: {label} did not complete ({error}). Another rank failed, is stuck, or runs other "
-        "modules, another order of them, or another number of batches or steps. Give every rank as many batches "
-        "(DistributedSampler, drop_last=True); evaluate, generate and save on all ranks, or in full_params, which "
-        "communicates on entry alone. TORCH_DISTRIBUTED_DEBUG=DETAIL tells which collectives differ"
+        f"{what} other modules, another order of them, or another number of batches or steps. Give every rank as many "
+        "batches (DistributedSampler, drop_last=True); evaluate, generate and save on all ranks, or in full_params, "
+        "which communicates on entry alone. TORCH_DISTRIBUTED_DEBUG=DETAIL tells which collectives differ"
     )
 
 
@@ -109,6 +144,7 @@ class NcclGroup(Group):
         self.process_group = process_group
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
+        abort.listen()  # NCCL does not notice that a rank is gone
 
     def reduce_scatter(self, full, out, divisor, label):
         # NCCL's AVG multiplies each term by 1 / size before it adds them. That rounds once more than a division of the
@@ -152,6 +188,8 @@ class ExchangeGroup(Group):
         self.count = 0
         self.generation = _generations.get(process_group, 0) + 1 & (1 << 30 - SEQUENCE_BITS) - 1
         _generations[process_group] = self.generation
+        self.world_ranks = dist.get_process_group_ranks(process_group)
+        abort.announce()
 
     def _exchange(
         self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor], label: str, *then
@@ -163,11 +201,13 @@ class ExchangeGroup(Group):
         one size always and tagged by generation and sequence number alone, carries all three: a mismatch raises at once
         instead of hanging.
         """
+        if abort.has_heard():  # this rank computed while its groups were aborted
+            raise _failure(label, RuntimeError("another rank failed"))
         self.count = (self.count + 1) % (1 << SEQUENCE_BITS)
         sent = next(iter(sends.values()))
         header, content_hash = _header(label, sent.nbytes, str(sent.dtype))
         headers = {peer: torch.empty_like(header) for peer in self.peers}
-        try:  # a peer may have closed its connection already
+        try:
             tag = self.generation << SEQUENCE_BITS + 1 | 2 * self.count
             header_works = self._post({peer: header for peer in self.peers}, headers, tag)
             tag = (content_hash ^ self.generation) << SEQUENCE_BITS + 1 | 2 * self.count + 1
@@ -178,16 +218,32 @@ class ExchangeGroup(Group):
         def check() -> None:
             for peer, received in headers.items():
                 if not torch.equal(received, header):
-                    raise RuntimeError(f"rank {peer} of the group is at {_difference(received, header)}")
+                    raise OutOfStepError(f"rank {peer} of the group is at {_difference(received, header)}")
 
-        steps = [*(work.wait for work in header_works), check, *(work.wait for work in works), *then]
-        _last.append(Pending(steps, (header, sends, receives), label))
+        _last.append(Pending([*header_works, check, *works, *then], (header, sends, receives), label))
         return _last[-1]
 
-    def _post(self, sends, receives, tag: int) -> list[Any]:
+    def _post(self, sends, receives, tag: int) -> list[Callable[[], None]]:
+        """Start to receive from every peer and to send to it; what waits for each."""
         group = self.process_group
-        works = [dist.irecv(receives[peer], group=group, group_src=peer, tag=tag) for peer in self.peers]
-        return works + [dist.isend(sends[peer], group=group, group_dst=peer, tag=tag) for peer in self.peers]
+        waits: list[Callable[[], None]] = []
+        peer = self.rank
+        try:
+            for peer in self.peers:
+                work = dist.irecv(receives[peer], group=group, group_src=peer, tag=tag)
+                waits.append(partial(self._wait, peer, work))
+            for peer in self.peers:
+                work = dist.isend(sends[peer], group=group, group_dst=peer, tag=tag)
+                waits.append(partial(self._wait, peer, work))
+        except RuntimeError as error:  # it has closed its connection already
+            raise PeerError(self.world_ranks[peer], error) from error
+        return waits
+
+    def _wait(self, peer: int, work) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise PeerError(self.world_ranks[peer], error) from error
 
     def reduce_scatter(self, full, out, divisor, label):
         if full.numel() == 0:

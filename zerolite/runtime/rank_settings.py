@@ -41,6 +41,11 @@ def difference(ranks: Ranks, what: str, settings: Settings) -> ZeroliteError:
     said = [f"{name} is {_by_rank([one.get(name, 'absent') for one in everyone])}" for name in different[:NUM_NAMED]]
     if len(different) > NUM_NAMED:
         said.append(f"{len(different) - NUM_NAMED} more")
+    if not different:
+        place, at = next(item for item in enumerate(zip(*everyone, strict=True)) if len(set(item[1])) > 1)
+        said = [
+            f"their order: number {place} is {_by_rank(at)} (the order of a set, or of a folder's files, is no order)"
+        ]
     return ZeroliteError(f"ranks differ in {what}: {'; '.join(said)}. Give every rank the same")
 
 
