@@ -31,8 +31,8 @@ from zerolite.engine.prefetch import neighbour
 from zerolite.engine.reducer import Reducer
 from zerolite.errors import ZeroliteError
 from zerolite.offload.placement import Placement
+from zerolite.runtime import abort, trace
 from zerolite.runtime import device as devices
-from zerolite.runtime import trace
 from zerolite.runtime.mesh import RankMesh
 from zerolite.shards.bucket import Bucket, TrainableBucket, Unit
 from zerolite.shards.layout import Partition
@@ -132,7 +132,7 @@ class Engine:
     def free(self, unit: Unit) -> None:
         """Free a unit's unsharded parameters, unless `full_params` or a second backward needs them."""
         is_wanted = self.full_depth > 0 or self._keeps_gathered
-        if not is_wanted and not self.fetch_queue.has_failed:  # that error is on its way already
+        if not is_wanted and not self.fetch_queue.has_failed and not abort.has_failed():  # that error is on its way
             unit.reshard()
 
     def fetch(self, unit: Unit | None = None) -> None:

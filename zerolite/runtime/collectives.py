@@ -18,15 +18,17 @@ import torch
 import torch.distributed as dist
 
 from zerolite.config import LOW_PRECISION
-from zerolite.errors import WorkerError, ZeroliteError
+from zerolite.errors import ZeroliteError
 from zerolite.runtime import abort
 from zerolite.runtime import device as devices
+from zerolite.runtime.long_waits import Waits
 
 HEADER = struct.Struct("<QI20s96s")  # a message's bytes, hash of its label, dtype, as much of the label as fits
 # A tag of gloo has 31 bits: a hash, a sequence number, and one bit that tells header and payload apart.
 SEQUENCE_BITS = 10  # a rank has far fewer exchanges in flight
 # What NCCL and gloo both know; other dtypes move as bytes.
 TRANSPORTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+FEW_NUMBERS = "the exchange of a few numbers"
 CHUNK_NUMEL = 128 * 1024  # three of them in fp32 lie in a core's second-level cache
 
 
@@ -40,24 +42,25 @@ class Pending:
 
     def wait(self) -> None:
         """Order the current stream (CUDA) or this thread (CPU) after the collective. Idempotent."""
+        Waits.count += 1
+        Waits.label = self.label
         try:
             for step in self.steps:
                 step()
         except RuntimeError as error:
             raise _failure(self.label, error) from error
+        Waits.label = None
         self.steps, self.keepalive = (), ()
 
 
-def _failure(label: str, error: RuntimeError) -> ZeroliteError:
-    """What a collective's failure means: another rank's, where one was published, else what is likely."""
-    failure = abort.received()
-    if failure is not None:
-        return WorkerError(failure)
-    return ZeroliteError(
-        f"rank {dist.get_rank()}: {label} did not complete ({error}). Another rank failed, is stuck, or runs other "
-        "modules, another order of them, or another number of batches or steps. Give every rank as many batches "
-        "(DistributedSampler, drop_last=True); evaluate, generate and save on all ranks, or in full_params, which "
-        "communicates on entry alone. TORCH_DISTRIBUTED_DEBUG=DETAIL tells which collectives differ"
+def _failure(label: str, error: object) -> ZeroliteError:
+    """What a collective's failure means: what every rank is doing, or what was published before."""
+    return abort.failure_of(
+        f"{label} did not complete ({error})",
+        "Another rank failed, is stuck, or runs other modules, another order of them, or another number of batches or "
+        "steps. Give every rank as many batches (DistributedSampler, drop_last=True); evaluate, generate and save on "
+        "all ranks, or in full_params, which communicates on entry alone. TORCH_DISTRIBUTED_DEBUG=DETAIL tells which "
+        "collectives differ",
     )
 
 
@@ -109,6 +112,7 @@ class NcclGroup(Group):
         has_room = full.dtype != torch.float16 and self.size & (self.size - 1) != 0
         op = dist.ReduceOp.AVG if divisor == self.size and not has_room else dist.ReduceOp.SUM
         work = dist.reduce_scatter_tensor(out, full, op=op, group=self.process_group, async_op=True)
+        Waits.work, Waits.work_label = work, label
         if op == dist.ReduceOp.AVG:
             return Pending((work.wait,), (full, out), label)
         return Pending((work.wait, lambda: out.div_(divisor)), (full, out), label)
@@ -117,6 +121,7 @@ class NcclGroup(Group):
         if full.dtype not in TRANSPORTED:
             full, shard = full.view(torch.uint8), shard.view(torch.uint8)
         work = dist.all_gather_into_tensor(full, shard, group=self.process_group, async_op=True)
+        Waits.work, Waits.work_label = work, label
         return Pending((work.wait,), (full, shard), label)
 
     def all_reduce(self, tensor):
@@ -129,8 +134,11 @@ class NcclGroup(Group):
     def all_gather_scalars(self, scalars):
         rows = scalars.new_empty(self.size, scalars.numel())
         dist.all_gather_into_tensor(rows.view(-1), scalars, group=self.process_group)
+        Waits.count, Waits.label = Waits.count + 1, FEW_NUMBERS
         rows = rows.cpu()  # the host waits here
-        abort.check()
+        Waits.label = None
+        if abort.has_failed():  # the group was aborted: that ends the wait, with whatever lies there
+            raise _failure(FEW_NUMBERS, "the process group was aborted")
         return rows
 
 
@@ -213,7 +221,7 @@ class ExchangeGroup(Group):
 
     def all_gather_scalars(self, scalars):
         rows = scalars.new_empty(self.size * scalars.numel())
-        self.all_gather(rows, scalars, "the exchange of a few numbers").wait()
+        self.all_gather(rows, scalars, FEW_NUMBERS).wait()
         return rows.view(self.size, -1)
 
 
