@@ -206,7 +206,7 @@ def numbers_after_a_failure() -> str:
     if group.rank == 1:
         abort.publish("worker 0 of rank 1 is dead")
         return ""
-    until(lambda: abort._failures, 20.0)
+    until(abort.has_failed, 20.0)
     dist.all_gather_into_tensor, kept = lambda *args, **keywords: None, dist.all_gather_into_tensor
     try:
         group.all_gather_scalars(torch.zeros(3))

@@ -25,42 +25,86 @@ from zerolite.runtime.long_waits import LongWaits, in_words
 from zerolite.runtime.whereabouts import whereabouts
 
 KEY = "zerolite/abort"
+WORKER, COLLECTIVE = "worker", "collective"  # what has failed
 TICK_SECONDS = 0.1  # between two looks of the listener
 TICKS_A_LOOK = 10  # at long waits
 GRACE_SECONDS = 0.3  # between the end of another rank's connection and the arrival of its message
 UNUSED_TAG = 2**31 - 1  # of gloo's messages
 ANSWER_SECONDS = 0.7  # for the other ranks' words
 
-# Whose failures these are. Weak: whoever keeps a process group that was destroyed keeps its connections open.
-_world: Callable[[], dist.ProcessGroup | None] = lambda: None
-_listener: threading.Thread | None = None
-_failures: list[str] = []
+
+class _Listener(threading.Thread):
+    """Listens for failures of one world, until one is published or the process group has gone."""
+
+    def __init__(self):
+        super().__init__(name="zerolite-abort", daemon=True)
+        # Weak: whoever keeps a process group that was destroyed keeps its connections open.
+        self.world = weakref.ref(dist.group.WORLD)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.store = distributed_c10d._get_default_store().clone()  # a connection of its own
+        self.failures: list[str] = []
+
+    def run(self) -> None:
+        waits, ticks = LongWaits(self.store, self.rank, self.world_size), 0
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it the run
+            while not self.store.check([KEY]):
+                if self.is_over():
+                    return
+                ticks += 1
+                if ticks % TICKS_A_LOOK == 0:
+                    waits.look()
+                time.sleep(TICK_SECONDS)
+            self._end()
+
+    def is_over(self) -> bool:
+        return dist.group.WORLD is None or dist.group.WORLD is not self.world()
+
+    def _end(self) -> None:
+        _, message = json.loads(self.store.get(KEY))
+        word = whereabouts()
+        self.failures.append(message)
+        self.store.set(f"{KEY}/{self.rank}", word)
+        self.words()  # the end of this rank's connections would move the others on
+        if not self.is_over():
+            if word.startswith("in no call"):
+                warnings.warn(f"zerolite ends the process groups of rank {self.rank}: {message}", stacklevel=1)
+            _end_collectives()
+
+    def words(self) -> list[str]:
+        """What every rank was doing when it heard of a failure; those that are gone or stopped say nothing."""
+        keys = [f"{KEY}/{rank}" for rank in range(self.world_size)]
+        _until(lambda: self.store.check(keys), ANSWER_SECONDS)
+        return in_words([self.store.get(key).decode() if self.store.check([key]) else None for key in keys])
+
+    def publish(self, kind: str, message: str) -> tuple[str, str]:
+        """Make it known, unless another failure was; the kind and message of the one that was first."""
+        return json.loads(self.store.compare_set(KEY, "", json.dumps([kind, message])))
+
+
+_listener: _Listener | None = None  # of the present world, or the last one
 
 
 def listen() -> None:
     """Listen for failures of the present world; without torch.distributed there is no other rank that could fail."""
-    global _world, _listener, _failures
-    if not dist.is_initialized() or dist.get_world_size() == 1 or dist.group.WORLD is _world():
-        return
-    _world, _failures = weakref.ref(dist.group.WORLD), []
-    clone = distributed_c10d._get_default_store().clone()  # a connection of its own
-    _listener = threading.Thread(
-        target=_listen, args=(clone, _world, dist.get_rank(), _failures), name="zerolite-abort", daemon=True
-    )
-    _listener.start()
+    global _listener
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        _listener = None
+    elif _listener is None or _listener.is_over():
+        _listener = _Listener()
+        _listener.start()
 
 
 def publish(message: str) -> None:
     """Send a worker's failure to every rank that listens."""
     if _listener is not None:
-        _failures.append(message)
-        with contextlib.suppress(RuntimeError):  # the store is gone, and with it the run
-            distributed_c10d._get_default_store().set(KEY, json.dumps(["worker", message]))
+        _listener.failures.append(message)
+        with contextlib.suppress(RuntimeError):
+            _listener.publish(WORKER, message)
 
 
 def has_failed() -> bool:
     """Whether a failure was published: nothing that communicates can end well."""
-    return bool(_failures)
+    return _listener is not None and bool(_listener.failures)
 
 
 def failure_of(what: str, advice: str) -> ZeroliteError:
@@ -69,59 +113,25 @@ def failure_of(what: str, advice: str) -> ZeroliteError:
     A failure that was published before, by a worker or by another rank, is the cause. It waits for it, since a broken
     connection can arrive first, and for the other ranks to tell where they are: together about a second.
     """
-    message = f"rank {dist.get_rank()}: {what}"
-    with contextlib.suppress(RuntimeError, ValueError):  # the store is gone, and with it the run
-        store = distributed_c10d._get_default_store()
-        if _listener is None or not (_listener.is_alive() or _failures):
-            return ZeroliteError(f"{message}. {advice}")
-        _until(lambda: bool(_failures) or store.check([KEY]), GRACE_SECONDS)
-        kind, first = json.loads(store.compare_set(KEY, "", json.dumps(["collective", message])))
-        if kind == "worker":
+    listener = _listener
+    if listener is None or not (listener.is_alive() or listener.failures):
+        return ZeroliteError(f"rank {dist.get_rank()}: {what}. {advice}")
+    message = f"rank {listener.rank}: {what}"
+    with contextlib.suppress(RuntimeError):
+        _until(lambda: bool(listener.failures) or listener.store.check([KEY]), GRACE_SECONDS)
+        kind, first = listener.publish(COLLECTIVE, message)
+        if kind == WORKER:
             return WorkerError(first)
-        words = _words(store)
+        words = listener.words()
         cause = "" if first == message else f"; {first}"
         return ZeroliteError(f"{message}{cause}. {'; '.join(words)}. {advice}")
     return ZeroliteError(f"{message}. {advice}")
-
-
-def _words(store) -> list[str]:
-    """What every rank was doing when it heard of a failure; those that are gone or stopped say nothing."""
-    keys = [f"{KEY}/{rank}" for rank in range(dist.get_world_size())]
-    _until(lambda: store.check(keys), ANSWER_SECONDS)
-    return in_words([store.get(key).decode() if store.check([key]) else None for key in keys])
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
-
-
-def _listen(store, world: Callable[[], dist.ProcessGroup | None], rank: int, failures: list[str]) -> None:
-    """Until a failure is published, or the process group has gone."""
-
-    def is_over() -> bool:
-        return dist.group.WORLD is None or dist.group.WORLD is not world()
-
-    waits, ticks = LongWaits(store, rank, dist.get_world_size()), 0
-    with contextlib.suppress(RuntimeError):
-        while not store.check([KEY]):
-            if is_over():
-                return
-            ticks += 1
-            if ticks % TICKS_A_LOOK == 0:
-                waits.look()
-            time.sleep(TICK_SECONDS)
-        _, message = json.loads(store.get(KEY))
-        word = whereabouts()
-        failures.append(message)
-        store.set(f"{KEY}/{rank}", word)
-        _words(store)  # the end of this rank's connections would move the others on
-        if is_over():
-            return
-        if word.startswith("in no call"):
-            warnings.warn(f"zerolite ends the process groups of rank {rank}: {message}", stacklevel=1)
-        _end_collectives()
 
 
 def _end_collectives() -> None:
