@@ -10,10 +10,11 @@ import torch.distributed as dist
 from cases import CASES, Case
 from entry_cases import ENTRY_CASES
 from models import divide_gradients, drawn, whole
+from unsaved_cases import UNSAVED_CASES
 
 import zerolite
 
-ALL = CASES | ENTRY_CASES
+ALL = CASES | ENTRY_CASES | UNSAVED_CASES
 LR, WEIGHT_DECAY = 1e-2, 0.1
 
 
