@@ -22,6 +22,6 @@ def note_data_reads() -> None:
 
 def _read(parameter: nn.Parameter) -> torch.Tensor:
     info = parameter.__dict__.get("_zerolite_info")
-    if info is not None:
+    if info is not None and not info.is_gone:
         info.bucket.parameters.note_data_read(info.index)
     return _DATA.__get__(parameter)
