@@ -44,6 +44,7 @@ class LongWaits:
 
     def __init__(self, store, rank: int, world_size: int):
         self.store, self.rank, self.world_size = store, rank, world_size
+        Waits.label = Waits.work = None  # of a world that failed
         self._answered = 0  # the last question
         self._seen, self._since, self._patience = -1, 0.0, PATIENCE_SECONDS
 
