@@ -43,14 +43,17 @@ def shard(
     trainable and frozen parameters of a unit lie in buckets apart.
 
     Every rank must run the same modules and optimizer steps in the same order. gloo's ranks that do not are told so at
-    once; NCCL's wait for each other until the process group's timeout, 10 minutes where it is started here. With
-    TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment torch compares every collective and names the first that differs.
-    A rank that ends by an error which nobody catches ends the others with its reason (`sys.excepthook` is extended).
+    once, where they go on to another collective. Else, and with NCCL, a rank that waits for a minute warns with every
+    rank's call and line, and waits on until the process group's timeout, 10 minutes where it is started here. What
+    fails on one rank ends the collectives of all, with that text, an error that nobody catches too (`sys.excepthook` is
+    extended). With TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment torch compares every collective and names the
+    first that differs.
 
     What others do to parameters later (`p.data = ...`, `model.to`, a state dict with assign=True, edits in place)
     counts as in torch from the next forward or step on, if every rank does the same; what cannot be is a ValueError
-    there: another dtype, shape or device, new parameters, requires_grad turned on. Edits in place through `p.data` are
-    seen only where parameters stay unsharded without a master and without offload: write to `p` under `no_grad`.
+    there: another dtype, shape or device, new parameters, requires_grad turned on. `p.data.clamp_()` counts like
+    `p.clamp_()` under `no_grad`; an alias of `p.data` that is kept and written later may be lost. At stage 3 a view of
+    a parameter (`p.detach()`) that is kept has no memory once its unit is left: keep `p`, or a clone.
     An average that is kept beside the model reads parameters inside `full_params`.
 
     Raises TypeError for a model, mesh, precision or units of another type. Raises ValueError for a stage, mesh, offload

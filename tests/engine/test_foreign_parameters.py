@@ -38,6 +38,11 @@ def in_place(model: nn.Module) -> None:
             parameter.mul_(2)
 
 
+def through_data(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+
+
 def by_data(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data * 2
@@ -63,7 +68,15 @@ def by_apply(model: nn.Module) -> None:
     model._apply(lambda tensor: 2 * tensor)
 
 
-WAYS: list[Callable[[nn.Module], None]] = [in_place, by_data, by_vector, by_assignment, by_new_objects, by_apply]
+WAYS: list[Callable[[nn.Module], None]] = [
+    in_place,
+    through_data,
+    by_data,
+    by_vector,
+    by_assignment,
+    by_new_objects,
+    by_apply,
+]
 
 
 def train_and_double(stage: int, dtype: torch.dtype = torch.float64, offload=None) -> dict[str, list[torch.Tensor]]:
@@ -120,19 +133,29 @@ def test_offload_changes_no_bit_of_them(ranks, stage):
             assert all(map(torch.equal, found, truth[way])), way
 
 
-def fill_with_a_master(stage: int) -> bool:
-    model = zerolite.shard(stack(), stage=stage, precision=zerolite.Precision())
+def fill_with_a_master(stage: int, through_data: bool, offload=None) -> bool:
+    model = zerolite.shard(stack(), stage=stage, precision=zerolite.Precision(), offload=offload)
     optimizer = zerolite.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    for _ in range(2):  # a read that writes nothing, and one that does, behind a step
+        model(torch.ones(2, 5)).float().square().mean().backward()
+        model.first.weight.data.norm()
+        optimizer.step()
+        optimizer.zero_grad()
+    next(model.parameters())  # with offload the model has what was stepped fetched
     with torch.no_grad():
-        model.first.weight.fill_(0.5)
+        (model.first.weight.data if through_data else model.first.weight).fill_(0.5)
     model(torch.ones(2, 5)).float().square().mean().backward()
     optimizer.step()
+    next(model.parameters())
     return bool((model.first.weight == 0.5).all())
 
 
-def test_what_is_written_into_16_bits_reaches_the_master(ranks):
+@pytest.mark.parametrize("through_data", [False, True])
+def test_what_is_written_into_16_bits_reaches_the_master(ranks, through_data):
+    """As weights are clipped: `p.data.clamp_()`."""
     for stage in range(3):
-        assert all(ranks(2).run(fill_with_a_master, stage))
+        assert all(ranks(2).run(fill_with_a_master, stage, through_data))
+    assert all(ranks(2).run(fill_with_a_master, 2, through_data, "cpu"))
 
 
 # What is refused #
@@ -236,18 +259,21 @@ class Averaging(nn.Module):
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-        self.codebook = nn.Parameter(torch.ones(3, 4), requires_grad=False)
+        self.codebook = nn.Parameter(torch.ones(64, 4), requires_grad=False)  # each rank has a part of it
+
+    through_data = False
 
     def forward(self, x):
         for block in self.blocks:
             x = block(x)
         with torch.no_grad():
-            self.codebook.mul_(0.5)
+            (self.codebook.data if self.through_data else self.codebook).mul_(0.5)
         return x + self.codebook.sum(0)
 
 
-def average(stage: int, offload=None) -> str:
+def average(stage: int, offload=None, through_data: bool = False) -> str:
     model = zerolite.shard(Averaging(), stage=stage, offload=offload)
+    model.through_data = through_data
     try:
         with torch.no_grad():
             model(torch.ones(1, 4))
@@ -263,6 +289,8 @@ def test_a_codebook_written_in_forward_moves_or_is_refused(ranks):
         for said in ranks(2).run(average, stage):
             assert re.match(text, said)
     assert ranks(1).run(average, 3) == ["[0.25]"]
+    said = ranks(2).run(average, 3, None, True)
+    assert all(re.match("codebook: written in place while gathered", one) for one in said), said
 
 
 @needs_kernels

@@ -200,13 +200,13 @@ def test_the_arena_closes_where_the_driver_fails(cuda):
 
 def numbers_after_a_failure() -> str:
     """What a rank reads of NCCL's collective when another rank has failed: the abort ends the wait, not the read."""
-    abort.listen()
+    abort.listen(0.5)
     group = NcclGroup(dist.group.WORLD)
     dist.barrier()
     if group.rank == 1:
         abort.publish("worker 0 of rank 1 is dead")
         return ""
-    until(lambda: abort._world.failures, 20.0)
+    until(abort.has_failed, 20.0)
     dist.all_gather_into_tensor, kept = lambda *args, **keywords: None, dist.all_gather_into_tensor
     try:
         group.all_gather_scalars(torch.zeros(3))

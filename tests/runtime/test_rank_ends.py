@@ -128,7 +128,7 @@ def end_well(connection: int, folder: Path, rank: int, port: int) -> None:
     os.dup2(os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT), 2)  # C++ speaks there
     store = dist.TCPStore("127.0.0.1", port, WORLD, is_master=rank == 0, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    abort.listen()
+    abort.listen(0.5)
     model = zerolite.shard(Stack(7, 1), stage=2)
     model(torch.ones(2, 5)).sum().backward()
     dist.barrier()

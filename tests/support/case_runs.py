@@ -11,10 +11,11 @@ from cases import CASES, Case
 from entry_cases import ENTRY_CASES
 from models import divide_gradients, drawn, whole
 from peer_cases import PEER_CASES, PeerCase
+from unsaved_cases import UNSAVED_CASES
 
 import zerolite
 
-ALL = CASES | ENTRY_CASES | PEER_CASES
+ALL = CASES | ENTRY_CASES | UNSAVED_CASES | PEER_CASES
 LR, WEIGHT_DECAY = 1e-2, 0.1
 
 

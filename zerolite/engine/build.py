@@ -7,6 +7,7 @@ from torch import nn
 
 from zerolite.config import Offload, Precision, reduce_dtype
 from zerolite.engine import hooks, model_methods
+from zerolite.engine.data_reads import note_data_reads
 from zerolite.engine.engine import Engine, ParameterInfo
 from zerolite.engine.entries import Entries
 from zerolite.engine.extensions import extensions_of
@@ -75,6 +76,7 @@ def build(
         hooks.scale_loss(engine)
     model._zerolite = engine
     refuse_foreign_steps()
+    note_data_reads()
     model_methods.adapt(engine)
 
 

@@ -14,8 +14,8 @@ What DeepSpeed has and this has not: an engine object with its own training loop
 a recorded trace for prefetching, persistence thresholds for small parameters, expert parallelism.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -31,8 +31,8 @@ from zerolite.engine.prefetch import neighbour
 from zerolite.engine.reducer import Reducer
 from zerolite.errors import ZeroliteError
 from zerolite.offload.placement import Placement
+from zerolite.runtime import abort, trace
 from zerolite.runtime import device as devices
-from zerolite.runtime import trace
 from zerolite.runtime.mesh import RankMesh
 from zerolite.shards.bucket import Bucket, TrainableBucket, Unit
 from zerolite.shards.layout import Partition
@@ -132,7 +132,7 @@ class Engine:
     def free(self, unit: Unit) -> None:
         """Free a unit's unsharded parameters, unless `full_params` or a second backward needs them."""
         is_wanted = self.full_depth > 0 or self._keeps_gathered
-        if not is_wanted and not self.fetch_queue.has_failed:  # that error is on its way already
+        if not is_wanted and not self.fetch_queue.has_failed and not abort.has_failed():  # that error is on its way
             unit.reshard()
 
     def fetch(self, unit: Unit | None = None) -> None:
@@ -288,13 +288,34 @@ class Engine:
                 bucket.parameters.absorb_edits()
 
 
-@dataclass(frozen=True)
 class ParameterInfo:
-    """Where a sharded parameter lies."""
+    """Where a sharded parameter lies.
 
-    engine: Engine
-    bucket: Bucket
-    index: int  # of its slot
+    Graphs own parameters, in C++, and a module may keep a loss with its graph: it must not keep the engine alive.
+    """
+
+    __slots__ = ("_bucket", "_engine", "index")
+
+    def __init__(self, engine: Engine, bucket: Bucket, index: int):
+        self._engine, self._bucket = weakref.ref(engine), weakref.ref(bucket)
+        self.index = index  # of its slot
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody has the model any more."""
+        return self._engine() is None or self._bucket() is None
+
+    @property
+    def engine(self) -> Engine:
+        engine = self._engine()
+        assert engine is not None, "`info_of` gives none that is gone"
+        return engine
+
+    @property
+    def bucket(self) -> Bucket:
+        bucket = self._bucket()
+        assert bucket is not None, "`info_of` gives none that is gone"
+        return bucket
 
     @property
     def name(self) -> str:
@@ -302,7 +323,7 @@ class ParameterInfo:
 
     def __reduce__(self):
         """A pickled parameter is plain torch's."""
-        if not self.bucket.parameters.is_readable:
+        if not self.is_gone and not self.bucket.parameters.is_readable:
             raise ZeroliteError(
                 f"{self.name} reads as NaN now and is not pickled: pickle it inside `with zerolite.full_params(model):`"
             )
@@ -310,8 +331,9 @@ class ParameterInfo:
 
 
 def info_of(parameter: torch.Tensor) -> ParameterInfo | None:
-    """Where `zerolite.shard` has put a parameter; None for one that is not sharded."""
-    return getattr(parameter, "_zerolite_info", None)
+    """Where `zerolite.shard` has put a parameter; None for one that is not sharded, or whose model is gone."""
+    info = getattr(parameter, "_zerolite_info", None)
+    return None if info is None or info.is_gone else info
 
 
 def sharded_info(parameter: torch.Tensor) -> ParameterInfo:

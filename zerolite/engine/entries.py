@@ -7,6 +7,8 @@ Whatever the way, a node reads parameters from what it saved. So while forwards 
 which knows each by its storage, and a saved parameter gathers its unit when backward unpacks it. A prefetched buffer is
 therefore never read before its gather is done. Hooks of the user's, and of activation checkpoints, are called too.
 
+A custom Function may keep a parameter by itself: kept_parameters.py.
+
 torch compares the versions of saved tensors only where no hook is: `unpack` compares them instead.
 
 [Note: parameters read by another module]
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from zerolite.engine import kept_parameters
 from zerolite.engine.graph_task import is_in_backward
 from zerolite.engine.trees import map_tree, tensors_of
 from zerolite.errors import ZeroliteError
@@ -58,6 +61,8 @@ class Entries:
             self._by_storage[nan] = len(self._buckets)
             self._nan_storages.add(nan)
             self._buckets.append(weakref.ref(bucket))
+        if buckets:
+            kept_parameters.watch(self)
         if unit.is_root:
             return
         own = {id(parameter) for bucket in buckets for parameter in bucket.parameters.tensors}
@@ -162,6 +167,18 @@ class Entries:
         bucket, engine = self._bucket(index), self._engine()
         if engine is not None and is_in_backward():
             engine.enter(bucket.unit, by_saved_tensor=True)
+
+    def open_kept(self, tensor: torch.Tensor) -> None:
+        """Backward of a custom Function is about to read a tensor that it kept by itself. Collective, as `open`."""
+        if isinstance(tensor, nn.Parameter):
+            try:
+                index = self._by_storage.get(_storage_of(tensor))  # it reads as NaN until its unit is open
+            except (NotImplementedError, RuntimeError):
+                return
+        else:
+            index = self.index_of(tensor)
+        if index is not None:
+            self.open(index)
 
     def read(self, unit: Unit) -> None:
         """A module's parameter is read by name: gather its unit inside another one's forward. Collective then."""

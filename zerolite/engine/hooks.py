@@ -19,6 +19,7 @@ from zerolite.engine.engine import Engine
 from zerolite.engine.entries import Entries
 from zerolite.engine.graph_task import is_in_backward
 from zerolite.engine.trees import map_tree, tensors_of
+from zerolite.errors import ZeroliteError
 from zerolite.shards.bucket import TrainableBucket, Unit
 
 
@@ -48,10 +49,13 @@ def _entrances(unit: Unit) -> list[nn.Module]:
 
 
 class _Use:
-    """One forward of a unit and the backward through it, which may begin at several outputs and ends once."""
+    """One forward of a unit and the backward through it, which may begin at several outputs and ends once.
+
+    The graph owns it, in C++, and a module may keep a loss with its graph: it must keep nobody alive.
+    """
 
     def __init__(self, engine: Engine, unit: Unit):
-        self.engine, self.unit = engine, unit
+        self._engine, self._unit = weakref.ref(engine), weakref.ref(unit)
         self.is_running = False
         self.is_watching = False  # saved tensors, for the time of the forward
         self.is_transformed = False  # by torch.func
@@ -60,16 +64,21 @@ class _Use:
 
     def begin(self, gradients) -> None:
         is_first, self.has_begun = not self.has_begun, True
-        self.engine.pre_backward(self.unit, is_first)
+        engine, unit = self._engine(), self._unit()
+        if engine is not None and unit is not None:  # else nobody steps this model any more
+            engine.pre_backward(unit, is_first)
 
     def complete_input(self) -> None:
         """The gradient of one input is complete."""
         self.missing -= 1
+        engine, unit = self._engine(), self._unit()
+        if engine is None or unit is None:
+            return
         if self.missing == 0:
             has_begun, self.has_begun, self.missing = self.has_begun, False, self.inputs
-            self.engine.post_backward(self.unit, has_begun)
+            engine.post_backward(unit, has_begun)
         else:
-            self.engine.expect_end(self.unit)
+            engine.expect_end(unit)
 
 
 class _BeforeForward:
@@ -181,24 +190,37 @@ def _map_floating(leaf, function, engine: Engine):
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output: torch.Tensor, engine: Engine):
-        ctx.engine, ctx.dtype = engine, output.dtype
+        ctx.engine, ctx.dtype = weakref.ref(engine), output.dtype
         return output.to(torch.float32, copy=True)
 
     @staticmethod
     def backward(ctx, gradient):
-        ctx.engine.mark_loss_scaled()
-        return (gradient * ctx.engine.loss_scale.value).to(ctx.dtype), None
+        engine = _engine_of(ctx)
+        engine.mark_loss_scaled()
+        return (gradient * _scale_of(engine)).to(ctx.dtype), None
 
 
 class _Unscale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: torch.Tensor, engine: Engine):
-        ctx.engine = engine
+        ctx.engine = weakref.ref(engine)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient / ctx.engine.loss_scale.value, None
+        return gradient / _scale_of(_engine_of(ctx)), None
+
+
+def _scale_of(engine: Engine) -> float:
+    assert engine.loss_scale is not None, "`scale_loss` is for fp16"
+    return engine.loss_scale.value
+
+
+def _engine_of(ctx) -> Engine:
+    engine = ctx.engine()
+    if engine is None:
+        raise ZeroliteError("backward of a sharded model that is gone: keep the model until its backward is done")
+    return engine
 
 
 def cast_inputs(engine: Engine, dtype: torch.dtype) -> None:

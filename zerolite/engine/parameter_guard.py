@@ -228,7 +228,7 @@ def _refuse_unfrozen(bucket: Bucket) -> None:
 def _store_data(bucket: Bucket) -> None:
     """Store what was given as `p.data`."""
     parameters = bucket.parameters
-    given = [(index, parameters.tensors[index].data) for index in parameters.rebound_slots()]
+    given = [(index, parameters.tensors[index].detach()) for index in parameters.rebound_slots()]
     for index, values in given:
         why = _why_unlike(bucket, index, values)
         if why is not None:
@@ -248,6 +248,7 @@ def _store_edits(bucket: Bucket) -> None:
     parameters = bucket.parameters
     edited = parameters.edited_slots()
     if not edited:
+        parameters.accept_edits()
         return
     if not parameters.is_readable:
         parameters.restore_nan()

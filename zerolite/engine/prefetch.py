@@ -36,7 +36,8 @@ def unsharded_buckets(engine: Engine, buckets: Iterable[Bucket], *, writeback: b
         chosen = [bucket for bucket in unit.buckets if bucket in wanted]
         if not chosen:
             continue
-        engine.unshard(unit)
+        with engine.mesh.gathering_for("a walk over the model"):
+            engine.unshard(unit)
         unit.wait()
         try:
             for bucket in chosen:
@@ -52,8 +53,9 @@ def gather_all(engine: Engine) -> None:
     engine.guard.check()
     engine.fetch()
     engine.full_depth += 1
-    for unit in engine.units:
-        engine.unshard(unit)
+    with engine.mesh.gathering_for("full_params"):
+        for unit in engine.units:
+            engine.unshard(unit)
     for unit in engine.units:
         unit.wait()
 

@@ -27,6 +27,7 @@ PEER_FAILURES = (
     "gloo",
     "NCCL",
     "Connection closed by peer",
+    "Application timeout caused pair closure",
     "Connection reset by peer",
     "Broken pipe",
     "process group has not been initialized",

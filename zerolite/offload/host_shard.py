@@ -95,7 +95,7 @@ class HostShard:
         event = device.record()
         self._h2d_event = (event,)
         with trace.phase("all-gather", self.spec.unit_name):
-            gather = self.spec.mesh.shard.all_gather(unsharded, own, self.label)
+            gather = self.spec.mesh.shard.all_gather(unsharded, own, self.label + self.spec.mesh.purpose)
         return Pending((*gather.steps, lambda: device.wait(event)), gather.keepalive, self.label)
 
     def publish(self) -> None:

@@ -157,5 +157,4 @@ def _start_host(offload: Offload, device: Device, mesh: RankMesh) -> Host:
     machine = torch.tensor([float(zlib.crc32(boot.encode()))], dtype=torch.float64, device=device.device)
     machines = mesh.all_gather_scalars(machine).view(-1).tolist()
     here = [rank for rank, other in enumerate(machines) if other == machines[mesh.rank]]
-    abort.listen()
     return Host(offload, device, here.index(mesh.rank), len(here), f"rank {mesh.rank}", abort.publish)

@@ -19,9 +19,11 @@ import torch
 import torch.distributed as dist
 
 from zerolite.config import LOW_PRECISION
-from zerolite.errors import WorkerError, ZeroliteError
+from zerolite.errors import ZeroliteError
 from zerolite.runtime import abort
 from zerolite.runtime import device as devices
+from zerolite.runtime.failures import OutOfStepError, PeerError, failure_of
+from zerolite.runtime.long_waits import Waits
 
 HEADER = struct.Struct("<QI20s96s")  # a message's bytes, hash of its label, dtype, as much of the label as fits
 # A tag of gloo has 31 bits: a hash, a sequence number, and one bit that tells header and payload apart.
@@ -33,6 +35,7 @@ _last: deque["Pending"] = deque(maxlen=64)
 _generations: "weakref.WeakKeyDictionary[dist.ProcessGroup, int]" = weakref.WeakKeyDictionary()
 # What NCCL and gloo both know; other dtypes move as bytes.
 TRANSPORTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+FEW_NUMBERS = "the exchange of a few numbers"
 CHUNK_NUMEL = 128 * 1024  # three of them in fp32 lie in a core's second-level cache
 
 
@@ -46,61 +49,22 @@ class Pending:
 
     def wait(self) -> None:
         """Order the current stream (CUDA) or this thread (CPU) after the collective. Idempotent."""
+        Waits.count += 1
+        Waits.label = self.label
         try:
             for step in self.steps:
                 step()
         except RuntimeError as error:
-            failure = error if isinstance(error, ZeroliteError) else _failure(self.label, error)
+            Waits.label = None
+            failure = error if isinstance(error, ZeroliteError) else failure_of(self.label, error, dist.get_rank())
             self.steps = (partial(_raise, failure),)  # gloo would wait a second time for what came the first time
             raise failure from error
+        Waits.label = None
         self.steps, self.keepalive = (), ()
 
 
 def _raise(error: ZeroliteError) -> None:
     raise error
-
-
-class PeerError(RuntimeError):
-    """The transport's error in an exchange with one other rank."""
-
-    def __init__(self, peer: int, error: RuntimeError):
-        super().__init__(str(error))
-        self.peer = peer  # its rank in the world
-
-
-class OutOfStepError(RuntimeError):
-    """Another rank is at another collective."""
-
-
-def _failure(label: str, error: RuntimeError) -> ZeroliteError:
-    """What a collective's failure means: another rank's, where one was published, else what is likely."""
-    peer = error.peer if isinstance(error, PeerError) else None
-    is_late = "timeout" in str(error).lower() or "timed out" in str(error).lower()
-    reason = abort.reason(peer) if not isinstance(error, OutOfStepError) else None
-    if reason is not None and reason.kind is WorkerError:
-        return WorkerError(reason.message)
-    what = f"rank {abort.rank()}: {label} did not complete"
-    if reason is not None:
-        return reason.kind(f"{what}: {reason.message}")
-    said = str(error).split(". This is typically")[0]  # gloo guesses at length
-    if peer is None:
-        what += f" ({said}). Another rank failed, is stuck, or runs"
-    elif abort.has_ended(peer):
-        what += f": rank {peer} came to the end of its program, or left it by sys.exit ({said}). It ran"
-    elif is_late:
-        what += (
-            f": rank {peer} did not answer within the process group's timeout ({said}). It is stuck, stopped, or runs"
-        )
-    else:
-        what += (
-            f": rank {peer} was killed, ended without a word, or left the process group ({said}): see its output. If "
-            "it came to its end it ran"
-        )
-    return ZeroliteError(
-        f"{what} other modules, another order of them, or another number of batches or steps. Give every rank as many "
-        "batches (DistributedSampler, drop_last=True); evaluate, generate and save on all ranks, or in full_params, "
-        "which communicates on entry alone. TORCH_DISTRIBUTED_DEBUG=DETAIL tells which collectives differ"
-    )
 
 
 class Group:
@@ -144,7 +108,6 @@ class NcclGroup(Group):
         self.process_group = process_group
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
-        abort.listen()  # NCCL does not notice that a rank is gone
 
     def reduce_scatter(self, full, out, divisor, label):
         # NCCL's AVG multiplies each term by 1 / size before it adds them. That rounds once more than a division of the
@@ -152,6 +115,7 @@ class NcclGroup(Group):
         has_room = full.dtype != torch.float16 and self.size & (self.size - 1) != 0
         op = dist.ReduceOp.AVG if divisor == self.size and not has_room else dist.ReduceOp.SUM
         work = dist.reduce_scatter_tensor(out, full, op=op, group=self.process_group, async_op=True)
+        Waits.work, Waits.work_label = work, label
         if op == dist.ReduceOp.AVG:
             return Pending((work.wait,), (full, out), label)
         return Pending((work.wait, lambda: out.div_(divisor)), (full, out), label)
@@ -160,6 +124,7 @@ class NcclGroup(Group):
         if full.dtype not in TRANSPORTED:
             full, shard = full.view(torch.uint8), shard.view(torch.uint8)
         work = dist.all_gather_into_tensor(full, shard, group=self.process_group, async_op=True)
+        Waits.work, Waits.work_label = work, label
         return Pending((work.wait,), (full, shard), label)
 
     def all_reduce(self, tensor):
@@ -172,8 +137,11 @@ class NcclGroup(Group):
     def all_gather_scalars(self, scalars):
         rows = scalars.new_empty(self.size, scalars.numel())
         dist.all_gather_into_tensor(rows.view(-1), scalars, group=self.process_group)
+        Waits.count, Waits.label = Waits.count + 1, FEW_NUMBERS
         rows = rows.cpu()  # the host waits here
-        abort.check()
+        Waits.label = None
+        if abort.has_failed():  # the group was aborted: that ends the wait, with whatever lies there
+            raise failure_of(FEW_NUMBERS, RuntimeError("the process group was ended"), dist.get_rank())
         return rows
 
 
@@ -189,7 +157,6 @@ class ExchangeGroup(Group):
         self.generation = _generations.get(process_group, 0) + 1 & (1 << 30 - SEQUENCE_BITS) - 1
         _generations[process_group] = self.generation
         self.world_ranks = dist.get_process_group_ranks(process_group)
-        abort.announce()
 
     def _exchange(
         self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor], label: str, *then
@@ -201,8 +168,8 @@ class ExchangeGroup(Group):
         one size always and tagged by generation and sequence number alone, carries all three: a mismatch raises at once
         instead of hanging.
         """
-        if abort.has_heard():  # this rank computed while its groups were aborted
-            raise _failure(label, RuntimeError("another rank failed"))
+        if abort.has_failed():  # this rank computed while its groups were ended
+            raise failure_of(label, RuntimeError("another rank failed"), dist.get_rank())
         self.count = (self.count + 1) % (1 << SEQUENCE_BITS)
         sent = next(iter(sends.values()))
         header, content_hash = _header(label, sent.nbytes, str(sent.dtype))
@@ -213,7 +180,7 @@ class ExchangeGroup(Group):
             tag = (content_hash ^ self.generation) << SEQUENCE_BITS + 1 | 2 * self.count + 1
             works = self._post(sends, receives, tag)
         except RuntimeError as error:
-            raise _failure(label, error) from error
+            raise failure_of(label, error, dist.get_rank()) from error
 
         def check() -> None:
             for peer, received in headers.items():
@@ -281,7 +248,7 @@ class ExchangeGroup(Group):
 
     def all_gather_scalars(self, scalars):
         rows = scalars.new_empty(self.size * scalars.numel())
-        self.all_gather(rows, scalars, "the exchange of a few numbers").wait()
+        self.all_gather(rows, scalars, FEW_NUMBERS).wait()
         return rows.view(self.size, -1)
 
 

@@ -1,12 +1,15 @@
 """Which ranks shard and which replicate: from a DeviceMesh, from the world, or from one process alone."""
 
+import contextlib
 import datetime
 import os
+import secrets
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from zerolite.runtime import abort
 from zerolite.runtime import device as devices
 from zerolite.runtime.collectives import Group, group_of
 
@@ -21,6 +24,16 @@ class RankMesh:
         self.shard, self.replicas = shard, replicas
         self.world_size = shard.size * replicas.size
         self.rank = replicas.rank * shard.size + shard.rank  # shard dimension fastest
+        self.purpose = ""  # what gathers are for now, where it is no forward or backward; a part of their labels
+
+    @contextlib.contextmanager
+    def gathering_for(self, purpose: str):
+        """Inside, gathers are for this: one that another rank's forward issues does not match them."""
+        before, self.purpose = self.purpose, f" for {purpose}"
+        try:
+            yield
+        finally:
+            self.purpose = before
 
     def all_gather_scalars(self, scalars: torch.Tensor) -> torch.Tensor:
         """Every rank's few fp64 numbers (n,), on this rank's device, as (replicas, shards, n) on the host. Collective.
@@ -41,6 +54,15 @@ def mesh_of(mesh: DeviceMesh | None, device: torch.device) -> RankMesh:
     """
     own = devices.of(device)
     own.select()
+    found = _mesh_of(mesh, device, own)
+    # Rank 0's, drawn apart from `random`, which users seed.
+    number = torch.tensor([secrets.SystemRandom().random()], dtype=torch.float64, device=device)
+    abort.listen(found.all_gather_scalars(number).view(-1)[0].item())
+    return found
+
+
+def _mesh_of(mesh: DeviceMesh | None, device: torch.device, own: devices.Device) -> RankMesh:
+    """Collective, where the process group is started here."""
     if mesh is None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group(own.backend, timeout=TIMEOUT, device_id=own.bound)

@@ -15,7 +15,8 @@ holds, at every stage, for a parameter that the workers are still stepping.
 Foreign code may give a parameter other memory (`p.data = ...`, `model.to`) or write into it in place. The address tells
 the first, the version counter of the parameter the second: binding a view leaves the counter as it is. Where the
 engine gets control, `is_intact` compares both; engine/parameter_guard.py stores what changed, or refuses it by name.
-What is written in place through `p.data` moves no counter of `p`: no comparison sees that.
+What is written in place through `p.data` moves no counter of `p`: slots whose `.data` was read are compared with the
+shard, which is a pass over them where somebody reads, and nothing where nobody does.
 """
 
 from collections.abc import Sequence
@@ -60,6 +61,7 @@ class FlatParameters:
         self._views = [slot.range.of(unsharded).view(slot.shape) for slot in spec.layout.slots]
         self._nan_views = [self.placeholder.expand(slot.shape) for slot in spec.layout.slots]
         self._nan_addresses = [view.data_ptr() for view in self._nan_views]
+        self._read_slots: set[int] = set()  # whose `.data` somebody has read since the last comparison
         self.accept_edits()
         self._bind()
         if not stays_unsharded:
@@ -131,6 +133,7 @@ class FlatParameters:
         return (
             list(map(_VERSION, self.tensors)) == self._versions
             and list(map(_ADDRESS, self.tensors)) == self._addresses()
+            and not self._read_slots
             and not (self.is_frozen and any(map(_REQUIRES_GRAD, self.tensors)))
         )
 
@@ -143,13 +146,31 @@ class FlatParameters:
         addresses = enumerate(zip(self.tensors, self._addresses(), strict=True))
         return [index for index, (parameter, address) in addresses if parameter.data_ptr() != address]
 
+    def note_data_read(self, index: int) -> None:
+        """Somebody has got the slot's memory, and may write there without being seen."""
+        if self.is_readable:
+            self._read_slots.add(index)
+
     def edited_slots(self) -> list[int]:
-        """Slots that were written in place."""
+        """Slots that were written in place; of those written through `.data` alone, those that this rank has a part of.
+
+        Comparing those waits for the workers, and for the device.
+        """
         versions = enumerate(zip(self.tensors, self._versions, strict=True))
-        return [index for index, (parameter, version) in versions if parameter._version != version]
+        edited = {index for index, (parameter, version) in versions if parameter._version != version}
+        read = sorted(self._read_slots - edited) if self.is_readable else []
+        if read:
+            values = self.shard.round(self.shard.values())
+            for index in read:
+                part = self.layout.slots[index].range.intersect(self.shard.range)
+                own = part.of(self.unsharded).to(values.device)
+                if part.numel > 0 and not torch.equal(part.of(values, self.shard.range), own):
+                    edited.add(index)
+        return sorted(edited)
 
     def accept_edits(self) -> None:
         """What was written in place is known."""
+        self._read_slots.clear()
         self._versions = [parameter._version for parameter in self.tensors]
 
     def rebind(self, index: int) -> None:
@@ -187,9 +208,12 @@ class FlatParameters:
 
     def _keep_edits(self) -> None:
         """Before the unsharded buffer is freed: store what was written into it, where that needs no other rank."""
-        if list(map(_VERSION, self.tensors)) == self._versions:
+        if list(map(_VERSION, self.tensors)) == self._versions and not self._read_slots:
             return
         edited = self.edited_slots()
+        if not edited:
+            self.accept_edits()
+            return
         if self.shard.spec.owns_all:
             self.absorb_edits()
             return

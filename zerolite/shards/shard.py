@@ -207,7 +207,7 @@ class DeviceShard:
     def gather(self, unsharded: torch.Tensor) -> Pending:
         """Start the all-gather. Collective."""
         with trace.phase("all-gather", self.spec.unit_name):
-            return self.spec.mesh.shard.all_gather(unsharded, self.owned, self.label)
+            return self.spec.mesh.shard.all_gather(unsharded, self.owned, self.label + self.spec.mesh.purpose)
 
     def publish(self) -> None:
         if self.parameters.stays_unsharded and not self.spec.owns_all:
