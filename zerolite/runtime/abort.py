@@ -35,7 +35,9 @@ from zerolite.runtime.whereabouts import whereabouts
 FAILURE = "failure"  # the first one
 WORD = "word"  # /rank: what it was doing when it heard
 ENDED = "ended"  # /rank: its program has come to its end
+STOPPED = "stopped"  # how many listeners have ended since rank 0's program has
 WORKER, RANK, COLLECTIVE = "worker", "rank", "collective"  # what has failed
+OVER = "over"  # nothing has, nor will be told: the rank that has the store ends
 TICK_SECONDS = 0.1  # between two looks of the listener
 TICKS_A_LOOK = 10  # at long waits
 GRACE_SECONDS = 0.5  # between the end of another rank's connection and the arrival of its message
@@ -80,8 +82,15 @@ class _Listener(threading.Thread):
     def is_over(self) -> bool:
         return dist.group.WORLD is None or dist.group.WORLD is not self.world()
 
+    def _read(self, store: dist.Store) -> Failure | None:
+        first = Failure(*json.loads(store.get(FAILURE))) if store.check([FAILURE]) else None
+        return None if first is None or first.kind == OVER else first
+
     def _end(self) -> None:
-        self.failure = Failure(*json.loads(self.clone.get(FAILURE)))
+        self.failure = self._read(self.clone)
+        if self.failure is None:
+            self.clone.add(STOPPED, 1)
+            return
         word = whereabouts()
         self.clone.set(f"{WORD}/{self.rank}", word)
         self.words(self.clone)  # the end of this rank's connections would move the others on
@@ -99,23 +108,31 @@ class _Listener(threading.Thread):
 
     def publish(self, kind: str, message: str) -> Failure:
         """Make it known, unless another failure was; the one that was first."""
-        self.failure = Failure(kind, message[:MAX_CHARACTERS])
+        self.failure = own = Failure(kind, message[:MAX_CHARACTERS])
         with contextlib.suppress(RuntimeError):
-            self.failure = Failure(*json.loads(self.store.compare_set(FAILURE, "", json.dumps(self.failure))))
+            self.store.compare_set(FAILURE, "", json.dumps(own))
+            self.failure = self._read(self.store) or own
         return self.failure
 
     def heard(self, until: Callable[[], bool] = lambda: False) -> Failure | None:
         """What was published, if anything; it may arrive up to GRACE_SECONDS from now, unless `until`."""
         with contextlib.suppress(RuntimeError):
             _until(lambda: self.failure is not None or self.store.check([FAILURE]) or until(), GRACE_SECONDS)
-            if self.failure is None and self.store.check([FAILURE]):
-                self.failure = Failure(*json.loads(self.store.get(FAILURE)))
+            self.failure = self.failure or self._read(self.store)
         return self.failure
 
     def has_ended(self, rank: int) -> bool:
         with contextlib.suppress(RuntimeError):
             return self.store.check([f"{ENDED}/{rank}"])
         return False
+
+    def end_all(self) -> None:
+        """End the listeners of the other ranks, which would lose the store; where torchrun has it they go on."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"{ENDED}/{self.rank}", "")
+            if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                self.store.compare_set(FAILURE, "", json.dumps([OVER, ""]))
+                _until(lambda: self.store.add(STOPPED, 0) >= self.world_size, GRACE_SECONDS)
 
     def stop(self) -> None:
         """A thread that is in the store when the interpreter ends would end the process by SIGABRT."""
@@ -138,7 +155,7 @@ def listen(number: float) -> None:
     global _listener, _previous_hook, _process
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    if _listener is not None and not _listener.is_over():
+    if listener() is not None:
         return
     if _process is None:
         _process, _previous_hook = os.getpid(), sys.excepthook
@@ -152,12 +169,15 @@ def listen(number: float) -> None:
 
 def publish(message: str) -> None:
     """Send a worker's failure to every rank."""
-    if _listener is not None and _listener.failure is None:
-        _listener.publish(WORKER, message)
+    own = listener()
+    if own is not None and own.failure is None:
+        own.publish(WORKER, message)
 
 
 def listener() -> _Listener | None:
-    return _listener
+    """The present world's; the last one's where there is none, since a failure ends it."""
+    present = dist.group.WORLD
+    return None if _listener is None or (present is not None and present is not _listener.world()) else _listener
 
 
 def has_failed() -> bool:
@@ -166,7 +186,8 @@ def has_failed() -> bool:
     NCCL's collectives only order streams. The host that reads what one wrote returns from its read when the group is
     ended, with whatever lies there; so every such read asks this.
     """
-    return _listener is not None and _listener.failure is not None
+    own = listener()
+    return own is not None and own.failure is not None
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> None:
@@ -215,6 +236,5 @@ def _publish_end() -> None:
     if os.getpid() != _process or own is None:
         return
     if own.failure is None:
-        with contextlib.suppress(RuntimeError):
-            own.store.set(f"{ENDED}/{own.rank}", "")
+        own.end_all()
     own.stop()

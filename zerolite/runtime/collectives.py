@@ -56,7 +56,7 @@ class Pending:
                 step()
         except RuntimeError as error:
             Waits.label = None
-            failure = error if isinstance(error, ZeroliteError) else failure_of(self.label, error, dist.get_rank())
+            failure = error if isinstance(error, ZeroliteError) else failure_of(self.label, error)
             self.steps = (partial(_raise, failure),)  # gloo would wait a second time for what came the first time
             raise failure from error
         Waits.label = None
@@ -141,7 +141,7 @@ class NcclGroup(Group):
         rows = rows.cpu()  # the host waits here
         Waits.label = None
         if abort.has_failed():  # the group was aborted: that ends the wait, with whatever lies there
-            raise failure_of(FEW_NUMBERS, RuntimeError("the process group was ended"), dist.get_rank())
+            raise failure_of(FEW_NUMBERS, RuntimeError("the process group was ended"))
         return rows
 
 
@@ -169,7 +169,7 @@ class ExchangeGroup(Group):
         instead of hanging.
         """
         if abort.has_failed():  # this rank computed while its groups were ended
-            raise failure_of(label, RuntimeError("another rank failed"), dist.get_rank())
+            raise failure_of(label, RuntimeError("another rank failed"))
         self.count = (self.count + 1) % (1 << SEQUENCE_BITS)
         sent = next(iter(sends.values()))
         header, content_hash = _header(label, sent.nbytes, str(sent.dtype))
@@ -180,7 +180,7 @@ class ExchangeGroup(Group):
             tag = (content_hash ^ self.generation) << SEQUENCE_BITS + 1 | 2 * self.count + 1
             works = self._post(sends, receives, tag)
         except RuntimeError as error:
-            raise failure_of(label, error, dist.get_rank()) from error
+            raise failure_of(label, error) from error
 
         def check() -> None:
             for peer, received in headers.items():

@@ -1,5 +1,7 @@
 """What a failed collective means, in words: the reason that was published, or what is likely, and who was where."""
 
+import torch.distributed as dist
+
 from zerolite.errors import WorkerError, ZeroliteError
 from zerolite.runtime import abort
 
@@ -22,7 +24,7 @@ class OutOfStepError(RuntimeError):
     """Another rank is at another collective."""
 
 
-def failure_of(label: str, error: Exception, rank: int) -> ZeroliteError:
+def failure_of(label: str, error: Exception) -> ZeroliteError:
     """The error for a collective that has failed on this rank, and with it on every other: they hear of it.
 
     A failure that was published before, by a worker or by another rank, is the cause. It waits for it, since a broken
@@ -30,6 +32,7 @@ def failure_of(label: str, error: Exception, rank: int) -> ZeroliteError:
     """
     peer, listener = getattr(error, "peer", None), abort.listener()
     if listener is None:
+        rank = dist.get_rank() if dist.is_initialized() else 0
         return ZeroliteError(f"rank {rank}: {label} did not complete{_likely(error, peer, False)}")
     what = f"rank {listener.rank}: {label} did not complete"
     first = None
