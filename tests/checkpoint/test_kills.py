@@ -149,6 +149,7 @@ class Ranks:
     """A target: two ranks of one shape."""
 
     shape: Shape
+    has_agent = False
 
     def draw(self, draw: random.Random, lived: Undisturbed) -> Death:
         number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])

@@ -32,6 +32,7 @@ ORPHAN_S = 5.0  # from the end of the ranks to that of their workers
 RUN_S = 90.0
 MOST_KILLS = 8  # of one run
 MAX_RANKS, MAX_WORKERS = 2, 4
+HEADER = 5
 
 COLLECTIVES, POOL = "zerolite.runtime.collectives", "zerolite.offload.pool"
 ATOMIC, LOAD = "zerolite.runtime.atomic_dir", "zerolite.checkpoint.load"
@@ -78,28 +79,30 @@ class Death:
     point: str | None = None
     count: int = 1
     is_after: bool = False
+    restarts: int = 0  # that torchrun may do
 
     def __str__(self) -> str:
         if self.point is None:
             when = f"after {self.moment:.2f} s"
         else:
             when = f"{self.point}, {'after' if self.is_after else 'before'} call {self.count} of rank {self.rank}"
-        return f"{signal.Signals(self.number).name} to {' and '.join(self.victims)} {when}"
+        again = f", {self.restarts} restarts" if self.restarts else ""
+        return f"{signal.Signals(self.number).name} to {' and '.join(self.victims)} {when}{again}"
 
 
 class Board:
     """Numbers in a file that all processes of a run share; the phase and the step of each rank among them."""
 
-    IS_STRUCK, PHASE_THEN, STEP_THEN, AGENT = range(4)
+    IS_STRUCK, PHASE_THEN, STEP_THEN, AGENT, HAS_CHECKPOINT = range(HEADER)
     PHASE, STEP, PID, WORKERS = range(4)  # of a rank's row
     ROW = WORKERS + MAX_WORKERS + len(POINTS)  # how often each point was called, in runs where nobody dies
 
     def __init__(self, path: Path):
-        numel = 4 + MAX_RANKS * self.ROW
+        numel = HEADER + MAX_RANKS * self.ROW
         if not path.exists():
             path.write_bytes(bytes(8 * numel))
         self.numbers = np.memmap(path, dtype=np.int64, mode="r+", shape=(numel,))
-        self.rows = self.numbers[4:].reshape(MAX_RANKS, self.ROW)
+        self.rows = self.numbers[HEADER:].reshape(MAX_RANKS, self.ROW)
 
     def join(self, rank: int, death: Death | None) -> None:
         """As rank `rank`: say who this is, and arrange for the death, unless the run has died of it already."""
@@ -219,6 +222,8 @@ class Undisturbed:
 
 
 class Target(Protocol):
+    has_agent: bool  # that ends the others where one dies before it has joined them
+
     def draw(self, draw: random.Random, lived: Undisturbed) -> Death:
         """Who dies how, where and when."""
 
@@ -277,8 +282,8 @@ def campaign(target: Target, kills: int, seed: int, root: Path) -> Tally:
             found = target.result(folder)
             if differing := {name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)}:
                 tally.failures.append(f"seed {seed}, {folder.name}: ends with another {', '.join(sorted(differing)[:9])}")
-        except (AssertionError, OSError) as error:
-            tally.failures.append(f"seed {seed}, {folder.name}: {error}")
+        except (AssertionError, LookupError, OSError, ValueError) as error:
+            tally.failures.append(f"seed {seed}, {folder.name}: {type(error).__name__} {error}")
         if not tally.failures:
             shutil.rmtree(folder)
     return tally
@@ -306,9 +311,9 @@ def _kill_once(target: Target, folder: Path, death: Death, draw: random.Random, 
             board.strike(death)
         time.sleep(0.01)
     if board.numbers[Board.IS_STRUCK]:
-        if board.numbers[Board.PHASE_THEN] <= JOINING:
+        if board.numbers[Board.PHASE_THEN] == JOINING and not target.has_agent:
             run.kill()  # others wait for it in torch's rendezvous, which is none of zerolite's
-        has_ended = until(lambda: None not in run.codes(), END_S)
+        has_ended = until(lambda: None not in run.codes(), RUN_S if death.restarts else END_S)
         phase = NAMES[board.numbers[Board.PHASE_THEN]]
         tally.kills += 1
         tally.by_phase[phase] += 1

@@ -33,10 +33,15 @@ END_S = 100.0  # of a program, on a quiet machine
 class Program:
     """A program that runs, in a session of its own, with the methods of a text-mode `subprocess.Popen` with pipes."""
 
-    def __init__(self, script: Path, arguments: Sequence[str], ranks: int | None, environment: Mapping[str, str]):
-        """ranks: started by torchrun on so many; None: by python."""
+    def __init__(
+        self, script: Path, arguments: Sequence[str], ranks: int | None, environment: Mapping[str, str], log=None
+    ):
+        """ranks: started by torchrun on so many; None: by python. log: a file for what it prints; None: pipes."""
         ours, theirs = socket.socketpair()
-        (self.stdout, out), (self.stderr, err) = _pipe(), _pipe()
+        if log is None:
+            (self.stdout, out), (self.stderr, err) = _pipe(), _pipe()
+        else:
+            out, err = os.dup(log.fileno()), os.dup(log.fileno())
         with ours, theirs:
             self._process = zygote().start(
                 _become, theirs, str(script), list(arguments), ranks, dict(environment), out=out, err=err
