@@ -88,21 +88,20 @@ def go_on(folder: Path, rank: int, board: Board, shape: Shape) -> None:
         extra = zerolite.load(model, newest, optimizer)
         step, norms = extra["step"], extra["norms"]
         torch.set_rng_state(extra["random"])
-    while step < NUM_STEPS:
+    begins_at_the_end = step == NUM_STEPS  # where a save may have died with something beside it
+    while step < NUM_STEPS or begins_at_the_end:
         board.set_phase(rank, TRAINING)
-        train(model, optimizer, range(step, step + 1))
-        step += 1
-        norms.append(optimizer.grad_norm)
-        board.set_step(rank, step)
+        if not begins_at_the_end:
+            train(model, optimizer, range(step, step + 1))
+            step += 1
+            norms.append(optimizer.grad_norm)
+            board.set_step(rank, step)
         if step % SAVE_STEPS == 0 or step == NUM_STEPS:
             board.set_phase(rank, SAVING)
             name = "step" if shape.replaces else f"step-{step}"
             extra = {"step": step, "norms": norms, "random": torch.get_rng_state()}
             zerolite.save(model, folder / "saved" / name, optimizer, extra)
-    if found:  # the last save may have died with all in its place, and something beside it
-        board.set_phase(rank, SAVING)
-        extra = {"step": step, "norms": norms, "random": torch.get_rng_state()}
-        zerolite.save(model, folder / "saved" / found[-1].name, optimizer, extra)
+        begins_at_the_end = False
     bits = {**state(model, optimizer), **full(model)}
     digests = {
         f"{name} of rank {rank}": hashlib.sha256(as_bytes(value)).hexdigest()

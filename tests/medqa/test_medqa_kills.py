@@ -36,7 +36,9 @@ def inputs(tmp_path_factory) -> dict:
     """Options of a run that takes milliseconds a step."""
     folder = tmp_path_factory.mktemp("inputs")
     tiny_llama().save_pretrained(folder / "model")
-    rows = [json.dumps({"instruction": f"What is fever number {i}?", "output": "Heat. " * (i % 3 + 1)}) for i in range(8)]
+    rows = [
+        json.dumps({"instruction": f"What is fever number {i}?", "output": "Heat. " * (i % 3 + 1)}) for i in range(8)
+    ]
     (folder / "rows.jsonl").write_text("\n".join(rows))
     files = {"train_file": folder / "rows.jsonl", "validation_file": folder / "rows.jsonl"}
     names = {"model_name_or_path": folder / "model", "tokenizer_name_or_path": CORPUS / "tokenizer"}
@@ -101,7 +103,9 @@ class Agents:
         if death.victims == ("agent",):
             expected = {-signal.SIGKILL} if death.number == signal.SIGKILL else {1, 0}
             if phase in (TRAINING, SAVING) and 0 < step and newest < step:
-                return [f"ranks at step {step} did not save when torchrun was killed: the newest checkpoint is {newest}"]
+                return [
+                    f"ranks at step {step} did not save when torchrun was killed: the newest checkpoint is {newest}"
+                ]
         elif "agent" in death.victims:
             expected = {-signal.SIGKILL} if death.number == signal.SIGKILL else {1, 0, -signal.SIGTERM}
         elif death.restarts and board.numbers[Board.HAS_CHECKPOINT]:

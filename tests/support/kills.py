@@ -281,7 +281,9 @@ def campaign(target: Target, kills: int, seed: int, root: Path) -> Tally:
         try:
             found = target.result(folder)
             if differing := {name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)}:
-                tally.failures.append(f"seed {seed}, {folder.name}: ends with another {', '.join(sorted(differing)[:9])}")
+                tally.failures.append(
+                    f"seed {seed}, {folder.name}: ends with another {', '.join(sorted(differing)[:9])}"
+                )
         except (AssertionError, LookupError, OSError, ValueError) as error:
             tally.failures.append(f"seed {seed}, {folder.name}: {type(error).__name__} {error}")
         if not tally.failures:
