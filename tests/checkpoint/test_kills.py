@@ -1,4 +1,4 @@
-"""Ranks and workers that are killed while they train, save or resume: is the resumed run the undisturbed one, bit by bit?"""
+"""Do killed ranks and workers, in training, saving or resuming, resume to the bits of an undisturbed run?"""
 
 from __future__ import annotations
 

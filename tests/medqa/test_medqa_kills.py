@@ -1,4 +1,4 @@
-"""Runs of train_medqa.py whose torchrun, ranks or workers are killed: do they resume to the bits of an undisturbed run?"""
+"""Does train_medqa.py resume to the bits of an undisturbed run when torchrun, a rank or a worker is killed?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
-from kills import SAVING, STARTING, TRAINING, Board, Death, Tally, Undisturbed, campaign, is_running
+from kills import SAVING, TRAINING, Board, Death, Tally, Undisturbed, campaign, is_running
 from medqa_runs import tiny_llama, to_flags
 from paths import ROOT
 from programs import Program

@@ -256,6 +256,10 @@ class Tally:
             f"{len(self.failures)} failures"
         )
 
+    def fail(self, text: str) -> None:
+        self.failures.append(text)
+        print(text)
+
     def add(self, other: Tally) -> None:
         self.kills += other.kills
         self.runs += other.runs
@@ -281,11 +285,11 @@ def campaign(target: Target, kills: int, seed: int, root: Path) -> Tally:
         try:
             found = target.result(folder)
             if differing := {name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)}:
-                tally.failures.append(
+                tally.fail(
                     f"seed {seed}, {folder.name}: ends with another {', '.join(sorted(differing)[:9])}"
                 )
         except (AssertionError, LookupError, OSError, ValueError) as error:
-            tally.failures.append(f"seed {seed}, {folder.name}: {type(error).__name__} {error}")
+            tally.fail(f"seed {seed}, {folder.name}: {type(error).__name__} {error}")
         if not tally.failures:
             shutil.rmtree(folder)
     return tally
@@ -327,9 +331,9 @@ def _kill_once(target: Target, folder: Path, death: Death, draw: random.Random, 
         if not until(lambda: not any(map(is_running, pids)), ORPHAN_S):
             problems.append(f"{[pid for pid in pids if is_running(pid)]} of {pids} still run")
         if problems:
-            tally.failures.append(f"{folder.name}, {phase}, {death}: {'; '.join(problems)}\n{run.tail()}")
+            tally.fail(f"{folder.name}, {phase}, {death}: {'; '.join(problems)}\n{run.tail()}")
     elif run.codes() != [0] * len(run.codes()):
-        tally.failures.append(f"{folder.name}, not struck ({death}): ended with {run.codes()}\n{run.tail()}")
+        tally.fail(f"{folder.name}, not struck ({death}): ended with {run.codes()}\n{run.tail()}")
     is_done = run.codes() == [0] * len(run.codes())
     run.kill()
     return is_done
@@ -341,7 +345,7 @@ def _finish(target: Target, folder: Path, draw: random.Random, tally: Tally) -> 
     run = target.start(folder, None, draw)
     until(lambda: None not in run.codes(), RUN_S)
     if run.codes() != [0] * len(run.codes()):
-        tally.failures.append(f"{folder.name}, resumed undisturbed: ended with {run.codes()}\n{run.tail()}")
+        tally.fail(f"{folder.name}, resumed undisturbed: ended with {run.codes()}\n{run.tail()}")
     run.kill()
 
 

@@ -5,6 +5,7 @@ import os
 import resource
 import shlex
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -141,12 +142,30 @@ def end_with_torchrun() -> None:
     agent = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != agent:  # it ended in between
+        if os.getppid() != agent or not _is_agent_listening():  # it ended in between, or while this rank imported torch
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_agent_listening() -> bool:
+    """False where nobody listens at the store that torchrun opens before it starts a rank, which ends with it.
+
+    A rank that missed the end has another process as its parent, and would try to reach the store for minutes.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:  # the network's, of which torch will tell
+        return True
+    return True
 
 
 def refuse(error: Exception, rank: int, status: int = 2) -> int:
     """Say what the user is to change, in one message; the exit status."""
+    if type(error) in (zerolite.ZeroliteError, zerolite.WorkerError) and _is_of_another_rank(error, rank):
+        return report_failure(error, rank)
     if rank != 0:
         time.sleep(SAME_S)  # every rank finds the same mistake, and rank 0 tells it
     print(f"train_medqa.py: error: {error}", file=sys.stderr)
@@ -155,16 +174,23 @@ def refuse(error: Exception, rank: int, status: int = 2) -> int:
 
 def report_failure(error: Exception, rank: int) -> int:
     """Print why this rank ends, so that the rank with the cause speaks first; the exit status."""
-    of_a_worker = isinstance(error, zerolite.WorkerError)  # heard on every rank, it names the one whose worker it is
-    if of_a_worker and str(error).startswith(f"rank {rank}:"):
-        print(error, file=sys.stderr)
-    elif of_a_worker or any(mark in str(error) for mark in PEER_FAILURES):
+    if _is_of_another_rank(error, rank):
         time.sleep(PATIENCE_S)
         print(f"rank {rank}: ends because another rank did ({str(error).splitlines()[0]})", file=sys.stderr)
+    elif isinstance(error, zerolite.WorkerError):
+        print(error, file=sys.stderr)
     else:
         text = "".join(traceback.format_exception(error))
         print(f"rank {rank} failed: {error}\n{text}", file=sys.stderr)
     return 1
+
+
+def _is_of_another_rank(error: Exception, rank: int) -> bool:
+    """Whether the cause is with another rank, which says it."""
+    text = str(error)
+    if isinstance(error, zerolite.WorkerError):  # heard on every rank, it names the one whose worker it is
+        return text.startswith("rank ") and not text.startswith(f"rank {rank}:")
+    return any(mark in text for mark in PEER_FAILURES)
 
 
 def leave(status: int) -> None:
