@@ -166,12 +166,10 @@ class Ranks:
     def problems(self, death: Death, board: Board, folder: Path, codes: list[int | None]) -> list[str]:
         if board.numbers[Board.PHASE_THEN] == JOINING:
             return []
-        expected = [{ENDED_BY_AN_ERROR}] * 2
+        expected = [{-death.number} if f"rank {rank}" in death.victims else {ENDED_BY_AN_ERROR} for rank in range(2)]
         for rank in range(2):
-            if f"rank {rank}" in death.victims:
-                expected[rank] = {-death.number}
-            elif board.rows[rank][Board.PHASE] == DONE:
-                expected[rank] = {0}
+            if board.rows[rank][Board.PHASE] == DONE:
+                expected[rank].add(0)
         wrong = [code for code, allowed in zip(codes, expected, strict=True) if code not in allowed | {None}]
         return [f"ended with {codes}, expected {expected}"] if wrong else []
 

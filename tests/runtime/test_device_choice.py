@@ -200,7 +200,7 @@ def test_the_arena_closes_where_the_driver_fails(cuda):
 
 def numbers_after_a_failure() -> str:
     """What a rank reads of NCCL's collective when another rank has failed: the abort ends the wait, not the read."""
-    abort.listen()
+    abort.listen(0.5)
     group = NcclGroup(dist.group.WORLD)
     dist.barrier()
     if group.rank == 1:

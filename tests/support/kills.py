@@ -321,9 +321,10 @@ def _kill_once(target: Target, folder: Path, death: Death, draw: random.Random, 
             run.kill()  # others wait for it in torch's rendezvous, which is none of zerolite's
         has_ended = until(lambda: None not in run.codes(), RUN_S if death.restarts else END_S)
         phase = NAMES[board.numbers[Board.PHASE_THEN]]
-        tally.kills += 1
-        tally.by_phase[phase] += 1
-        tally.by_victim[f"{signal.Signals(death.number).name} {' + '.join(death.victims)}"] += 1
+        if board.numbers[Board.PHASE_THEN] < DONE:  # else there was nobody to be killed
+            tally.kills += 1
+            tally.by_phase[phase] += 1
+            tally.by_victim[f"{signal.Signals(death.number).name} {' + '.join(death.victims)}"] += 1
         problems = target.problems(death, board, folder, run.codes())
         if not has_ended:
             problems.insert(0, f"did not end in {END_S:.0f} s")

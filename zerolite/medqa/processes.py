@@ -11,6 +11,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,10 +88,23 @@ def join() -> Processes:
         return Processes(0, 1, device)
     if not dist.is_initialized():
         if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **_own_names())
         else:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
+            dist.init_process_group("gloo", timeout=TIMEOUT, **_own_names())
     return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _own_names() -> dict[str, Any]:
+    """Of `init_process_group`: names of this attempt's own in the store of a torchrun that starts ranks again.
+
+    The store is the same for every attempt, and torch's names in it are too: a rank would read where one of the last
+    attempt listened, and wait for it. Machines may count attempts unlike; on several of them torch's names are left.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": world_size}
 
 
 def _device() -> torch.device:

@@ -1,5 +1,6 @@
 """Which units' shards lie on the host, what that costs, and the start of the workers that step them."""
 
+import secrets
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -154,8 +155,8 @@ def host_bytes(plan: UnitPlan, policy: Policy, offload: Offload) -> int:
 def _start_host(offload: Offload, device: Device, mesh: RankMesh) -> Host:
     """This rank's arena and workers, with its share of the cores of this machine. Collective."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    machine = torch.tensor([float(zlib.crc32(boot.encode()))], dtype=torch.float64, device=device.device)
-    machines = mesh.all_gather_scalars(machine).view(-1).tolist()
-    here = [rank for rank, other in enumerate(machines) if other == machines[mesh.rank]]
-    abort.listen()
+    own = [float(zlib.crc32(boot.encode())), secrets.SystemRandom().random()]  # not `random`, which users seed
+    rows = mesh.all_gather_scalars(torch.tensor(own, dtype=torch.float64, device=device.device)).view(-1, 2).tolist()
+    here = [rank for rank, (machine, _) in enumerate(rows) if machine == own[0]]
+    abort.listen(rows[0][1])
     return Host(offload, device, here.index(mesh.rank), len(here), f"rank {mesh.rank}", abort.publish)

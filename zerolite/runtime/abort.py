@@ -15,23 +15,27 @@ from torch.distributed import distributed_c10d
 
 from zerolite.errors import WorkerError
 
-KEY = "zerolite/abort"
+KEY = "zerolite/abort"  # and the number of this world: torchrun's store outlives the ranks that it starts again
 FOREVER = datetime.timedelta(days=365)
 GRACE_SECONDS = 0.7  # between the end of another rank's connection and the arrival of its message
 
 _world: dist.ProcessGroup | None = None  # whose failures these are
+_key = KEY
 _listener: threading.Thread | None = None
 _failures: list[str] = []
 
 
-def listen() -> None:
-    """Listen for failures of the present world; without torch.distributed there is no other rank that could fail."""
-    global _world, _listener, _failures
+def listen(number: float) -> None:
+    """Listen for failures of the present world; without torch.distributed there is no other rank that could fail.
+
+    number: one that all ranks have, and that no world before had which used the same store.
+    """
+    global _world, _key, _listener, _failures
     if not dist.is_initialized() or dist.get_world_size() == 1 or dist.group.WORLD is _world:
         return
-    _world, _failures = dist.group.WORLD, []
+    _world, _key, _failures = dist.group.WORLD, f"{KEY}/{number.hex()}", []
     clone = distributed_c10d._get_default_store().clone()  # a connection of its own
-    _listener = threading.Thread(target=_sleep, args=(clone, _failures), name="zerolite-abort", daemon=True)
+    _listener = threading.Thread(target=_sleep, args=(clone, _key, _failures), name="zerolite-abort", daemon=True)
     _listener.start()
 
 
@@ -40,7 +44,7 @@ def publish(message: str) -> None:
     if _listener is not None:
         _failures.append(message)
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it the run
-            distributed_c10d._get_default_store().set(KEY, message)
+            distributed_c10d._get_default_store().set(_key, message)
 
 
 def check() -> None:
@@ -61,9 +65,9 @@ def received() -> str | None:
     return _failures[0] if _failures else None
 
 
-def _sleep(store, failures: list[str]) -> None:
+def _sleep(store, key: str, failures: list[str]) -> None:
     with contextlib.suppress(RuntimeError):
-        store.wait([KEY], FOREVER)
-        failures.append(store.get(KEY).decode())
+        store.wait([key], FOREVER)
+        failures.append(store.get(key).decode())
         with contextlib.suppress(RuntimeError, AttributeError):
             distributed_c10d._abort_process_group()
