@@ -101,13 +101,13 @@ class Agents:
         phase, step = board.numbers[Board.PHASE_THEN], board.numbers[Board.STEP_THEN]
         newest = max([0, *(int(path.name[11:]) for path in resume.checkpoints(folder / "out"))])
         if death.victims == ("agent",):
-            expected = {-signal.SIGKILL} if death.number == signal.SIGKILL else {1, 0}
+            expected = {-signal.SIGKILL} if death.number == signal.SIGKILL else {0, 1, -signal.SIGTERM}
             if phase in (TRAINING, SAVING) and 0 < step and newest < step:
                 return [
                     f"ranks at step {step} did not save when torchrun was killed: the newest checkpoint is {newest}"
                 ]
         elif "agent" in death.victims:
-            expected = {-signal.SIGKILL} if death.number == signal.SIGKILL else {1, 0, -signal.SIGTERM}
+            expected = {-signal.SIGKILL} if death.number == signal.SIGKILL else {0, 1, -signal.SIGTERM}
         elif death.restarts and board.numbers[Board.HAS_CHECKPOINT]:
             expected = {0}
         else:

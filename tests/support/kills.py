@@ -8,6 +8,7 @@ dies several times before it may end, so one comparison of bits serves several k
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import importlib
 import os
@@ -106,6 +107,7 @@ class Board:
 
     def join(self, rank: int, death: Death | None) -> None:
         """As rank `rank`: say who this is, and arrange for the death, unless the run has died of it already."""
+        faulthandler.register(signal.SIGUSR1, all_threads=True)  # where it hangs, for a failure
         row = self.rows[rank]
         row[: -len(POINTS)] = 0
         row[self.PID] = os.getpid()
@@ -325,12 +327,18 @@ def _kill_once(target: Target, folder: Path, death: Death, draw: random.Random, 
             tally.kills += 1
             tally.by_phase[phase] += 1
             tally.by_victim[f"{signal.Signals(death.number).name} {' + '.join(death.victims)}"] += 1
+        pids = board.pids()
+        has_died = until(lambda: not any(map(is_running, pids)), ORPHAN_S)
         problems = target.problems(death, board, folder, run.codes())
         if not has_ended:
             problems.insert(0, f"did not end in {END_S:.0f} s")
-        pids = board.pids()
-        if not until(lambda: not any(map(is_running, pids)), ORPHAN_S):
-            problems.append(f"{[pid for pid in pids if is_running(pid)]} of {pids} still run")
+        if not has_died:
+            left = [pid for pid in pids if is_running(pid)]
+            problems.append(f"{left} of {pids} still run")
+            for row in board.rows:
+                if int(row[Board.PID]) in left:
+                    os.kill(int(row[Board.PID]), signal.SIGUSR1)
+            time.sleep(0.5)
         if problems:
             tally.fail(f"{folder.name}, {phase}, {death}: {'; '.join(problems)}\n{run.tail()}")
     elif run.codes() != [0] * len(run.codes()):
