@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from zerolite.runtime import atomic_dir
 
 NUM_STEPS, SAVE_STEPS = 9, 2
 ENDED_BY_AN_ERROR = 3
+GROUP_TIMEOUT = timedelta(seconds=30)
 
 
 class Noisy(Odd):
@@ -65,7 +68,7 @@ def live(connection: int, folder: Path, rank: int, death: Death | None, shape: S
         board = Board(folder / "board")
         board.join(rank, death)
         store = dist.FileStore(str(folder / "rendezvous"), 2)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        dist.init_process_group("gloo", timeout=GROUP_TIMEOUT, store=store, rank=rank, world_size=2)
         go_on(folder, rank, board, shape)
     except BaseException:
         traceback.print_exc()
@@ -178,7 +181,10 @@ class Ranks:
         steps = [step for step in range(1, NUM_STEPS + 1) if step % SAVE_STEPS == 0 or step == NUM_STEPS]
         expected = ["step"] if self.shape.replaces else [f"step-{step}" for step in steps]
         assert left == expected, f"left {left}, expected {expected}"
-        return {k: v for rank in range(2) for k, v in json.loads((folder / f"result-{rank}").read_text()).items()}
+        bits = {k: v for rank in range(2) for k, v in json.loads((folder / f"result-{rank}").read_text()).items()}
+        if self.shape.moves:  # what a rank has of a bucket depends on the stage at which the run ends
+            bits = {name: digest for name, digest in bits.items() if re.search(r"owned|stepped|exp_avg", name) is None}
+        return bits
 
 
 @pytest.mark.skipif(cpu.path() is None, reason="the host kernels were not built")
