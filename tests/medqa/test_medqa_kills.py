@@ -11,6 +11,7 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import killed_medqa
 import pytest
 from kills import SAVING, TRAINING, Board, Death, Tally, Undisturbed, campaign, is_running
 from medqa_runs import tiny_llama, to_flags
@@ -22,7 +23,7 @@ from zerolite.medqa import resume
 from zerolite.medqa.arguments import CORPUS
 from zerolite.medqa.progress import METRICS, read_metrics
 
-SCRIPT = ROOT / "tests" / "support" / "killed_medqa.py"
+SCRIPT = Path(killed_medqa.__file__)
 NUM_STEPS, SAVE_STEPS = 8, 2
 SHAPES = [
     {"stage": 2},
