@@ -119,7 +119,7 @@ def damaged(line: bytes, draw: random.Random) -> bytes:
 
 def bomb(draw: random.Random) -> bytes:
     """What a parser chokes on."""
-    depth = draw.choice([50, 400, 900, 985, 990, 995, 1000, 5000, 100_000])
+    depth = draw.choice([50, 400, 1100, 5000, 100_000])  # what json reads about 1000 deep depends on the stack
     digits = draw.choice([10, 4299, 4301, 100_000])
     good = b'{"instruction": "a", "output": "b", "x": %s}'
     return draw.choice(
@@ -197,7 +197,8 @@ def is_usable(value: object) -> bool:
 
 
 def check_lines(path: Path, lines: list[bytes]) -> list[str]:
-    """What is wrong with how a JSONL file of these lines is read."""
+    """What is wrong with how a JSONL file of these lines is read; one that begins with a bracket would be an array."""
+    lines = [b'{"instruction": "a", "output": "b"}', *lines]
     path.write_bytes(b"\n".join(lines))
     expected = {number: meant(line) for number, line in enumerate(lines, start=1) if line.strip()}
     return compare(path, expected)
