@@ -76,10 +76,16 @@ def mutate(value, draw: random.Random):
 def resigned(folder: Path, draw: random.Random) -> None:
     """Another value in the manifest, in a file's slices or extra, in what it says of its tensors, or in a tensor."""
     path = folder / draw.choice(FILES)
-    where = draw.choice(["manifest", "slices", "extra", "tensors", "numbers"])
+    where = draw.choice(["manifest", "optimizer", "slices", "shift", "extra", "tensors", "numbers"])
     manifest = json.loads((folder / "manifest.json").read_text())
     if where == "manifest":
         manifest = mutate(manifest, draw)
+    elif where == "optimizer":  # what a user could have chosen
+        optimizer = manifest["optimizer"]
+        group = draw.choice(optimizer["groups"])
+        group[draw.choice(["lr", "eps", "weight_decay"])] = draw.random()
+        group["betas"] = [draw.random(), draw.random()]
+        optimizer["steps"][draw.choice(list(optimizer["steps"]))] = draw.randrange(1 << 20)
     else:
         header, body = split(path)
         if where == "tensors":
@@ -88,6 +94,11 @@ def resigned(folder: Path, draw: random.Random) -> None:
         elif where == "numbers":
             body = bytearray(body)
             body[draw.randrange(len(body))] ^= 1 << draw.randrange(8)
+        elif where == "shift":
+            slices, by = json.loads(header["__metadata__"]["slices"]), draw.choice([-8, -1, 1, 8])
+            key = draw.choice(list(slices))
+            slices[key] = [end + by for end in slices[key]]
+            header["__metadata__"]["slices"] = json.dumps(slices)
         else:
             header["__metadata__"][where] = json.dumps(mutate(json.loads(header["__metadata__"][where]), draw))
         join(path, header, bytes(body))
@@ -239,11 +250,11 @@ def load_mutations(folder: Path, trials: int, seed: int) -> tuple[int, list[str]
     """How many of the trials loaded, and what was wrong."""
     draw = random.Random(seed)
     originals = {path.name: path.read_bytes() for path in folder.iterdir()}
-    pristine = folder.with_name("pristine")
-    shutil.copytree(folder, pristine)
     model, optimizer = make(3, seed=1)
-    zerolite.load(model, pristine, optimizer)
-    original = had(model, optimizer, zerolite.load(model, pristine, optimizer))
+    original = had(model, optimizer, zerolite.load(model, folder, optimizer))
+    train(model, optimizer, range(1))  # else a load that stops half-way would change nothing
+    other = folder.with_name("other")
+    zerolite.save(model, other, optimizer)
     before = state(model, optimizer)
     loaded, failures = 0, []
     for trial in range(trials):
@@ -266,7 +277,7 @@ def load_mutations(folder: Path, trials: int, seed: int) -> tuple[int, list[str]
             error = attempt(partial(train, model, optimizer, range(1)))
             if error[0]:
                 failures.append(f"{mutation.__name__} {trial}: it loaded, and a step then said {error}")
-        zerolite.load(model, pristine, optimizer)
+        zerolite.load(model, other, optimizer)
         if not unchanged(before, state(model, optimizer)):
             failures.append(f"{mutation.__name__} {trial}: the next load left something of this one")
             before = state(model, optimizer)
