@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from kills import DONE, JOINING, RESUMING, SAVING, STARTING, TRAINING, Board, Death, Tally, Undisturbed, campaign
+from deaths import DONE, JOINING, RESUMING, SAVING, STARTING, TRAINING, Board, Death
+from kills import Tally, Undisturbed, campaign
 from saved import Odd, full, make, state, train
 from zerolite_kernels import cpu
 from zygote import zygote

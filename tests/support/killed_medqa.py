@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from kills import DONE, RESUMING, SAVING, STARTING, TRAINING, Board, Death
+from deaths import DONE, RESUMING, SAVING, STARTING, TRAINING, Board, Death
 
 import train_medqa
 from zerolite.medqa import divergence, processes, report, resume, tuning
