@@ -161,6 +161,7 @@ class Fork:
         for file, descriptor in (out, 1), (err, 2):
             if file is not None:
                 os.dup2(file if isinstance(file, int) else file.fileno(), descriptor)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # as subprocess does: a rank would keep torchrun's store alive
         _end_with(work)
 
     def poll(self) -> int | None:
