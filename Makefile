@@ -41,7 +41,7 @@ test-oldest: .venv-oldest/installed
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(PARTS)
 
-# Long campaigns of what `make test` does a tenth of.
+# Long campaigns of kills, mutations, rows and races, of which `make test` runs a part.
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow -s
 

@@ -119,7 +119,8 @@ def train(run: Run) -> int:
     started_s = time.perf_counter()
     progress = Progress(run.folder, run.processes.rank, run.first_step, run.num_steps)
     with StopSignals() as signals:
-        validate(run, progress, signals)
+        if run.first_step < run.num_steps:  # else the end validates, and the step has one record
+            validate(run, progress, signals)
         stopped_by = fit(run, signals, progress)
         if stopped_by is None:
             # A skipped step is none of the scheduler's, whose count a checkpoint keeps.

@@ -18,6 +18,7 @@ from zerolite.medqa import data, model, resume
 from zerolite.medqa.arguments import CORPUS, parse
 from zerolite.medqa.divergence import MAX_SKIPPED, MAX_SKIPPED_FP16, Diverged
 from zerolite.medqa.progress import METRICS, read_metrics
+from zerolite.runtime import atomic_dir
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,19 @@ def test_a_named_checkpoint_is_taken_or_refused_not_replaced(tiny_folder, tmp_pa
         (folder / "manifest.json").write_text("{")
     with pytest.raises(zerolite.CheckpointError, match="checkpoint-2"):  # the newest is what the user would repair
         trained(arguments(tiny_folder, tmp_path, resume=tmp_path))
+
+
+def test_a_resumed_run_removes_what_a_killed_save_left_and_validates_its_end_once(tiny_folder, tmp_path):
+    """A save at a signal is at a step that the resumed run may never save."""
+    trained(arguments(tiny_folder, tmp_path, max_steps=2))
+    left, old = (atomic_dir.beside(tmp_path / "checkpoint-1", token) for token in ("0123456789ab", "old-0123456789ab"))
+    for folder in (left, old):
+        folder.mkdir()
+        (folder / "rank-00000.safetensors").touch()
+    trained(arguments(tiny_folder, tmp_path, max_steps=2, resume=tmp_path))
+    assert not left.exists() and old.exists()
+    told = [(record["step"], "validation_loss" in record) for record in read_metrics(tmp_path / METRICS)]
+    assert len(told) == len(set(told))
 
 
 @pytest.mark.parametrize(("precision", "most"), [("fp32", MAX_SKIPPED), ("fp16", MAX_SKIPPED_FP16)])

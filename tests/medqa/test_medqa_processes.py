@@ -15,7 +15,8 @@ import crosses
 import programs
 import psutil
 import pytest
-from limits import Limit, load
+from kills import is_running
+from limits import Limit, load, until
 from paths import ROOT
 from programs import Program
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -163,6 +164,51 @@ def test_a_survivor_of_a_killed_rank_speaks_within_two_seconds(flags, tmp_path):
     assert time.monotonic() - began < 2.5 * load()
     assert ranks[0].returncode == 1 and "rank 0: ends because another rank did" in err
     ranks[1].communicate()
+
+
+def test_a_survivor_of_a_rank_that_is_killed_before_training_tells_no_mistake_of_the_user(flags, tmp_path):
+    """Rank 0 dies while the model is sharded; rank 1 is no user's mistake, which rank 0 would tell."""
+    script = tmp_path / "dying.py"
+    script.write_text(
+        "import os, signal\n"
+        "import train_medqa\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    train_medqa.model.sharded = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train_medqa.processes.leave(train_medqa.main())\n"
+    )
+    common = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    arguments = [*flags, "--output_dir", str(tmp_path / "out")]
+    ranks = [Program(script, arguments, None, {**common, "RANK": rank}) for rank in ("0", "1")]
+    ranks[0].communicate()
+    began = time.monotonic()
+    _, err = ranks[1].communicate()
+    assert time.monotonic() - began < 2.5 * load()
+    assert ranks[1].returncode == 1 and "rank 1: ends because another rank did" in err and "error:" not in err
+
+
+def test_ranks_that_still_import_when_torchrun_is_killed_end_too(flags, tmp_path):
+    """Their parent is another process then, and the store that they would join is gone."""
+    script = tmp_path / "importing.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'rank-' + os.environ['RANK']).write_text(str(os.getpid()))\n"
+        f"while not pathlib.Path({str(tmp_path)!r}, 'killed').exists(): time.sleep(0.01)\n"
+        "import train_medqa\n"
+        "train_medqa.processes.leave(train_medqa.main())\n"
+    )
+    process = start([*flags, "--output_dir", str(tmp_path / "out")], script=script)
+    assert until(lambda: all((tmp_path / f"rank-{rank}").exists() for rank in range(2)), programs.END_S)
+    ranks = psutil.Process(process.pid).children()
+    process.kill()
+    process._process.wait()
+    (tmp_path / "killed").touch()
+    have_ended = until(lambda: not any(is_running(rank.pid) for rank in ranks), 5.0)
+    for rank in ranks:
+        if is_running(rank.pid):
+            rank.kill()
+    _, err = process.communicate()
+    assert len(ranks) >= 2 and have_ended
+    assert "failed" not in err  # as they would say that wait for the store, and wait, and give up
 
 
 def free_port() -> int:

@@ -33,10 +33,15 @@ END_S = 100.0  # of a program, on a quiet machine
 class Program:
     """A program that runs, in a session of its own, with the methods of a text-mode `subprocess.Popen` with pipes."""
 
-    def __init__(self, script: Path, arguments: Sequence[str], ranks: int | None, environment: Mapping[str, str]):
-        """ranks: started by torchrun on so many; None: by python."""
+    def __init__(
+        self, script: Path, arguments: Sequence[str], ranks: int | None, environment: Mapping[str, str], log=None
+    ):
+        """ranks: started by torchrun on so many; None: by python. log: a file for what it prints; None: pipes."""
         ours, theirs = socket.socketpair()
-        (self.stdout, out), (self.stderr, err) = _pipe(), _pipe()
+        if log is None:
+            (self.stdout, out), (self.stderr, err) = _pipe(), _pipe()
+        else:
+            out, err = os.dup(log.fileno()), os.dup(log.fileno())
         with ours, theirs:
             self._process = zygote().start(
                 _become, theirs, str(script), list(arguments), ranks, dict(environment), out=out, err=err
@@ -156,6 +161,7 @@ class Fork:
         for file, descriptor in (out, 1), (err, 2):
             if file is not None:
                 os.dup2(file if isinstance(file, int) else file.fileno(), descriptor)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # as subprocess does: a rank would keep torchrun's store alive
         _end_with(work)
 
     def poll(self) -> int | None:

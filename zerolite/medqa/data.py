@@ -128,7 +128,9 @@ def _array(file: Path, content: bytes) -> Iterator[tuple[int, object]]:
         elif not text.startswith("]", position):
             raise DataError(f"{file}, line {line}: the JSON array breaks off after this row: expected ',' or ']'")
     if text[position + 1 :].strip():
-        raise DataError(f"{file}: expected nothing after the JSON array, got {_shown(text[position + 1 :].strip())}")
+        line += text.count("\n", counted, position)
+        rest = _shown(text[position + 1 :].strip())
+        raise DataError(f"{file}, line {line}: expected nothing after the JSON array's end, got {rest}")
 
 
 def _conversation(row: object) -> Conversation:

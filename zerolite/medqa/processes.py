@@ -7,11 +7,13 @@ import re
 import resource
 import shlex
 import signal
+import socket
 import sys
 import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,9 +95,9 @@ def join(mistake: str = "") -> Processes:
         return Processes(0, 1, device)
     if not dist.is_initialized():
         if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **_own_names())
         else:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
+            dist.init_process_group("gloo", timeout=TIMEOUT, **_own_names())
     ranks = Processes(dist.get_rank(), dist.get_world_size(), device)
     rows = ranks.gather(*mistake.encode()[:MISTAKE_BYTES].ljust(MISTAKE_BYTES, b"\0"))
     texts = [bytes(map(int, row)).rstrip(b"\0").decode(errors="replace") for row in rows]
@@ -103,6 +105,19 @@ def join(mistake: str = "") -> Processes:
     if found:
         raise ValueError("; ".join(found[:4]))
     return ranks
+
+
+def _own_names() -> dict[str, Any]:
+    """Of `init_process_group`: names of this attempt's own in the store of a torchrun that starts ranks again.
+
+    The store is the same for every attempt, and torch's names in it are too: a rank would read where one of the last
+    attempt listened, and wait for it. Machines may count attempts unlike; on several of them torch's names are left.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": world_size}
 
 
 def _device() -> torch.device:
@@ -154,8 +169,24 @@ def end_with_torchrun() -> None:
     agent = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != agent:  # it ended in between
+        if os.getppid() != agent or not _is_agent_listening():  # it ended in between, or while this rank imported torch
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_agent_listening() -> bool:
+    """False where nobody listens at the store that torchrun opens before it starts a rank, which ends with it.
+
+    A rank that missed the end has another process as its parent, and would try to reach the store for minutes.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:  # the network's, of which torch will tell
+        return True
+    return True
 
 
 def refuse(error: Exception, rank: int, status: int = 2) -> int:
@@ -164,12 +195,13 @@ def refuse(error: Exception, rank: int, status: int = 2) -> int:
     Every rank finds most mistakes, and rank 0 tells them. It tells what others alone have found, too: it waits for them
     in `join`, so they come there with it.
     """
+    if type(error) in (zerolite.ZeroliteError, zerolite.WorkerError) and _is_of_another_rank(error, rank):
+        return report_failure(error, rank)
     if rank != 0 and dist.is_initialized():
         time.sleep(SAME_S)
     elif rank != 0:
-        joining = threading.Thread(
-            target=_join_with, args=(without_secrets(str(error)),), daemon=True
-        )  # rank 0 may never come
+        mistake = without_secrets(str(error))
+        joining = threading.Thread(target=_join_with, args=(mistake,), daemon=True)  # rank 0 may never come
         joining.start()
         joining.join(SAME_BEFORE_JOIN_S)
         if not joining.is_alive():
@@ -190,12 +222,11 @@ def _join_with(mistake: str) -> None:
 
 def report_failure(error: Exception, rank: int) -> int:
     """Print why this rank ends, so that the rank with the cause speaks first; the exit status."""
-    of_a_worker = isinstance(error, zerolite.WorkerError)  # heard on every rank, it names the one whose worker it is
-    if of_a_worker and str(error).startswith(f"rank {rank}:"):
-        print(error, file=sys.stderr)
-    elif of_a_worker or any(mark in str(error) for mark in PEER_FAILURES):
+    if _is_of_another_rank(error, rank):
         time.sleep(PATIENCE_S)
         _tell(RuntimeError(f"rank {rank}: ends because another rank did ({str(error).splitlines()[0]})"))
+    elif isinstance(error, zerolite.WorkerError):
+        print(error, file=sys.stderr)
     else:
         print(f"rank {rank} failed: {error}", file=sys.stderr)
         if isinstance(error, zerolite.CheckpointError):  # a full disk: where it was noticed does not matter
@@ -207,6 +238,14 @@ def report_failure(error: Exception, rank: int) -> int:
 def _tell(error: Exception) -> None:
     """As the interpreter does: zerolite's hook tells the other ranks, too, and what they have told."""
     sys.excepthook(type(error), error, error.__traceback__)
+
+
+def _is_of_another_rank(error: Exception, rank: int) -> bool:
+    """Whether the cause is with another rank, which says it."""
+    text = str(error)
+    if isinstance(error, zerolite.WorkerError):  # heard on every rank, it names the one whose worker it is
+        return text.startswith("rank ") and not text.startswith(f"rank {rank}:")
+    return any(mark in text for mark in PEER_FAILURES)
 
 
 def leave(status: int) -> None:

@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,6 +105,9 @@ def load_newest(
 def claim_output(folder: Path, is_resumed: bool) -> None:
     """Make the output folder and see that it can be written; on rank 0.
 
+    Where the run goes on, what a run that was killed in a save left beside its checkpoints is removed: this one may
+    never save that step.
+
     Raises ValueError where it cannot, and where it holds checkpoints that this run does not go on from: a later
     `--resume` would take them for its own.
     """
@@ -113,6 +117,9 @@ def claim_output(folder: Path, is_resumed: bool) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
+    for left in folder.glob(".checkpoint-*.tmp-*") if is_resumed else ():
+        if ".tmp-old-" not in left.name:  # that one was complete, and `zerolite.load` puts it back
+            shutil.rmtree(left, ignore_errors=True)
     if not is_resumed and (found := checkpoints(folder)):
         raise ValueError(
             f"--output_dir {folder}: holds {found[-1].name} of an earlier run; go on from it with --resume {folder}, "
