@@ -84,7 +84,7 @@ class Tally:
     runs: int = 0
     by_phase: Counter = field(default_factory=Counter)
     by_victim: Counter = field(default_factory=Counter)
-    late: int = 0  # that ended after SOON_S
+    late: int = 0  # kills whose others ended after SOON_S
     failures: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ class Tally:
 
         return (
             f"{self.kills} kills in {self.runs} runs ({listed(self.by_phase)}; {listed(self.by_victim)}), "
-            f"{self.late} whose others ended by the group's timeout: {len(self.failures)} failures"
+            f"{self.late} whose others ended after {SOON_S:.0f} s: {len(self.failures)} failures"
         )
 
     def fail(self, text: str) -> None:
