@@ -18,16 +18,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 import zerolite
-from zerolite.medqa import corpus, model, processes, report, resume, template, tuning
-from zerolite.medqa.answers import answer, held_out_questions
+from zerolite.medqa import answers, corpus, model, processes, report, resume, template, tuning
 from zerolite.medqa.arguments import Options, parse
 from zerolite.medqa.batches import Order, collate, fingerprint, micro_batches
 from zerolite.medqa.corpus import Corpus
 from zerolite.medqa.divergence import Diverged, Divergence
-from zerolite.medqa.loss import label_loss, validation_loss
+from zerolite.medqa.loss import ALL, label_loss, validation_losses
 from zerolite.medqa.processes import Processes, StopSignals
 from zerolite.medqa.progress import Meter, Progress
 
@@ -43,7 +42,6 @@ class Run:
     corpus: Corpus
     order: Order
     num_steps: int
-    first_step: int
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -82,29 +80,15 @@ def prepare(options: Options) -> Run:
     sharded = model.sharded(options, config, adapt)
     model.align_ends(sharded, tokenizer)
     optimizer = model.optimizer_of(options, tuning.optimizer_groups(options, sharded))
-    # "constant" of transformers has no warm-up.
-    schedule = options.lr_scheduler_type.replace("constant", "constant_with_warmup")
-    num_warmup_steps = math.ceil(options.warmup_ratio * num_steps)
-    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps, num_steps)
+    scheduler = model.scheduler_of(options, optimizer, num_steps)
     set_seed(options.seed + ranks.rank)  # each rank drops other activations
     position = resume.Position(0, options.seed, global_batch_rows, data_print)
     if found:
         checkpoint = resume.load_newest(sharded, found, optimizer, scheduler, position, ranks.print)
         ranks.print(f"resumed from {checkpoint} at step {position.step}")
+    divergence = Divergence(folder, options.precision)
     return Run(
-        options,
-        ranks,
-        folder,
-        tokenizer,
-        data,
-        order,
-        num_steps,
-        position.step,
-        sharded,
-        optimizer,
-        scheduler,
-        position,
-        Divergence(folder, options.precision),
+        options, ranks, folder, tokenizer, data, order, num_steps, sharded, optimizer, scheduler, position, divergence
     )
 
 
@@ -117,10 +101,12 @@ def train(run: Run) -> int:
     )
     run.processes.print(report.placement_line(run.model, run.optimizer, run.options, run.processes))
     started_s = time.perf_counter()
-    progress = Progress(run.folder, run.processes.rank, run.first_step, run.num_steps)
+    progress = Progress(run.folder, run.processes.rank, run.position.step, run.num_steps)
     with StopSignals() as signals:
-        if run.first_step < run.num_steps:  # else the end validates, and the step has one record
+        if run.position.step < run.num_steps:  # else the end validates, and the step has one record
             validate(run, progress, signals)
+        if run.position.step == 0:
+            ask(run, signals)
         stopped_by = fit(run, signals, progress)
         if stopped_by is None:
             # A skipped step is none of the scheduler's, whose count a checkpoint keeps.
@@ -137,8 +123,8 @@ def train(run: Run) -> int:
 
 def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | None:
     """The optimizer steps; the signal that stopped them at a step boundary, or None when all are done."""
-    options, ranks, meter = run.options, run.processes, Meter()
-    for step, rows in run.order.steps(run.first_step, run.num_steps):
+    options, ranks, meter, first_step = run.options, run.processes, Meter(), run.position.step
+    for step, rows in run.order.steps(first_step, run.num_steps):
         chosen = micro_batches(rows, ranks.rank, ranks.world_size, options.per_device_train_batch_size)
         examples = [[run.corpus.train[row] for row in micro_batch] for micro_batch in chosen]
         mine = [example for micro_batch in examples for example in micro_batch]
@@ -157,7 +143,7 @@ def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | 
                 # Gradients are averaged over ranks: world_size makes it the sum, over all label tokens of the step.
                 (loss * (ranks.world_size / num_labels)).backward()
             meter.loss_sum += loss.detach()
-        if options.is_adapter and step == run.first_step:
+        if options.is_adapter and step == first_step:
             zerolite.adapters.check_gradients(run.model)
         run.optimizer.step()
         if not run.optimizer.step_was_skipped:
@@ -205,12 +191,21 @@ def log(run: Run, progress: Progress, meter: Meter) -> None:
 def validate(run: Run, progress: Progress, signals: StopSignals | None) -> None:
     """Measure and record the validation loss, unless one of `signals` comes: the loop then finds it at once."""
     batch_rows, pad_token_id = run.options.per_device_train_batch_size, run.tokenizer.eos_token_id
-    loss = validation_loss(run.model, run.corpus.validation, run.processes, batch_rows, pad_token_id, signals)
-    if loss is not None:
-        step, perplexity = run.position.step, report.perplexity(loss)
-        progress.record(step=step, validation_loss=loss, validation_perplexity=perplexity)
-        progress.print(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
-        run.divergence.check_loss(step, loss)
+    groups, step = run.corpus.validation_by_language, run.position.step
+    losses = validation_losses(run.model, groups, run.processes, batch_rows, pad_token_id, signals)
+    if losses is not None:
+        progress.record(step=step, **report.validation_record(losses))
+        progress.print(f"step {step}: {report.validation_line(losses)}")
+        run.divergence.check_loss(step, losses[ALL])
+
+
+def ask(run: Run, signals: StopSignals | None) -> None:
+    """Have held-out questions answered and keep the answers, but of a model that has learned nothing yet."""
+    is_trained = run.position.step > 0 or run.options.model_name_or_path is not None
+    rows = answers.held_out_questions(run.corpus.validation_rows) if is_trained else []
+    texts = answers.answer(run.model, run.tokenizer, rows, run.processes, run.options.cutoff_len, signals)
+    if run.processes.rank == 0 and texts is not None:
+        answers.keep(run.folder, run.position.step, rows, texts)
 
 
 def save_checkpoint(run: Run) -> Path:
@@ -229,11 +224,10 @@ def conclude(run: Run, progress: Progress) -> None:
         result = save_checkpoint(run)
     validate(run, progress, signals=None)  # the result is safe: no signal needs an answer now
     progress.close()
-    questions = held_out_questions(run.corpus.validation_rows)
-    answers = answer(run.model, run.tokenizer, questions, run.processes, run.options.cutoff_len)
+    ask(run, signals=None)
     if run.processes.rank == 0:
         report.plot_losses(run.folder)
-        run.processes.print(report.write(run.folder, tuning.trainable_table(run.model, run.options), memory, answers))
+        run.processes.print(report.write(run.folder, tuning.trainable_table(run.model, run.options), memory))
         run.processes.print(f"result: {result}; report: {run.folder / 'report.md'}, curve: {run.folder / 'loss.png'}")
 
 

@@ -122,7 +122,8 @@ def test_stages_agree_and_leave_a_whole_result(ranks, tiny_folder, tmp_path):
         keys = {"learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes", "epoch", "num_skipped_steps"}
         assert all(keys <= r.keys() for r in records if "loss" in r)
         report = (output / "report.md").read_text()
-        assert report.count("**Generated**") == 4 and "| before | 0 |" in report and f"stage {stage}, fp32" in report
+        assert report.count("**Before training**") == report.count("**After training**") == 4
+        assert "| before | 0 |" in report and f"stage {stage}, fp32" in report
         assert (output / "loss.png").stat().st_size > 1000 and (output / "options.yaml").is_file()
         assert parse(["--config", str(output / "options.yaml")]).stage == stage
     exported = AutoModelForCausalLM.from_pretrained(output / "model").state_dict()

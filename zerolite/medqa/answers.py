@@ -1,6 +1,11 @@
-"""Greedy answers to a few held-out questions, English and Chinese."""
+"""Greedy answers to a few held-out questions, English and Chinese, before and after training.
 
-from dataclasses import dataclass
+They are kept in `answers.jsonl` beside the result, so that a run that is stopped and goes on shows both.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -8,18 +13,27 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import zerolite
 from zerolite.medqa.data import Conversation
-from zerolite.medqa.processes import Processes
+from zerolite.medqa.processes import Processes, StopSignals
+from zerolite.medqa.progress import read_metrics
 from zerolite.medqa.prompts import encode_prompt
 from zerolite.medqa.template import template_of
 
+ANSWERS = "answers.jsonl"
 MAX_NEW_TOKENS = 128
+CUT_OFF = " …"  # behind an answer that the model had not ended
+NOTICE = "This is no medical advice."
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class Answer:
+    """What the model said after `step` optimizer steps."""
+
+    step: int
     question: str
     generated: str
     reference: str
+    notice: str = NOTICE
 
 
 def held_out_questions(conversations: list[Conversation], each: int = 2) -> list[Conversation]:
@@ -31,40 +45,119 @@ def held_out_questions(conversations: list[Conversation], each: int = 2) -> list
     return chosen + rest[: 2 * each - len(chosen)]
 
 
+# --- asking ---------------------------------------------------------------------------------------------------------
+
+
 def answer(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[Conversation],
     processes: Processes,
     cutoff_len: int,
-) -> list[Answer]:
-    """Answers, on rank 0; the other ranks get none. Every rank must call it: at stage 3 it gathers the whole model."""
-    answers = []
+    signals: StopSignals | None = None,
+) -> list[str] | None:
+    """The answer to the first question of each conversation, on every rank; None once a rank received a signal.
+
+    Every rank must call it: each answers its share of them, with whole parameters at every stage.
+    """
+    if not conversations:
+        return []
+    mine: dict[int, list[int]] = {}
     model.eval()
-    with zerolite.full_params(model):
-        if processes.rank == 0:
-            answers = [_answer(model, tokenizer, conversation, cutoff_len) for conversation in conversations]
-    model.train()
-    return answers
+    try:
+        with zerolite.full_params(model):
+            for number in range(processes.rank, len(conversations), processes.world_size):
+                mine[number] = _generate(model, tokenizer, conversations[number], cutoff_len, signals)
+    finally:
+        model.train()
+    if signals is not None and signals.agreed(processes.sum(*signals.counts())):
+        return None
+    texts = []
+    for number in range(len(conversations)):
+        ids = mine.get(number, [])
+        rows = processes.gather(*ids, *[NO_TOKEN] * (MAX_NEW_TOKENS - len(ids)))
+        answered = rows[number % processes.world_size]
+        texts.append(_text([int(token) for token in answered if token != NO_TOKEN], tokenizer))
+    return texts
+
+
+def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [template_of(tokenizer).end_token_id, tokenizer.eos_token_id]
+
+
+def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    if ids and ids[-1] in _end_ids(tokenizer):
+        return text
+    return text.rstrip("\ufffd") + CUT_OFF  # the cut may lie inside of a character
 
 
 @torch.no_grad()
-def _answer(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, conversation: Conversation, cutoff_len: int
-) -> Answer:
+def _generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    cutoff_len: int,
+    signals: StopSignals | None,
+) -> list[int]:
+    """Token ids of the answer, with what ends it; fewer once this process received one of `signals`."""
     prompt = encode_prompt(conversation, tokenizer, cutoff_len // 2)
     input_ids = torch.tensor([prompt], device=next(model.parameters()).device)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=min(MAX_NEW_TOKENS, cutoff_len - len(prompt)),
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[template_of(tokenizer).end_token_id, tokenizer.eos_token_id],
+        eos_token_id=_end_ids(tokenizer),
         pad_token_id=tokenizer.eos_token_id,
     )
-    # Whole parameters are here, and only this rank generates: no step of it may wait for the others.
+
+    def is_stopped(ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        return torch.full((len(ids),), signals is not None and any(signals.counts()), device=ids.device)
+
+    # Whole parameters are here, and each rank generates its own: no step of it may wait for the others.
     output = model.generate(
-        input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, synced_gpus=False
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=config,
+        synced_gpus=False,
+        stopping_criteria=[is_stopped],
     )
-    generated = tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
-    question, reference = conversation.turns[0]
-    return Answer(question, generated.strip(), reference)
+    return output[0, len(prompt) :].tolist()
+
+
+# --- keeping --------------------------------------------------------------------------------------------------------
+
+
+def keep(folder: Path, step: int, conversations: list[Conversation], generated: list[str]) -> None:
+    """Write the answers of `step` behind those of earlier steps; what an earlier run left of later ones goes."""
+    kept = [one for one in read(folder) if one.step < step]
+    for conversation, text in zip(conversations, generated, strict=True):
+        question, reference = conversation.turns[0]
+        kept.append(Answer(step, question, text, reference))
+    written = (folder / ANSWERS).with_suffix(".part")
+    written.write_text("".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in kept), encoding="utf-8")
+    written.replace(folder / ANSWERS)
+
+
+def read(folder: Path) -> list[Answer]:
+    """The kept answers in the order in which they were given; none where there is no file."""
+    return [Answer(**record) for record in read_metrics(folder / ANSWERS)]
+
+
+def shown(answers: list[Answer]) -> str:
+    """Questions in Markdown with the answers before (where it was asked) and after training, and the reference."""
+    last = max((one.step for one in answers), default=0)
+    before = {(one.question, one.reference): one.generated for one in answers if one.step < last}
+    blocks = []
+    for one in answers:
+        if one.step == last:
+            was = before.get((one.question, one.reference))
+            lines = [
+                f"**Question** {one.question}",
+                *([f"**Before training** {was}"] if was is not None else []),
+                f"**After training** {one.generated}",
+                f"**Reference** {one.reference}",
+                f"*{one.notice}*",
+            ]
+            blocks.append("\n\n".join(lines))
+    return "\n\n".join(blocks)

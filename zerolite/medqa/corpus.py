@@ -22,6 +22,14 @@ class Corpus:
     summary: str  # what was read, kept, rejected and shortened, for people
     first_row: str  # the first training row as the model reads it, for people
 
+    @property
+    def validation_by_language(self) -> dict[str, list[Example]]:
+        """The validation examples of each language that has some, "en" before "zh"."""
+        found: dict[str, list[Example]] = {}
+        for conversation, example in zip(self.validation_rows, self.validation, strict=True):
+            found.setdefault(conversation.language, []).append(example)
+        return dict(sorted(found.items()))
+
 
 def load(options: Options, tokenizer: PreTrainedTokenizerBase, rejects: Path | None) -> Corpus:
     """Read and tokenise the training and the validation files.

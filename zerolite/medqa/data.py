@@ -27,6 +27,11 @@ class Conversation:
         """Whether the first question has a Chinese character."""
         return re.search("[\u3400-\u9fff]", self.turns[0][0]) is not None
 
+    @property
+    def language(self) -> str:
+        """Of the first question: "zh" or, for every other one, "en"."""
+        return "zh" if self.is_chinese else "en"
+
 
 @dataclass(frozen=True)
 class Reject:

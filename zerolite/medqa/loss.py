@@ -1,4 +1,4 @@
-"""The loss: cross entropy summed over label tokens, and its mean over a validation set.
+"""The loss: cross entropy summed over label tokens, and its means over the groups of a validation set.
 
 [Note: the loss in the output layer]
 With a large vocabulary the logits are the largest tensor of a step. So the output layer does not compute them: for the
@@ -139,31 +139,38 @@ def _call(
     return output, is_returned
 
 
+ALL = "all"
+
+
 @torch.no_grad()
-def validation_loss(
+def validation_losses(
     model: nn.Module,
-    examples: list[Example],
+    groups: dict[str, list[Example]],
     processes: Processes,
     batch_rows: int,
     pad_token_id: int,
     signals: StopSignals | None = None,
-) -> float | None:
-    """Mean loss a label token (nats) over all examples and ranks; None once a rank received one of `signals`.
+) -> dict[str, float] | None:
+    """Mean loss a label token (nats), over all ranks, of `ALL` examples and of each group that has a label token.
 
-    Every rank must call it, and makes as many forward passes, though rows may not divide evenly: at stage 3 each is
-    a collective.
+    None once a rank received one of `signals`. Every rank must call it, and makes as many forward passes, though rows
+    may not divide evenly: at stage 3 each is a collective. No forward pass mixes groups.
     """
-    rows = np.argsort([len(example.input_ids) for example in examples], kind="stable")
-    loss_sum, num_labels = 0.0, 0
+    sums = []  # of each group: its losses, then its label tokens
     model.eval()
     try:
-        for micro_batch in micro_batches(rows, processes.rank, processes.world_size, batch_rows):
-            if signals is not None and signals.agreed(processes.sum(*signals.counts())):
-                return None
-            chosen = [examples[row] for row in micro_batch]
-            loss_sum += label_loss(model, collate(chosen, pad_token_id)).item()
-            num_labels += sum(example.num_labels for example in chosen)
+        for examples in groups.values():
+            rows = np.argsort([len(example.input_ids) for example in examples], kind="stable")
+            loss_sum, num_labels = 0.0, 0
+            for micro_batch in micro_batches(rows, processes.rank, processes.world_size, batch_rows):
+                if signals is not None and signals.agreed(processes.sum(*signals.counts())):
+                    return None
+                chosen = [examples[row] for row in micro_batch]
+                loss_sum += label_loss(model, collate(chosen, pad_token_id)).item()
+                num_labels += sum(example.num_labels for example in chosen)
+            sums += [loss_sum, num_labels]
     finally:
         model.train()
-    loss_sum, num_labels = processes.sum(loss_sum, num_labels)
-    return loss_sum / num_labels
+    sums = processes.sum(*sums)
+    means = {name: loss / n for name, loss, n in zip(groups, sums[::2], sums[1::2], strict=True) if n}
+    return {ALL: sum(sums[::2]) / sum(sums[1::2]), **means}

@@ -1,5 +1,6 @@
 """Model and tokenizer of a run, from local folders or built in; a mistake about a folder is found before any work."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import (
     LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedTokenizerBase,
+    get_scheduler,
 )
 
 import zerolite
@@ -140,3 +142,11 @@ OPTIMIZERS = {"adamw": zerolite.AdamW, "adam": zerolite.Adam, "lamb": zerolite.L
 
 def optimizer_of(options: Options, groups: list[dict]) -> torch.optim.Optimizer:
     return OPTIMIZERS[options.optim](groups, lr=options.learning_rate, max_grad_norm=options.max_grad_norm or None)
+
+
+def scheduler_of(
+    options: Options, optimizer: torch.optim.Optimizer, num_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    # "constant" of transformers has no warm-up.
+    name = options.lr_scheduler_type.replace("constant", "constant_with_warmup")
+    return get_scheduler(name, optimizer, math.ceil(options.warmup_ratio * num_steps), num_steps)

@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import nn
 
 import zerolite
-from zerolite.medqa.answers import Answer
+from zerolite.medqa import answers
 from zerolite.medqa.arguments import Options
+from zerolite.medqa.loss import ALL
 from zerolite.medqa.processes import Processes
 from zerolite.medqa.progress import METRICS, read_metrics
 from zerolite.medqa.tuning import PARAMETER_BYTES
@@ -22,6 +23,7 @@ NUM_MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "lion": 1}
 MASTER_BYTES = {"fp32": 0, "bf16": 4, "fp16": 4}
 HOST_MASTER_BYTES = {"fp32": 0, "bf16": 2, "fp16": 4}
 MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 128}
+OF_GROUP = "validation_loss_"  # names of metrics.jsonl: the group behind it
 GRADIENT_BYTES = 4  # reduced and kept in fp32, at every precision
 
 
@@ -138,21 +140,44 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def write(folder: Path, trainable: str, memory: str, answers: list[Answer]) -> str:
-    """Write `report.md`; its text."""
-    validations = [record for record in read_metrics(folder / METRICS) if "validation_loss" in record]
-    lines = ["| | step | validation loss (nats a token) | perplexity |", "|---|---:|---:|---:|"]
-    for name, record in (("before", validations[0]), ("after", validations[-1])):
-        loss = math.nan if record["validation_loss"] is None else record["validation_loss"]
-        lines.append(f"| {name} | {record['step']} | {loss:.4f} | {perplexity(loss):.2f} |")
+def validation_record(losses: dict[str, float]) -> dict[str, float]:
+    """Losses by group, as `validation_losses` gives them, under the names of metrics.jsonl."""
+    groups = {f"{OF_GROUP}{name}": loss for name, loss in losses.items() if name != ALL}
+    return {"validation_loss": losses[ALL], "validation_perplexity": perplexity(losses[ALL]), **groups}
+
+
+def validation_line(losses: dict[str, float]) -> str:
+    groups = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if name != ALL)
+    return f"validation loss {losses[ALL]:.4f} ({groups}), perplexity {perplexity(losses[ALL]):.2f}"
+
+
+def validation_table(records: list[dict]) -> str:
+    """The first and the last validation of metrics.jsonl: all label tokens, then those of each language."""
+    first, last = records[0], records[-1]
+    keys = ["validation_loss", *(key for key in last if key.startswith(OF_GROUP))]
+    names = [key.removeprefix(OF_GROUP) for key in keys[1:]]
+    columns = ["", "step", "validation loss (nats a token)", "perplexity", *names]
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    for name, record in (("before", first), ("after", last)):
+        losses = [math.nan if record.get(key) is None else record[key] for key in keys]
+        cells = [f"{losses[0]:.4f}", f"{perplexity(losses[0]):.2f}", *(f"{loss:.4f}" for loss in losses[1:])]
+        lines.append(f"| {name} | {record['step']} | {' | '.join(cells)} |")
+    if all(first.get(key) and last[key] is not None for key in keys):
+        changes = [f"{100 * (last[key] / first[key] - 1):+.1f} %" for key in keys]
+        lines.append(f"| change | | {changes[0]} | | {' | '.join(changes[1:])} |")
+    return "\n".join(lines)
+
+
+def write(folder: Path, trainable: str, memory: str) -> str:
+    """Write `report.md` from the metrics and the answers that lie in `folder`; its text."""
     text = "\n\n".join(
         [
-            "\n".join(lines),
+            validation_table([one for one in read_metrics(folder / METRICS) if "validation_loss" in one]),
             "![training and validation loss](loss.png)",
             trainable,
             memory,
-            "Greedy answers to held-out questions. They are no medical advice.",
-            answers_text(answers),
+            f"Greedy answers to held-out questions. {answers.NOTICE}",
+            answers.shown(answers.read(folder)),
         ]
     )
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
@@ -175,11 +200,3 @@ def plot_losses(folder: Path) -> None:
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(folder / "loss.png", dpi=120)
-
-
-def answers_text(answers: list[Answer]) -> str:
-    """Questions with the generated and the reference answer."""
-    return "\n\n".join(
-        f"**Question** {answer.question}\n\n**Generated** {answer.generated}\n\n**Reference** {answer.reference}"
-        for answer in answers
-    )
