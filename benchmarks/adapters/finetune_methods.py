@@ -3,7 +3,7 @@
 Runs `train_medqa.py` on a pretrained base with each method, one after the other: trainable parameters, bytes of model
 states on a rank, speed, and validation loss before and after, each at its own usual learning rate.
 
-    python benchmarks/adapters/finetune_methods.py --base outputs/medqa/model             # after `make train`
+    python benchmarks/adapters/finetune_methods.py --base outputs/medqa/model             # after `make train-tiny`
     python benchmarks/adapters/finetune_methods.py --base folder -- --train_file a.jsonl  # after --: for every run
 """
 

@@ -66,7 +66,9 @@ def plain_answers(folder: Path) -> list[str]:
         for row in data.read([CORPUS / f"validation.{language}.jsonl"], max_samples=2).kept:
             message = [{"role": "user", "content": row.turns[0][0]}]
             ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-            output = model.generate(ids, do_sample=False, max_new_tokens=CUTOFF - ids.shape[1], eos_token_id=1)
+            output = model.generate(
+                ids, do_sample=False, repetition_penalty=1.1, max_new_tokens=CUTOFF - ids.shape[1], eos_token_id=1
+            )
             text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
             found.append(text if output[0, -1] == 1 else text.rstrip("\ufffd") + " …")
     return found

@@ -6,17 +6,17 @@ import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from paths import ROOT
 
 from zerolite.medqa import base
-from zerolite.medqa.arguments import Options, parse
+from zerolite.medqa.arguments import CORPUS, Options, parse
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 PYTHON = 'echo "python $*" >> started; exit ${BASE_STATUS:-0}'
+CALL = r"(?:^ {4}|`)make ([a-z-]+)"  # a target in a page's code
 TORCHRUN = 'echo "torchrun $*" >> started; mkdir -p outputs/medqa; echo "$*" > outputs/medqa/report.md'
 
 
@@ -58,7 +58,10 @@ def test_the_real_llama_is_fetched_and_fine_tuned_on_two_ranks_at_stage_2(make):
     assert status == 0 and fetch[:3] == ["python", "-m", "zerolite.medqa.base"]
     options = options_of(train)
     assert [options.model_name_or_path] == fetch[3:] == [str(base.FOLDER)]
-    assert options.stage == 2 and options.output_dir == "outputs/medqa" and options.train_file is None
+    assert options.stage == 2 and options.output_dir == "outputs/medqa" and options.validation_file is None
+    shipped = CORPUS.glob("train.*.jsonl")
+    assert {ROOT / file for file in options.train_file} == set(shipped)
+    assert options.export_merged, "outputs/medqa/model is what pages and messages name"
 
 
 def test_without_the_package_it_says_so_and_trains_what_train_tiny_trains(make):
@@ -87,11 +90,5 @@ def test_an_earlier_result_is_kept_under_another_name(make, tmp_path):
 def test_pages_name_targets_that_exist():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     pages = [ROOT / "README.md", *ROOT.glob("zerolite/**/README.md"), *ROOT.glob(".github/*.md")]
-    named = {name for page in pages for name in re.findall(r"\bmake ([a-z][a-z-]+)(?=[`\s])", read_code(page))}
+    named = {name for page in pages for name in re.findall(CALL, page.read_text("utf-8"), re.MULTILINE)}
     assert {"train", "train-tiny", "test"} <= named <= set(targets)
-
-
-def read_code(page: Path) -> str:
-    """Of a page its code: what is indented, fenced or between backticks."""
-    text = page.read_text(encoding="utf-8")
-    return "\n".join([*re.findall(r"^ {4}.*$", text, re.MULTILINE), *re.findall(r"`[^`]+`", text)])

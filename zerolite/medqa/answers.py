@@ -20,6 +20,7 @@ from zerolite.medqa.template import template_of
 
 ANSWERS = "answers.jsonl"
 MAX_NEW_TOKENS = 128
+REPETITION_PENALTY = 1.1  # without it, small models say one thing over and over
 CUT_OFF = " …"  # behind an answer that the model had not ended
 NOTICE = "This is no medical advice."
 NO_TOKEN = -1
@@ -106,6 +107,7 @@ def _generate(
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=min(MAX_NEW_TOKENS, cutoff_len - len(prompt)),
+        repetition_penalty=REPETITION_PENALTY,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=_end_ids(tokenizer),
         pad_token_id=tokenizer.eos_token_id,

@@ -176,7 +176,7 @@ def write(folder: Path, trainable: str, memory: str) -> str:
             "![training and validation loss](loss.png)",
             trainable,
             memory,
-            f"Greedy answers to held-out questions. {answers.NOTICE}",
+            f"Greedy answers to held-out questions, repetition penalty {answers.REPETITION_PENALTY}. {answers.NOTICE}",
             answers.shown(answers.read(folder)),
         ]
     )
