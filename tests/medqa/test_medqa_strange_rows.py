@@ -6,7 +6,9 @@ What a row says is decided here a second time, from its bytes and the documented
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from zerolite.medqa.data import Conversation
 ROWS_A_FILE = 100
 FILE_S = 20.0  # to read, encode and compare one file, on a quiet machine
 CUTOFF_LEN = 48
+BOM = b"\xef\xbb\xbf"
 TOKENIZER = AutoTokenizer.from_pretrained(CORPUS / "tokenizer")
 
 ODD_TEXTS = [
@@ -150,45 +153,77 @@ def row(draw: random.Random) -> bytes:
 
 # what a row says, a second time
 
+MEANT_OTHERWISE = "tools functions function_call tool_calls reasoning_content images context chosen rejected".split()
+
+
+class Twice(ValueError):
+    """A key stands twice in an object."""
+
+
+def distinct(pairs: list[tuple[str, object]]) -> dict:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise Twice
+    return dict(pairs)
+
 
 def meant(line: bytes) -> Conversation | None:
     """The conversation that a line holds; None where it holds none that can be used."""
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.removeprefix(BOM).decode("utf-8"), object_pairs_hook=distinct)
     except (ValueError, RecursionError):
         return None
     return conversation(value)
 
 
 def conversation(value: object) -> Conversation | None:
-    if not isinstance(value, dict) or ("messages" in value and "output" in value):
+    if not isinstance(value, dict) or any(not says_nothing(value.get(key)) for key in MEANT_OTHERWISE):
         return None
-    if "messages" not in value:
-        question, answer, more = value.get("instruction"), value.get("output"), value.get("input")
-        has_more = not (more is None or (isinstance(more, str) and not more.strip()))
-        texts = [question, answer, *([more] if has_more else [])]
-        if not all(map(is_usable, texts)):
+    pair = {
+        key: value[key] for key in ("instruction", "input", "output", "history") if not says_nothing(value.get(key))
+    }
+    system = "" if says_nothing(value.get("system")) else value["system"]
+    if system != "" and not is_usable(system):
+        return None
+    turns = value.get("messages")
+    if says_nothing(turns):
+        usable = (
+            {"instruction", "output"} <= pair.keys() and "history" not in pair and all(map(is_usable, pair.values()))
+        )
+        if not usable:
             return None
-        full = question.strip() + ("\n" + more.strip() if has_more else "")
-        return Conversation(((full, answer.strip()),))
-    turns = value["messages"]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        question = "\n".join(pair[key].strip() for key in ("instruction", "input") if key in pair)
+        return Conversation(((question, pair["output"].strip()),), system.strip())
+    if pair or not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return None
     roles, texts = [turn.get("role") for turn in turns], [turn.get("content") for turn in turns]
+    if roles[:1] == ["system"]:
+        said, roles, texts = texts[0], roles[1:], texts[1:]
+        if not says_nothing(said):
+            if not is_usable(said) or (system and system.strip() != said.strip()):
+                return None
+            system = said
     if not all(map(is_usable, texts)):
         return None
     texts = [content.strip() for content in texts]
-    system = ""
-    if roles[:1] == ["system"]:
-        system, roles, texts = texts[0], roles[1:], texts[1:]
     pairs = len(roles) // 2
     if pairs == 0 or roles != ["user", "assistant"] * pairs:
         return None
-    return Conversation(tuple((texts[2 * i], texts[2 * i + 1]) for i in range(pairs)), system)
+    return Conversation(tuple((texts[2 * i], texts[2 * i + 1]) for i in range(pairs)), system.strip())
+
+
+def is_blank(value: str) -> bool:
+    """Nothing to see: a NUL counts as something, since it is refused as what it is."""
+    return not re.sub(r"[\s\u200b\ufeff\u202e\u0301\x01-\x1f\x7f\ud800-\udfff]", "", value)
+
+
+def says_nothing(value: object) -> bool:
+    if isinstance(value, str):
+        return is_blank(value)
+    return value is None or value in ([], {}) or (isinstance(value, float) and math.isnan(value))
 
 
 def is_usable(value: object) -> bool:
-    if not isinstance(value, str) or not value.strip() or "\x00" in value:
+    if not isinstance(value, str) or is_blank(value) or "\x00" in value:
         return False
     return not any(0xD800 <= ord(character) < 0xE000 for character in value)
 
@@ -200,7 +235,7 @@ def check_lines(path: Path, lines: list[bytes]) -> list[str]:
     """What is wrong with how a JSONL file of these lines is read; one that begins with a bracket would be an array."""
     lines = [b'{"instruction": "a", "output": "b"}', *lines]
     path.write_bytes(b"\n".join(lines))
-    expected = {number: meant(line) for number, line in enumerate(lines, start=1) if line.strip()}
+    expected = {n: meant(line) for n, line in enumerate(lines, start=1) if line.removeprefix(BOM).strip()}
     return compare(path, expected)
 
 

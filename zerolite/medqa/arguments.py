@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 import zerolite
+from zerolite.medqa.layouts import columns_of
 
 CORPUS = Path(__file__).parent / "corpus"
 FINETUNING_TYPES = ("full", "lora", "prompt", "prefix", "p-tuning", "p-tuning-v2")
@@ -92,10 +93,15 @@ class Options:
     )
     # Data
     train_file: tuple[str, ...] | None = option(
-        None, str, "JSONL or JSON array files to train on (default: the shipped corpus)", many=True
+        None, str, "files to train on: JSONL, JSON, CSV, Parquet ... (default: the shipped corpus)", many=True
     )
     validation_file: tuple[str, ...] | None = option(
         None, str, "files to validate on (default: the shipped corpus)", many=True
+    )
+    columns: str | None = option(
+        None,
+        str,
+        "what the columns of your files are: question=title,context=ask,answer=reply (default: known layouts)",
     )
     max_samples: int | None = option(None, int, "use at most so many rows of each file (default: all)", least=1)
     cutoff_len: int = option(512, int, "longest sequence in tokens; longer rows are shortened and counted", least=16)
@@ -224,6 +230,8 @@ def parse(argv: list[str]) -> Options:
     options = Options(**values)
     options.placement()
     options.check_adapter()
+    if options.columns is not None:
+        columns_of(options.columns)
     return options
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from zerolite import DataError
-from zerolite.medqa import data
+from zerolite.medqa import data, readers
 from zerolite.medqa.arguments import CORPUS, Options
 from zerolite.medqa.prompts import Example, encode
 
@@ -40,11 +40,17 @@ def load(options: Options, tokenizer: PreTrainedTokenizerBase, rejects: Path | N
     examples, rows, summary = {}, {}, []
     for name, files in (("train", options.train_file), ("validation", options.validation_file)):
         paths = [Path(file) for file in files] if files else sorted(CORPUS.glob(f"{name}.*.jsonl"))
-        rows[name] = data.read(paths, skip_invalid=options.skip_invalid, max_samples=options.max_samples)
+        rows[name] = data.read(
+            paths,
+            skip_invalid=options.skip_invalid,
+            max_samples=options.max_samples,
+            rows_of=readers.reader(options.columns if files else None),
+        )
         examples[name], num_shortened = encode(rows[name].kept, tokenizer, options.cutoff_len)
         summary.append(f"{name}: {rows[name]}; {require_labels(name, examples[name]):,} label tokens")
         if num_shortened:
             summary[-1] += f"; {num_shortened} rows shortened to --cutoff_len {options.cutoff_len}"
+        summary += [f"  {line}" for line in rows[name].details()]
     if options.skip_invalid and rejects is not None:
         rejected = rows["train"].rejected + rows["validation"].rejected
         lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejected]

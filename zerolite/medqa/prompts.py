@@ -61,7 +61,7 @@ def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase
     Too long a question loses its beginning.
     """
     template = template_of(tokenizer)
-    first = replace(conversation, turns=((conversation.turns[0][0], "?"),))
+    first = replace(conversation, turns=((conversation.turns[0][0], "?"),), trained=())
     first = _bounded(first, tokenizer, room)
     (tokens,) = tokenize_all([template.prompt_segments(first)], template)
     if len(tokens.ids) > room:
@@ -94,7 +94,7 @@ def _bounded(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cut
         if length > cutoff_len:
             break
     system, _ = _part(conversation.system, tokenizer, cutoff_len, lambda text, size: text[:size])
-    return replace(conversation, turns=tuple(turns), system=system)
+    return replace(conversation, turns=tuple(turns), system=system, trained=conversation.trained[-len(turns) :])
 
 
 def _part(
@@ -122,7 +122,7 @@ def _shortened(conversation: Conversation, tokens: Tokens, template: Template, c
         while drop < len(begins) - 1 and excess > 0:
             excess -= int(tokens.of(begins[drop], begins[drop + 1]).sum())
             drop += 1
-        conversation = replace(conversation, turns=conversation.turns[drop:])
+        conversation = replace(conversation, turns=conversation.turns[drop:], trained=conversation.trained[drop:])
         tokens = again(conversation)
     if len(tokens.ids) > cutoff_len and conversation.system:
         conversation = replace(conversation, system="")

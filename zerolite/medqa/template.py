@@ -96,7 +96,7 @@ class Template:
         ]
         if "".join(segment.text for segment in segments) != self.render(messages):
             raise ValueError("the chat template changes the texts of this row (--template zerolite takes any text)")
-        return segments
+        return segments if not conversation.trained else _without_loss(segments, conversation)
 
     def prompt_segments(self, conversation: Conversation) -> list[Segment]:
         """What the last answer is generated from."""
@@ -147,6 +147,16 @@ class Template:
         if not whole.startswith(prompt):
             raise ValueError("the chat template's prompt is not the beginning of its dialogue")
         return len(prompt)
+
+
+def _without_loss(segments: list[Segment], conversation: Conversation) -> list[Segment]:
+    """Nothing is learned from the question on of a turn whose answer has no loss to the next question."""
+    found, turn = [], 0
+    for segment in segments:
+        turn = segment.slot[1] if segment.slot and segment.slot[0] != "system" else turn
+        is_learned = segment.is_learned and conversation.has_loss(turn)
+        found.append(Segment(segment.text, is_learned, segment.slot))
+    return found
 
     @functools.cached_property
     def answer_ends(self) -> list[str]:
