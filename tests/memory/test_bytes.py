@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 from models import llama
 from torch import nn
+from torch._subclasses import FakeTensor
 
 
 def storages() -> dict[int, int]:
-    """Bytes of every live storage, by address, those behind views and gradients included."""
+    """Bytes of every live storage, by address, those behind views and gradients included; fakes of dynamo have none."""
     gc.collect()
     found: dict[int, int] = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+        if issubclass(type(thing), torch.Tensor) and not thing.is_meta and type(thing) is not FakeTensor:
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None and tensor.untyped_storage().nbytes():
                     found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
