@@ -67,7 +67,7 @@ def read(files: list[Path], *, skip_invalid: bool = False, max_samples: int | No
     rows = Rows()
     for file in files:
         num_before = len(rows.kept)
-        for line, value in _values(file):
+        for line, value in values(file):
             try:
                 rows.kept.append(_conversation(value()))
             except ValueError as error:
@@ -82,7 +82,7 @@ def read(files: list[Path], *, skip_invalid: bool = False, max_samples: int | No
     return rows
 
 
-def _values(file: Path) -> Iterator[tuple[int, object]]:
+def values(file: Path) -> Iterator[tuple[int, object]]:
     """(line, function that gives the row's JSON value or raises ValueError) for each row."""
     try:
         if file.exists() and not file.is_file() and not file.is_dir():  # a pipe may never end, and is read only once
