@@ -27,7 +27,7 @@ LEVELS = [
     ["api", "checkpoint", "memory", "adapters", "parallel"],
     ["__init__"],
     ["integrations", "cli"],
-    ["medqa", "examples"],
+    ["medqa", "examples", "__main__"],
 ]
 
 PUBLIC_NAMES = {

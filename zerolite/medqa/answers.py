@@ -4,6 +4,7 @@ They are kept in `answers.jsonl` beside the result, so that a run that is stoppe
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,10 +76,11 @@ def answer(
         return None
     texts = []
     for number in range(len(conversations)):
-        ids = mine.get(number, [])
-        rows = processes.gather(*ids, *[NO_TOKEN] * (MAX_NEW_TOKENS - len(ids)))
+        said = mine.get(number, [])
+        rows = processes.gather(*said, *[NO_TOKEN] * (MAX_NEW_TOKENS - len(said)))
         answered = rows[number % processes.world_size]
-        texts.append(_text([int(token) for token in answered if token != NO_TOKEN], tokenizer))
+        ids = [int(token) for token in answered if token != NO_TOKEN]
+        texts.append(text_of(ids, tokenizer, _end_ids(tokenizer)))
     return texts
 
 
@@ -86,9 +88,10 @@ def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [template_of(tokenizer).end_token_id, tokenizer.eos_token_id]
 
 
-def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int]) -> str:
+    """The answer that these ids are, with CUT_OFF where no end token is the last of them."""
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    if ids and ids[-1] in _end_ids(tokenizer):
+    if ids and ids[-1] in end_ids:
         return text
     return text.rstrip("\ufffd") + CUT_OFF  # the cut may lie inside of a character
 

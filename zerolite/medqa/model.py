@@ -28,13 +28,17 @@ def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
 
     Raises ValueError where the folder is missing or holds no usable tokenizer.
     """
-    folder = Path(options.tokenizer_name_or_path or options.model_name_or_path or CORPUS / "tokenizer")
+    return read_tokenizer(Path(options.tokenizer_name_or_path or options.model_name_or_path or CORPUS / "tokenizer"))
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """As `load_tokenizer`, of a folder."""
     if not folder.is_dir():
         raise ValueError(f"tokenizer folder {folder}: expected a local folder, there is none")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a wrong value happens to hit
-        why = _cause(error)
+        why = cause(error)
         raise ValueError(f"{folder}: no usable tokenizer; name one with --tokenizer_name_or_path ({why})") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no EOS token, which every answer ends with")
@@ -66,19 +70,25 @@ def load_config(options: Options, tokenizer: PreTrainedTokenizerBase) -> Pretrai
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # as above
-            raise ValueError(f"--model_name_or_path {folder}: config.json cannot be used: {_cause(error)}") from error
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} pieces, the model only {config.vocab_size} embeddings: name the "
-            "tokenizer that the model was trained with"
-        )
+            raise ValueError(f"--model_name_or_path {folder}: config.json cannot be used: {cause(error)}") from error
+    check_vocabulary(tokenizer, config)
     longest = getattr(config, "max_position_embeddings", None) or options.cutoff_len
     if options.cutoff_len > longest:
         raise ValueError(f"--cutoff_len {options.cutoff_len}: this model reads at most {longest} tokens")
     return config
 
 
-def _cause(error: Exception) -> str:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """ValueError where the tokenizer has ids that the model has no embedding for."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} pieces, the model only {config.vocab_size} embeddings: name the "
+            "tokenizer that the model was trained with"
+        )
+
+
+def cause(error: Exception) -> str:
+    """What transformers says of a folder that it cannot use."""
     if "trust_remote_code" in str(error):
         return "it needs Python code of the folder (auto_map), which is never run here"
     return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"

@@ -5,7 +5,7 @@ its texts, never in what the template writes around them.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from zerolite.medqa.data import Conversation
 from zerolite.medqa.template import Template, template_of
 from zerolite.medqa.tokens import IGNORED, Example, Tokens, tokenize, tokenize_all
 
-__all__ = ["IGNORED", "Example", "encode", "encode_prompt"]
+__all__ = ["IGNORED", "Example", "Prompt", "encode", "encode_prompt", "prompt_of"]
 
 # A row of more is not tokenised whole: a tokeniser takes 200 bytes and 2 us a character, and cutoff_len drops the rest.
 WHOLE_CHARACTERS = 1 << 17
@@ -55,22 +55,60 @@ def _named(row: Conversation, make: Callable[[], T]) -> T:
         raise ValueError(f"row {row.turns[0][0][:60]!r}: {error}") from error
 
 
-def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
-    """Token ids that the answer to the first question is generated from: `room` of them at most.
+@dataclass(frozen=True)
+class Prompt:
+    """What the answer to a conversation's last question is generated from, and what had no room in it."""
 
-    Too long a question loses its beginning.
+    ids: list[int]
+    num_turns_lost: int = 0
+    is_system_lost: bool = False
+    is_question_cut: bool = False
+
+    @property
+    def loss(self) -> str:
+        """What had no room, in words; "" where all is there."""
+        lost = [f"the oldest {self.num_turns_lost} turns"] if self.num_turns_lost else []
+        lost += ["the system text"] if self.is_system_lost else []
+        lost += ["the beginning of the question"] if self.is_question_cut else []
+        return ", ".join(lost)
+
+
+def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
+    """Token ids that the answer to the first question is generated from: `room` of them at most, as `prompt_of`."""
+    return prompt_of(replace(conversation, turns=conversation.turns[:1]), tokenizer, room).ids
+
+
+def prompt_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, room: int) -> Prompt:
+    """The prompt of the last question, whose answer does not count; `room` token ids at most.
+
+    Too long a one loses what a row of training does: its oldest turns, then its system text, then the beginning of its
+    question. Raises ValueError where the template or the tokenizer changes a text, and where `room` has none for the
+    template.
     """
     template = template_of(tokenizer)
-    first = replace(conversation, turns=((conversation.turns[0][0], "?"),), trained=())
-    first = _bounded(first, tokenizer, room)
-    (tokens,) = tokenize_all([template.prompt_segments(first)], template)
-    if len(tokens.ids) > room:
-        first = replace(first, system="")
-        (tokens,) = tokenize_all([template.prompt_segments(first)], template)
+
+    def tokens_of(row: Conversation) -> Tokens:
+        (tokens,) = tokenize_all([template.prompt_segments(row)], template)
+        return tokens
+
+    whole = replace(conversation, turns=(*conversation.turns[:-1], (conversation.turns[-1][0], "?")), trained=())
+    row = _bounded(whole, tokenizer, room)
+    tokens = tokens_of(row)
+    while len(tokens.ids) > room and len(row.turns) > 1:
+        row = replace(row, turns=row.turns[1:])
+        tokens = tokens_of(row)
+    if len(tokens.ids) > room and row.system:
+        row = replace(row, system="")
+        tokens = tokens_of(row)
     while (excess := len(tokens.ids) - room) > 0:
-        first = _cut(first, tokens, 0, excess, room)
-        (tokens,) = tokenize_all([template.prompt_segments(first)], template)
-    return tokens.ids.tolist()
+        row = _cut(row, tokens, 0, excess, room)
+        tokens = tokens_of(row)
+    return Prompt(
+        tokens.ids.tolist(),
+        num_turns_lost=len(whole.turns) - len(row.turns),
+        is_system_lost=bool(whole.system.strip()) and not row.system,
+        is_question_cut=row.turns[-1][0] != whole.turns[-1][0],
+    )
 
 
 # --- rows that are too long -----------------------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""`zerolite chat MODEL`: a dialogue on the terminal, or with questions from a pipe, a line each.
+
+Answers go to stdout, everything else to stderr. History that has no room loses its oldest turns, and that is said.
+"""
+
+import sys
+from collections.abc import Iterator
+
+from zerolite.medqa import terminal
+from zerolite.medqa.answers import CUT_OFF
+from zerolite.medqa.data import Conversation
+from zerolite.medqa.generation import Settings, reply
+from zerolite.medqa.opening import Opened
+from zerolite.medqa.questions import question_of
+
+COMMANDS = "/reset forgets the dialogue, /system TEXT sets the system text and forgets it too, /quit or Ctrl-D leaves"
+PROMPT = "> "
+
+
+def main(argv: list[str] | None = None) -> int:
+    return terminal.run("chat", chat, argv)
+
+
+def chat(argv: list[str]) -> None:
+    """Raises ValueError for a mistake of the user."""
+    given = terminal.Parser("chat", "A dialogue with a model on the terminal.").parse_args(argv)
+    settings = terminal.settings_of(given)
+    dialogue = Dialogue(terminal.opened(given), settings, given.system)
+    terminal.say(COMMANDS)
+    for line in _lines():
+        name, _, text = line.partition(" ")
+        if name == "/quit":
+            return
+        if name == "/reset":
+            dialogue.reset()
+            terminal.say("the dialogue is forgotten")
+        elif name == "/system":
+            if text.strip():
+                dialogue.reset(text.strip())
+            terminal.say(f"system text: {dialogue.system or 'none'}")
+        elif name.startswith("/"):
+            terminal.say(f"there is no {name}: {COMMANDS}")
+        else:
+            try:
+                dialogue.ask(line)
+            except ValueError as error:  # of this question
+                terminal.say(f"error: {error}")
+
+
+class Dialogue:
+    """What was said, and the model that goes on with it."""
+
+    def __init__(self, opened: Opened, settings: Settings, system: str = ""):
+        self.opened = opened
+        self.settings = settings
+        self.system = system
+        self.turns: list[tuple[str, str]] = []
+
+    def reset(self, system: str | None = None) -> None:
+        self.turns = []
+        self.system = self.system if system is None else system
+
+    def ask(self, question: str) -> None:
+        """Write the answer as it comes; the turn is history then. Ctrl-C on a terminal ends the answer alone."""
+        conversation = Conversation((*self.turns, (question_of(question, "question"), "")), self.system)
+        said: list[str] = []
+
+        def write(text: str) -> None:
+            said.append(text)
+            terminal.write(text)
+
+        try:
+            found = reply(self.opened, conversation, self.settings, write)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            terminal.write("\n")
+            terminal.say("the answer was stopped; Ctrl-C once more leaves")
+            answer = "".join(said)
+        else:
+            terminal.write("\n")
+            answer = found.text.removesuffix(CUT_OFF) if found.is_cut else found.text
+            self.turns = self.turns[found.prompt.num_turns_lost :]
+            if found.prompt.loss:
+                terminal.say(f"forgotten, since the model has no room for it: {found.prompt.loss}")
+        if answer.strip():
+            self.turns.append((question, answer))
+
+
+def _lines() -> Iterator[str]:
+    """What the user types or pipes in, without blank lines, to its end."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # editing and history of `input`
+    while True:
+        try:
+            line = input(PROMPT) if sys.stdin.isatty() else sys.stdin.readline()
+        except EOFError:
+            return
+        if not line and not sys.stdin.isatty():
+            return
+        if line := terminal.clean(line).strip():
+            yield line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

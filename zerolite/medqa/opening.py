@@ -1,0 +1,199 @@
+"""What a user names as MODEL: a Hugging Face folder, an adapter on its base, a result or a checkpoint of a run.
+
+Nothing is downloaded, no code of a folder runs and no pickle is read. Every mistake about a folder is a ValueError that
+names it.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+import zerolite
+from zerolite.medqa import model as models
+from zerolite.medqa import processes, resume, template, tuning
+from zerolite.medqa.arguments import parse
+
+CONFIG, ADAPTER, MANIFEST, OPTIONS = "config.json", "adapter_config.json", "manifest.json", "options.yaml"
+EXPECTED = (
+    "a Hugging Face folder (config.json), an adapter (adapter_config.json), or an output folder of train_medqa.py"
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+END_BYTES = 1 << 20  # of each end of a file of weights, in a print
+
+
+@dataclass
+class Opened:
+    """A model that answers."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path  # what was opened: of a result its model/ or adapter/
+    told: str  # which template, as `template.choose` says it
+    room: int  # token ids of a prompt and its answer together
+    print: str  # tells folders of other weights apart
+
+
+def open_model(
+    folder: Path,
+    base: Path | None = None,
+    tokenizer: Path | None = None,
+    wanted_template: str | None = None,
+    precision: str | None = None,
+) -> Opened:
+    """The model in eval mode, on the GPU where there is one, in bf16 there and else in fp32.
+
+    base: of an adapter, in place of the folder that it names. tokenizer: a folder, in place of the model's own one.
+    wanted_template, precision: as train_medqa.py's --template and --precision.
+    Raises ValueError for a folder that is none of these, or that cannot be used; what it lacks is named.
+    """
+    folder = find(folder)
+    is_adapter = (folder / ADAPTER).is_file()
+    if base is not None and not is_adapter:
+        raise ValueError(f"--base {base}: only an adapter has a base; {folder} holds no {ADAPTER}")
+    if (folder / MANIFEST).is_file():
+        return _open_checkpoint(folder, tokenizer, wanted_template, precision)
+    base = base_of(folder, base) if is_adapter else folder
+    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    read = models.read_tokenizer(tokenizer or (folder if has_own else base))
+    told = template.choose(read, wanted_template)
+    config = _config(base)
+    models.check_vocabulary(read, config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = models.DTYPES[precision or ("bf16" if device.type == "cuda" else "fp32")]
+    model = _read_model(base, config, dtype)
+    num_virtual = 0
+    if is_adapter:
+        zerolite.adapters.load(model, folder)
+        num_virtual = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("num_virtual_tokens") or 0
+    weights = [base, folder] if is_adapter else [folder]
+    return Opened(
+        model.to(device).eval(), read, folder, told, _longest(config) - num_virtual, _print_of(weights, ADAPTER)
+    )
+
+
+def find(folder: Path) -> Path:
+    """The folder to open: `folder`, or what it holds as the result of a run; a merged model before its adapter."""
+    if not folder.exists():
+        raise ValueError(f"{folder}: there is no such folder; expected {EXPECTED}; nothing is downloaded")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, expected a folder: {EXPECTED}")
+    for name in (ADAPTER, CONFIG, MANIFEST):
+        if (folder / name).is_file():
+            return folder
+    for inner, name in (("model", CONFIG), ("adapter", ADAPTER)):
+        if (folder / inner / name).is_file():
+            return folder / inner
+    if found := resume.checkpoints(folder):
+        return found[-1]
+    raise ValueError(f"{folder}: expected {EXPECTED}; it holds none of these")
+
+
+def base_of(adapter: Path, given: Path | None) -> Path:
+    """The base's folder: `given`, or what the adapter's configuration names, from here or from the adapter's folder."""
+    named = given
+    if named is None:
+        try:
+            named = json.loads((adapter / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+            found = [path for path in (Path(named), adapter / named) if path.is_dir()]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{adapter}: {ADAPTER} names no base ({error!r}); name it with --base FOLDER") from error
+        if not found:
+            raise ValueError(
+                f"{adapter}: its base {named} is no folder here, and nothing is downloaded; name it with --base FOLDER"
+            )
+        named = found[0]
+    base = find(named)
+    if not (base / CONFIG).is_file() or (base / ADAPTER).is_file():
+        raise ValueError(f"{base}: expected the base of an adapter, a Hugging Face folder with {CONFIG}")
+    return base
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        got = f"{', '.join(pickles[:3])}, which are pickles and not read" if pickles else "none"
+        raise ValueError(
+            f"{folder}: expected weights in *.safetensors, got {got}; write the model again with save_pretrained"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever a wrong value happens to hit
+        raise ValueError(f"{folder}: {CONFIG} cannot be used: {models.cause(error)}") from error
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{folder}: its weights are quantised; expected them in 16 or 32 bits")
+    return config
+
+
+def _longest(config: PretrainedConfig) -> int:
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+
+
+def _read_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # as above
+        raise ValueError(f"{folder}: cannot be opened as a causal language model: {models.cause(error)}") from error
+    if lacking := sorted(map(str, info["missing_keys"])):
+        raise ValueError(f"{folder}: its files lack {', '.join(lacking[:4])}, which would be random numbers")
+    return model
+
+
+def _print_of(folders: list[Path], *configs: str) -> str:
+    """Of the configurations, and of sizes and ends of the weights: not of all their bytes."""
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in sorted([*folder.glob("*.safetensors"), *(folder / n for n in (CONFIG, MANIFEST, *configs))]):
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                size = file.seek(0, 2)
+                found.update(f"{path.name} {size}".encode())
+                for start in (0, max(0, size - END_BYTES)):
+                    file.seek(start)
+                    found.update(file.read(END_BYTES))
+    return found.hexdigest()[:16]
+
+
+def _open_checkpoint(
+    folder: Path, tokenizer: Path | None, wanted_template: str | None, precision: str | None
+) -> Opened:
+    """Of train_medqa.py, by the options that its run wrote beside it."""
+    file = folder.parent / OPTIONS
+    if not file.is_file() or not re.fullmatch(r"checkpoint-\d+", folder.name):
+        raise ValueError(
+            f"{folder}: a checkpoint is opened as checkpoint-N beside its run's {OPTIONS}, which is not there; "
+            "train_medqa.py --export writes a folder that can be opened anywhere"
+        )
+    options = parse(["--config", str(file), "--offload", "none"])
+    asked = {"tokenizer_name_or_path": tokenizer and str(tokenizer), "template": wanted_template}
+    options = dataclasses.replace(
+        options, stage=0, offload_parameters=False, **{name: value for name, value in asked.items() if value}
+    )
+    read = models.load_tokenizer(options)
+    told = template.choose(read, options.template)
+    config = models.load_config(options, read)
+    ranks = processes.join()
+    options = dataclasses.replace(options, precision=precision).resolved(ranks.device.type)
+    with contextlib.redirect_stdout(None):
+        model = models.sharded(options, config, tuning.adaptation(options, read))
+    zerolite.load(model, folder)
+    models.align_ends(model, read)
+    num_virtual = 0
+    if options.is_adapter and options.finetuning_type != "lora":
+        presets = zerolite.adapters.PRESETS
+        num_virtual = options.num_virtual_tokens or presets[options.finetuning_type].tokens
+    return Opened(model.eval(), read, folder, told, _longest(config) - num_virtual, _print_of([folder]))
