@@ -50,7 +50,7 @@ def test_tables_in_every_encoding(tmp_path, delimiter, encoding):
 
 
 def test_lines_in_every_encoding_and_with_every_line_end(tmp_path):
-    contents = [JSONL.encode(e) for e in ("utf-8", "utf-8-sig", "utf-16", "utf-16-be")]
+    contents = [JSONL.encode(e) for e in ("utf-8", "utf-8-sig", "utf-16", "utf-16-be", "gb18030")]
     contents[3] = codecs.BOM_UTF16_BE + contents[3]
     contents += [JSONL.replace("\n", end).encode() for end in ("\r\n", "\r", "\n\n")]
     contents += [b"\n".join(codecs.BOM_UTF8 + line.encode() for line in JSONL.split("\n")), gzip.compress(contents[2])]
@@ -157,8 +157,9 @@ def test_columns_say_what_a_table_holds(tmp_path):
             read(tmp_path / "x", content, columns)
     with pytest.raises(DataError, match="--columns leaves out `input`"):
         read(tmp_path / "x", json.dumps({"q": "a", "a": "b", "input": "39 °C"}), "question=q,answer=a")
-    with pytest.raises(ValueError, match="--columns: expected FIELD=COLUMN"):
-        parse(["--columns", "topic"])
+    for argv, reason in (["topic"], "expected FIELD=COLUMN"), (["question=a,answer=b"], "is about files of yours"):
+        with pytest.raises(ValueError, match=f"--columns:? {reason}"):
+            parse(["--columns", *argv])
 
 
 def test_training_reads_them(tmp_path):
@@ -245,6 +246,49 @@ def test_damaged_files_end_in_an_error_or_in_rejects(tmp_path):
         else:
             ((_, kept, rejected),) = found.files
             assert (kept, rejected) == (len(found.kept), len(found.rejected))
+
+
+ODD = [
+    None,
+    True,
+    0,
+    1.5,
+    float("nan"),
+    "",
+    " ",
+    "x",
+    "\x00",
+    "\ud800",
+    [],
+    ["x"],
+    [None],
+    [[]],
+    {},
+    {"A": "x"},
+    {"from": []},
+]
+SHAREGPT = {"conversations": [{"from": "human", "value": "痛风?"}, {"from": "gpt", "value": "尿酸。", "weight": 1}]}
+
+
+def odd(value: object, draw: random.Random) -> object:
+    """`value` with one place of it something else."""
+    if not value or not isinstance(value, dict | list) or draw.random() < 0.2:
+        return draw.choice(ODD)
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    key = draw.choice(list(changed) if isinstance(changed, dict) else range(len(changed)))
+    changed[key] = odd(changed[key], draw)
+    return changed
+
+
+def test_odd_values_in_every_layout_are_kept_or_rejected(tmp_path):
+    draw = random.Random(1)
+    lettered = {**CHOICE, "options": {"A": "甲.", "B": "乙."}, "context": "c"}
+    layouts = [ALPACA[0], SHAREGPT, PUBMEDQA, CHOICE, lettered, {"title": "a", "ask": "b", "answer": "c"}]
+    rows = [odd(draw.choice(layouts), draw) for _ in range(2000)]
+    (tmp_path / "x").write_text("\n".join(map(json.dumps, [ALPACA[0], *rows])))
+    found = data.read([tmp_path / "x"], rows_of=readers.reader(None), skip_invalid=True)
+    assert len(found.kept) + len(found.rejected) == 2001 and 200 < len(found.kept) < 1600
+    assert all(0 < len(reject.reason) < 400 for reject in found.rejected)
 
 
 @pytest.mark.skipif(not MEDQA.is_dir(), reason="shared data set not beside the repository")

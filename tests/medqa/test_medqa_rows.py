@@ -45,7 +45,7 @@ def test_what_says_nothing_is_absent(nothing):
 
 
 @pytest.mark.parametrize(
-    ("switch", "value"), [("weight", 0), ("weight", 0.0), ("train", False), ("trainable", 0), ("train", 0)]
+    ("switch", "value"), [("weight", 0), ("weight", 0.0), ("train", False), ("trainable", 0), ("loss", False)]
 )
 def test_an_answer_without_weight_has_no_loss_and_all_else_has(switch, value):
     """In every position, also where the row is cut; the other answers keep the labels that they have without it."""
@@ -74,6 +74,7 @@ REFUSED = [
     ({**PAIR, "images": ["x.png"]}, "`images` is not used"),
     ({**PAIR, "context": "An abstract."}, "`context` is not used"),
     ({**PAIR, "weight": 0}, "`weight` of a row is not used"),
+    ({**PAIR, "train": False}, "`train` of a row is not used"),
     ({**PAIR, "history": "earlier"}, "history: expected a list"),
     ({**PAIR, "history": [["only a question"]]}, "history 0: expected [question, answer]"),
     ({**PAIR, "history": [["q", ""]]}, "history 0: answer: is empty"),

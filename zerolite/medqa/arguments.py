@@ -232,6 +232,8 @@ def parse(argv: list[str]) -> Options:
     options.check_adapter()
     if options.columns is not None:
         columns_of(options.columns)
+        if not (options.train_file or options.validation_file):
+            raise ValueError("--columns is about files of yours: name them with --train_file or --validation_file")
     return options
 
 

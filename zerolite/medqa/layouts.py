@@ -134,7 +134,7 @@ def _multiple_choice(row: dict) -> dict:
     if not isinstance(options, dict) or not all(isinstance(o, str) and not is_absent(o) for o in options.values()):
         raise ValueError(f"options: expected a text for each letter, got {shown(options)}")
     letter = answer.strip().strip("()") if isinstance(answer, str) else answer
-    if letter not in options:
+    if not isinstance(letter, str) or letter not in options:
         raise ValueError(f"answer: expected a letter of {', '.join(options)}; got {shown(answer)}")
     if not isinstance(question, str) or is_absent(question):
         raise ValueError(f"question: expected a text, got {shown(question)}")

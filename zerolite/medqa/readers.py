@@ -23,6 +23,7 @@ from zerolite.medqa.layouts import as_own, columns_of
 from zerolite.medqa.rows import shown
 
 ARROW_STREAM = b"\xff\xff\xff\xff"  # what `datasets` writes; files of Arrow begin with ARROW1
+LEAST_CHINESE = 4  # characters that tell GB18030
 BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -52,6 +53,7 @@ def _raw(file: Path, content: bytes) -> Iterator[Located]:
         return _medquad(file, content)
     if kind and kind.startswith(("CSV", "TSV")):
         return _table(file, content)
+    content = _from_gb18030(content)
     keyed = _keyed(file, content) if content.lstrip().startswith(b"{") else None
     return json_rows.of_content(file, content) if keyed is None else keyed
 
@@ -71,6 +73,19 @@ def _from_utf16(file: Path, content: bytes) -> bytes:
         return content.decode(order).encode("utf-8")
     except UnicodeError as error:
         raise DataError(f"{file}: is UTF-16, but damaged: {error}") from None
+
+
+def _from_gb18030(content: bytes) -> bytes:
+    """Chinese lines of JSON that Windows wrote, as UTF-8; anything else as it is."""
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        try:
+            text = content.decode("gb18030")
+        except UnicodeDecodeError:
+            return content
+        return text.encode("utf-8") if _is_chinese(text) else content
+    return content
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -124,7 +139,7 @@ def _is_chinese(text: str) -> bool:
     """Whether text that was read as GB18030 is: of another code by chance, second bytes are letters of ASCII."""
     pairs = [character.encode("gb18030") for character in text if character > "\x7f"]
     usual = sum(len(pair) == 2 and 0xA1 <= pair[0] <= 0xF7 and pair[1] >= 0xA1 for pair in pairs)
-    return usual >= 0.9 * len(pairs)
+    return len(pairs) >= LEAST_CHINESE and usual >= 0.9 * len(pairs)
 
 
 def _arrow(file: Path, content: bytes) -> Iterator[Located]:

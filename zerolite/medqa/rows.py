@@ -20,13 +20,14 @@ UNUSED = (
     "rejected", "kto_tag", "loss_mask", "options",
 )  # fmt: skip
 OF_MESSAGES = (*UNUSED, "name", "mask", "prefix")
-SWITCHES = ("weight", "train", "trainable")  # of an assistant's message: whether it has loss
+SWITCHES = ("weight", "train", "trainable", "loss")  # of an assistant's message: whether it has loss
 # Columns that a pair may stand in; --columns maps them.
 PAIRS = (
     ("query", "response"), ("prompt", "response"), ("prompt", "completion"), ("prompt", "output"),
     ("instruction", "response"), ("Question", "Answer"), ("Instruction", "Output"), ("question", "answer"),
     ("input", "output"),
 )  # fmt: skip
+KNOWN = {*ALPACA, *METADATA, *UNUSED, *SWITCHES, "messages", "system"}
 INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs", "Mn", "Me"}
 FILLERS = "\u115f\u1160\u3164\uffa0\u2800\ufffd"  # letters and symbols by their category, but nothing to read
 MARKER = re.compile(r"<(user|bot)>\s*[:：]")
@@ -71,12 +72,12 @@ def conversation(row: object, ignored: Counter[str] | None = None) -> Conversati
         expected = "expected keys `instruction` and `output`, or `messages`"
         raise ValueError(f"{expected}; got {shown(sorted(row))}{_hint(row)}")
     _refuse(row, UNUSED, "")
-    weight = row.get("weight")
-    if not is_absent(weight) and weight != 1:
-        raise ValueError(f"`weight` of a row is not used: expected 1 or none, got {shown(weight)}")
+    for key in SWITCHES:
+        if not is_absent(row.get(key)) and row[key] != 1:
+            raise ValueError(f"`{key}` of a row is not used: expected 1 or none, got {shown(row[key])}")
     found = _from_messages(row, ignored) if is_dialogue else _from_alpaca(row)
     if ignored is not None:
-        ignored.update(str(key) for key in row if key not in (*ALPACA, *METADATA, *UNUSED, "messages", "system"))
+        ignored.update(str(key) for key in row if key not in KNOWN)
     return found
 
 
@@ -175,7 +176,7 @@ def _from_messages(row: dict, ignored: Counter[str] | None) -> Conversation:
 
 
 def _is_trained(message: dict, role: object, where: str) -> bool:
-    """Whether a message has loss, by `weight`, `train` or `trainable`; an answer has it where none of them is given."""
+    """Whether a message has loss, by its switches; an answer has it where none of them is given."""
     given = {key: message[key] for key in SWITCHES if not is_absent(message.get(key))}
     for key, value in given.items():
         if value not in (0, 1):

@@ -148,16 +148,6 @@ class Template:
             raise ValueError("the chat template's prompt is not the beginning of its dialogue")
         return len(prompt)
 
-
-def _without_loss(segments: list[Segment], conversation: Conversation) -> list[Segment]:
-    """Nothing is learned from the question on of a turn whose answer has no loss to the next question."""
-    found, turn = [], 0
-    for segment in segments:
-        turn = segment.slot[1] if segment.slot and segment.slot[0] != "system" else turn
-        is_learned = segment.is_learned and conversation.has_loss(turn)
-        found.append(Segment(segment.text, is_learned, segment.slot))
-    return found
-
     @functools.cached_property
     def answer_ends(self) -> list[str]:
         """What ends the answers of a dialogue of two turns, with the end token; "" where nothing does."""
@@ -173,6 +163,16 @@ def _without_loss(segments: list[Segment], conversation: Conversation) -> list[S
         """The special token that ends the last answer, which generation stops at."""
         names = self.special.findall(self.answer_ends[-1])
         return self.tokenizer.convert_tokens_to_ids(names[-1]) if names else self.tokenizer.eos_token_id
+
+
+def _without_loss(segments: list[Segment], conversation: Conversation) -> list[Segment]:
+    """Nothing is learned from the question on of a turn whose answer has no loss to the next question."""
+    found, turn = [], 0
+    for segment in segments:
+        turn = segment.slot[1] if segment.slot and segment.slot[0] != "system" else turn
+        is_learned = segment.is_learned and conversation.has_loss(turn)
+        found.append(Segment(segment.text, is_learned, segment.slot))
+    return found
 
 
 @functools.lru_cache(maxsize=4)
