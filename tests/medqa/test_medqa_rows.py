@@ -140,11 +140,11 @@ def test_a_key_twice_is_an_error_in_both_file_layouts(tmp_path):
     twice = '{"instruction": "a", "output": "b", "output": "see above"}'
     deep = '{"messages": [{"role": "user", "role": "user", "content": "a"}]}'
     for bad in (twice, deep):
-        for lines in ([json.dumps(PAIR), bad], ["[" + json.dumps(PAIR) + ",", bad + "]"]):
+        for lines in ([json.dumps(PAIR), bad], ["[" + json.dumps(PAIR) + ",", bad + ",", json.dumps(PAIR) + "]"]):
             path = written(tmp_path / "rows", *lines)
             with pytest.raises(DataError, match=r"rows, line 2: has the key \"\w+\" twice"):
                 data.read([path])
-            assert len(data.read([path], skip_invalid=True).kept) == 1
+            assert [reject.line for reject in data.read([path], skip_invalid=True).rejected] == [2]
 
 
 def test_the_summary_tells_rows_of_each_file_and_unused_keys(tmp_path):
