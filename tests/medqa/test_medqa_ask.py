@@ -111,6 +111,7 @@ def test_a_batch_of_a_file_is_answered_as_one_by_one_and_an_ended_run_goes_on(ba
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
         assert row["answer"] == said_by_transformers(model, tokenizer, messages[:-1])
         assert row["notice"] == NOTICE and row["model"] == str(base)
+        assert row["template"] == "the model's own"
     assert [row["question"] for row in found] == [QUESTIONS[0], "感冒了\n怎么办？", "A?", "And?", QUESTIONS[0]]
     assert len(found[3]["history"]) == 2 and found[2]["system"] == "Kurz."
 
@@ -123,6 +124,8 @@ def test_a_batch_of_a_file_is_answered_as_one_by_one_and_an_ended_run_goes_on(ba
     assert answers.read_bytes() == written
     assert ask(base, "--questions", questions, "--answers", answers, "--temperature", 1) == 2
     assert "temperature was 0.0 and is 1.0" in capsys.readouterr().err
+    assert ask(base, "--questions", questions, "--answers", answers, "--template", "alpaca") == 2
+    assert "template was" in capsys.readouterr().err
     assert ask(base, "--questions", questions, "--answers", questions) == 2
     assert answers.read_bytes() == written
 

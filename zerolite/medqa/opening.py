@@ -188,8 +188,7 @@ def _open_checkpoint(
     config = models.load_config(options, read)
     ranks = processes.join()
     options = dataclasses.replace(options, precision=precision).resolved(ranks.device.type)
-    with contextlib.redirect_stdout(None):
-        model = models.sharded(options, config, tuning.adaptation(options, read))
+    model = models.sharded(options, config, tuning.adaptation(options, read))
     zerolite.load(model, folder)
     models.align_ends(model, read)
     num_virtual = 0

@@ -67,7 +67,8 @@ class Prompt:
     @property
     def loss(self) -> str:
         """What had no room, in words; "" where all is there."""
-        lost = [f"the oldest {self.num_turns_lost} turns"] if self.num_turns_lost else []
+        turns = "turn" if self.num_turns_lost == 1 else f"{self.num_turns_lost} turns"
+        lost = [f"the oldest {turns}"] if self.num_turns_lost else []
         lost += ["the system text"] if self.is_system_lost else []
         lost += ["the beginning of the question"] if self.is_question_cut else []
         return ", ".join(lost)
@@ -88,7 +89,7 @@ def prompt_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, ro
     template = template_of(tokenizer)
 
     def tokens_of(row: Conversation) -> Tokens:
-        (tokens,) = tokenize_all([template.prompt_segments(row)], template)
+        (tokens,) = _named(row, lambda: list(tokenize_all([template.prompt_segments(row)], template)))
         return tokens
 
     whole = replace(conversation, turns=(*conversation.turns[:-1], (conversation.turns[-1][0], "?")), trained=())

@@ -6,6 +6,7 @@ it, so that a file never holds answers of two models or settings.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from collections import Counter
@@ -166,7 +167,7 @@ class AnswersFile:
             for start in range(0, len(questions), batch_size):
                 batch = questions[start : start + batch_size]
                 for one, found in zip(batch, replies(opened, batch, settings), strict=True):
-                    row = json.dumps(row_of(one, found, opened.folder, source), ensure_ascii=False)
+                    row = json.dumps(row_of(one, found, opened, source), ensure_ascii=False)
                     file.write(row.encode() + b"\n")
                     num_written += 1
                 file.flush()
@@ -178,16 +179,18 @@ def source_of(opened: Opened, settings: Settings) -> dict:
     """What answers depend on, beside the question."""
     dtype = str(next(opened.model.parameters()).dtype).removeprefix("torch.")
     chosen = {**asdict(settings), "max_new_tokens": settings.longest(opened.room), "precision": dtype}
-    return {"weights": opened.print, **chosen}
+    template = hashlib.sha256(opened.tokenizer.chat_template.encode()).hexdigest()[:16]
+    return {"weights": opened.print, "template": template, **chosen}
 
 
-def row_of(conversation: Conversation, found: Reply, model: Path, source: dict) -> dict:
+def row_of(conversation: Conversation, found: Reply, opened: Opened, source: dict) -> dict:
     row = {"question": conversation.turns[-1][0], "answer": found.text, "is_cut": found.is_cut}
     if len(conversation.turns) > 1 or conversation.system:
         row["system"], row["history"] = conversation.system, [list(turn) for turn in conversation.turns[:-1]]
     if found.prompt.loss:
         row["left_out"] = found.prompt.loss
-    return {**row, "model": str(model), "source": source, "notice": NOTICE}
+    template = opened.told.removeprefix("chat template: ")
+    return {**row, "model": str(opened.folder), "template": template, "source": source, "notice": NOTICE}
 
 
 def key_of(conversation: Conversation) -> str:
