@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from medqa_runs import tiny_llama, to_flags
+from medqa_runs import to_flags, write_talker
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,7 +15,7 @@ import train_medqa
 from zerolite import cli
 from zerolite.medqa import generation
 from zerolite.medqa.answers import CUT_OFF, NOTICE
-from zerolite.medqa.arguments import CORPUS, parse
+from zerolite.medqa.arguments import parse
 
 QUESTIONS = "What helps against a cough?", "感冒了怎么办？", "Is a fever of 38 °C dangerous for a child of three years?"
 NUM_TOKENS = 24
@@ -23,11 +23,7 @@ NUM_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A random model that says something else after each token."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama(initializer_range=0.4).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(CORPUS / "tokenizer").save_pretrained(folder)
-    return folder
+    return write_talker(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,12 @@ import io
 import sys
 
 import pytest
-from medqa_runs import tiny_llama
+from medqa_runs import write_talker
 from transformers import AutoTokenizer
 
 from zerolite import cli
 from zerolite.medqa import chat, generation, opening
 from zerolite.medqa.answers import CUT_OFF, NOTICE
-from zerolite.medqa.arguments import CORPUS
 from zerolite.medqa.data import Conversation
 from zerolite.medqa.prompts import prompt_of
 
@@ -21,10 +20,7 @@ NUM_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama(initializer_range=0.4).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(CORPUS / "tokenizer").save_pretrained(folder)
-    return folder
+    return write_talker(tmp_path_factory.mktemp("base"))
 
 
 def piped(monkeypatch, text: bytes, encoding: str = "utf-8") -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from paths import SHARED
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from zerolite.medqa.arguments import CORPUS
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="shared data not beside the repository")
 
@@ -24,6 +28,13 @@ def tiny_llama(**settings) -> LlamaForCausalLM:
         **settings,
     )
     return LlamaForCausalLM(config)
+
+
+def write_talker(folder: Path) -> Path:
+    """A random model that says something else after each token, in a folder with the shipped tokenizer."""
+    tiny_llama(initializer_range=0.4).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(CORPUS / "tokenizer").save_pretrained(folder)
+    return folder
 
 
 def to_flags(options: dict) -> list[str]:

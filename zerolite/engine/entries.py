@@ -36,6 +36,7 @@ from zerolite.shards.states import ParameterState
 if TYPE_CHECKING:
     from zerolite.engine.engine import Engine
 
+NO_STORAGE = 0
 SavedTensorHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
@@ -116,7 +117,7 @@ class Entries:
         """Called for every saved tensor of every forward, so it is one Python call for most."""
         try:
             index = self._by_storage.get(tensor.untyped_storage()._cdata)
-        except (NotImplementedError, RuntimeError):  # as in index_of
+        except (NotImplementedError, RuntimeError):  # as in _storage_of, without its call
             index = None
         version = tensor._version
         # An output must not be kept with its node, which would keep the output.
@@ -145,10 +146,7 @@ class Entries:
 
     def index_of(self, tensor: torch.Tensor) -> int | None:
         """Which watched bucket a tensor is a view of; ZeroliteError where it was read while that was sharded."""
-        try:
-            storage = tensor.untyped_storage()._cdata
-        except (NotImplementedError, RuntimeError):  # sparse ones, wrappers: none of ours
-            return None
+        storage = _storage_of(tensor)
         index = self._by_storage.get(storage)
         if index is not None and storage in self._nan_storages:
             bucket = self._bucket(index)
@@ -171,10 +169,7 @@ class Entries:
     def open_kept(self, tensor: torch.Tensor) -> None:
         """Backward of a custom Function is about to read a tensor that it kept by itself. Collective, as `open`."""
         if isinstance(tensor, nn.Parameter):
-            try:
-                index = self._by_storage.get(_storage_of(tensor))  # it reads as NaN until its unit is open
-            except (NotImplementedError, RuntimeError):
-                return
+            index = self._by_storage.get(_storage_of(tensor))  # it reads as NaN until its unit is open
         else:
             index = self.index_of(tensor)
         if index is not None:
@@ -241,4 +236,8 @@ class _Parameters(dict):
 
 
 def _storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    """A number of the tensor's memory; NO_STORAGE for sparse ones and wrappers: none of ours."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return NO_STORAGE

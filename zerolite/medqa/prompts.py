@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from zerolite.medqa.data import Conversation
-from zerolite.medqa.template import Template, template_of
+from zerolite.medqa.template import template_of
 from zerolite.medqa.tokens import IGNORED, Example, Tokens, tokenize, tokenize_all
 
 __all__ = ["IGNORED", "Example", "Prompt", "encode", "encode_prompt", "prompt_of"]
@@ -38,11 +38,15 @@ def encode(
     template = template_of(tokenizer)
     rows = [_bounded(conversation, tokenizer, cutoff_len) for conversation in conversations]
     segments = [_named(row, lambda row=row: template.segments(row)) for row in rows]
+
+    def tokens_of(row: Conversation) -> Tokens:
+        return next(tokenize_all([template.segments(row)], template))
+
     examples, num_shortened = [], 0
     for given, row, tokens in zip(conversations, rows, tokenize_all(segments, template), strict=True):
         num_shortened += row != given or len(tokens.ids) > cutoff_len
         if len(tokens.ids) > cutoff_len:
-            tokens = _named(row, lambda row=row, tokens=tokens: _shortened(row, tokens, template, cutoff_len))
+            _, tokens = _named(row, lambda row=row, tokens=tokens: _shortened(row, tokens, tokens_of, cutoff_len, 1))
         examples.append(_named(row, tokens.example))
     return examples, num_shortened
 
@@ -89,21 +93,11 @@ def prompt_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, ro
     template = template_of(tokenizer)
 
     def tokens_of(row: Conversation) -> Tokens:
-        (tokens,) = _named(row, lambda: list(tokenize_all([template.prompt_segments(row)], template)))
-        return tokens
+        return _named(row, lambda: next(tokenize_all([template.prompt_segments(row)], template)))
 
     whole = replace(conversation, turns=(*conversation.turns[:-1], (conversation.turns[-1][0], "?")), trained=())
     row = _bounded(whole, tokenizer, room)
-    tokens = tokens_of(row)
-    while len(tokens.ids) > room and len(row.turns) > 1:
-        row = replace(row, turns=row.turns[1:])
-        tokens = tokens_of(row)
-    if len(tokens.ids) > room and row.system:
-        row = replace(row, system="")
-        tokens = tokens_of(row)
-    while (excess := len(tokens.ids) - room) > 0:
-        row = _cut(row, tokens, 0, excess, room)
-        tokens = tokens_of(row)
+    row, tokens = _shortened(row, tokens_of(row), tokens_of, room, is_answer_there=0)
     return Prompt(
         tokens.ids.tolist(),
         num_turns_lost=len(whole.turns) - len(row.turns),
@@ -150,11 +144,14 @@ def _part(
     return text, len(ids)
 
 
-def _shortened(conversation: Conversation, tokens: Tokens, template: Template, cutoff_len: int) -> Tokens:
-    def again(shorter: Conversation) -> Tokens:
-        (found,) = tokenize_all([template.segments(shorter)], template)
-        return found
-
+def _shortened(
+    conversation: Conversation,
+    tokens: Tokens,
+    tokens_of: Callable[[Conversation], Tokens],
+    cutoff_len: int,
+    is_answer_there: int,
+) -> tuple[Conversation, Tokens]:
+    """What of a row fits into `cutoff_len`, and its tokens; `is_answer_there`: 0 for a prompt, which ends before it."""
     while (excess := len(tokens.ids) - cutoff_len) > 0 and len(conversation.turns) > 1:
         begins = [begin for segment, begin, _ in tokens.spans() if segment.slot and segment.slot[0] == "question"]
         drop = 0
@@ -162,14 +159,14 @@ def _shortened(conversation: Conversation, tokens: Tokens, template: Template, c
             excess -= int(tokens.of(begins[drop], begins[drop + 1]).sum())
             drop += 1
         conversation = replace(conversation, turns=conversation.turns[drop:], trained=conversation.trained[drop:])
-        tokens = again(conversation)
+        tokens = tokens_of(conversation)
     if len(tokens.ids) > cutoff_len and conversation.system:
         conversation = replace(conversation, system="")
-        tokens = again(conversation)
+        tokens = tokens_of(conversation)
     while (excess := len(tokens.ids) - cutoff_len) > 0:
-        conversation = _cut(conversation, tokens, 1, excess, cutoff_len)
-        tokens = again(conversation)
-    return tokens
+        conversation = _cut(conversation, tokens, is_answer_there, excess, cutoff_len)
+        tokens = tokens_of(conversation)
+    return conversation, tokens
 
 
 def _cut(conversation: Conversation, tokens: Tokens, is_answer_there: int, excess: int, room: int) -> Conversation:
