@@ -21,9 +21,22 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import zerolite
-from zerolite.medqa import answers, corpus, model, processes, report, resume, template, tuning
+from zerolite.medqa import (
+    answers,
+    corpus,
+    curves,
+    machine,
+    model,
+    processes,
+    report,
+    resume,
+    template,
+    trackers,
+    tuning,
+)
 from zerolite.medqa.arguments import Options, parse
 from zerolite.medqa.batches import Order, collate, fingerprint, micro_batches
+from zerolite.medqa.best import Best
 from zerolite.medqa.corpus import Corpus
 from zerolite.medqa.divergence import Diverged, Divergence
 from zerolite.medqa.loss import ALL, label_loss, validation_losses
@@ -47,10 +60,13 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     position: resume.Position
     divergence: Divergence
+    best: Best
+    host_memory: machine.HostMemory
 
 
 def prepare(options: Options) -> Run:
     """Check and read everything that can be wrong, cheapest first, then build the model. Every rank must call it."""
+    trackers.require(options.report_to)
     is_rank_0 = processes.environment_rank() == 0
     folder = Path(options.output_dir)
     if is_rank_0:
@@ -72,7 +88,10 @@ def prepare(options: Options) -> Run:
         raise ValueError("the ranks read different training rows: every machine needs the same files and tokenizer")
     if is_rank_0:
         (folder / "options.yaml").write_text(options.to_yaml(), encoding="utf-8")
-    ranks.print("\n".join(filter(None, [f"{options.to_yaml()}{data.summary}", told, data.first_row, why_stage])))
+    changed = (
+        f"options that are not the defaults (all: options.yaml):\n{options.changed(ranks.device.type)}{data.summary}"
+    )
+    ranks.print("\n".join(filter(None, [changed, told, data.first_row, why_stage])))
 
     global_batch_rows = ranks.world_size * options.per_device_train_batch_size * options.gradient_accumulation_steps
     order = Order([len(example.input_ids) for example in data.train], global_batch_rows, options.seed)
@@ -86,9 +105,9 @@ def prepare(options: Options) -> Run:
     if found:
         checkpoint = resume.load_newest(sharded, found, optimizer, scheduler, position, ranks.print)
         ranks.print(f"resumed from {checkpoint} at step {position.step}")
-    divergence = Divergence(folder, options.precision)
+    watched = Divergence(folder, options.precision), Best(options, folder, num_steps, ranks), machine.HostMemory()
     return Run(
-        options, ranks, folder, tokenizer, data, order, num_steps, sharded, optimizer, scheduler, position, divergence
+        options, ranks, folder, tokenizer, data, order, num_steps, sharded, optimizer, scheduler, position, *watched
     )
 
 
@@ -100,12 +119,16 @@ def train(run: Run) -> int:
         f"{run.num_steps} steps of {run.order.global_batch_rows} rows, {run.order.steps_per_epoch} steps an epoch"
     )
     run.processes.print(report.placement_line(run.model, run.optimizer, run.options, run.processes))
-    started_s = time.perf_counter()
-    progress = Progress(run.folder, run.processes.rank, run.position.step, run.num_steps)
-    with StopSignals() as signals:
+    started_s, first_step = time.perf_counter(), run.position.step
+    reported = trackers.Trackers(run.options, run.folder, run.model, run.processes)
+    with (
+        StopSignals() as signals,
+        Progress(run.folder, run.processes.rank, first_step, run.num_steps, reported) as progress,
+    ):
+        run.best.resume(progress.records)
         if run.position.step < run.num_steps:  # else the end validates, and the step has one record
             validate(run, progress, signals)
-        if run.position.step == 0:
+        if first_step == 0:
             ask(run, signals)
         stopped_by = fit(run, signals, progress)
         if stopped_by is None:
@@ -122,7 +145,7 @@ def train(run: Run) -> int:
 
 
 def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | None:
-    """The optimizer steps; the signal that stopped them at a step boundary, or None when all are done."""
+    """The optimizer steps; the signal that stopped them at a step boundary, or None when all, or enough, are done."""
     options, ranks, meter, first_step = run.options, run.processes, Meter(), run.position.step
     for step, rows in run.order.steps(first_step, run.num_steps):
         chosen = micro_batches(rows, ranks.rank, ranks.world_size, options.per_device_train_batch_size)
@@ -155,37 +178,33 @@ def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | 
         progress.advance(step + 1)
         if (step + 1) % options.logging_steps == 0 or step + 1 == run.num_steps:
             log(run, progress, meter)
-        if options.eval_steps and (step + 1) % options.eval_steps == 0 and step + 1 < run.num_steps:
-            with meter.paused():
+        with meter.paused():
+            if options.eval_steps and (step + 1) % options.eval_steps == 0 and step + 1 < run.num_steps:
                 validate(run, progress, signals)
-        if (step + 1) % options.save_steps == 0:
-            with meter.paused():
+                if options.model_name_or_path is not None:
+                    ask(run, signals, each=1)
+            is_best = options.load_best_model_at_end and run.best.step == step + 1
+            if (step + 1) % options.save_steps == 0 or is_best:
                 save_checkpoint(run)
+        if run.best.is_exhausted:
+            break
     return None
 
 
 def log(run: Run, progress: Progress, meter: Meter) -> None:
-    (loss_sum,) = run.processes.sum(float(meter.loss_sum))
+    loss_sum, host_memory_bytes = run.processes.sum(float(meter.loss_sum), run.host_memory.resident_bytes())
     values = {
         "loss": loss_sum / meter.num_labels,
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "grad_norm": run.optimizer.grad_norm,
         "tokens_per_second": meter.tokens_per_second,
         "peak_memory_bytes": run.processes.peak_memory_bytes(),
+        "host_memory_bytes": host_memory_bytes,
         "num_skipped_steps": run.divergence.num_skipped,
     }
     meter.reset()
-    step = run.position.step
-    progress.record(step=step, epoch=step / run.order.steps_per_epoch, **values)
-    progress.show(
-        step,
-        loss=f"{values['loss']:.4f}",
-        lr=f"{values['learning_rate']:.2e}",
-        grad_norm=f"{values['grad_norm']:.3f}",
-        tokens_s=f"{values['tokens_per_second']:.0f}",
-        peak_MiB=f"{values['peak_memory_bytes'] / 2**20:.0f}",
-        **({"skipped": str(run.divergence.num_skipped)} if run.divergence.num_skipped else {}),
-    )
+    progress.record(step=run.position.step, epoch=run.position.step / run.order.steps_per_epoch, **values)
+    progress.show(run.position.step, values)
 
 
 def validate(run: Run, progress: Progress, signals: StopSignals | None) -> None:
@@ -197,12 +216,19 @@ def validate(run: Run, progress: Progress, signals: StopSignals | None) -> None:
         progress.record(step=step, **report.validation_record(losses))
         progress.print(f"step {step}: {report.validation_line(losses)}")
         run.divergence.check_loss(step, losses[ALL])
+        run.best.add(step, losses[ALL])
 
 
-def ask(run: Run, signals: StopSignals | None) -> None:
-    """Have held-out questions answered and keep the answers, but of a model that has learned nothing yet."""
+def validate_end(run: Run, progress: Progress) -> None:
+    """Once for the model of the last step, also where the run ended early, at an evaluation."""
+    if run.position.step not in run.best.losses:
+        validate(run, progress, signals=None)
+
+
+def ask(run: Run, signals: StopSignals | None, each: int = 2) -> None:
+    """Have `each` held-out questions of a language answered and kept, but of a model that has learned nothing yet."""
     is_trained = run.position.step > 0 or run.options.model_name_or_path is not None
-    rows = answers.held_out_questions(run.corpus.validation_rows) if is_trained else []
+    rows = answers.held_out_questions(run.corpus.validation_rows, each) if is_trained else []
     texts = answers.answer(run.model, run.tokenizer, rows, run.processes, run.options.cutoff_len, signals)
     if run.processes.rank == 0 and texts is not None:
         answers.keep(run.folder, run.position.step, rows, texts)
@@ -211,6 +237,7 @@ def ask(run: Run, signals: StopSignals | None) -> None:
 def save_checkpoint(run: Run) -> Path:
     folder = run.folder / f"checkpoint-{run.position.step}"
     resume.save(run.model, folder, run.optimizer, run.scheduler, run.position, frozen=not run.options.is_adapter)
+    run.best.remove_oldest(folder)
     return folder
 
 
@@ -218,17 +245,24 @@ def conclude(run: Run, progress: Progress) -> None:
     """The result first, then what is told about it."""
     memory = report.memory_table(run.model, run.optimizer, run.options, run.processes)
     run.optimizer.zero_grad()
+    last_step = run.position.step
+    if run.options.load_best_model_at_end:
+        validate_end(run, progress)
+        run.position.step = run.best.load(run.model, last_step)
     if run.options.export:
         result = tuning.write_result(run.options, run.model, run.tokenizer, run.folder, run.processes)
     else:
         result = save_checkpoint(run)
-    validate(run, progress, signals=None)  # the result is safe: no signal needs an answer now
+    validate_end(run, progress)  # the result is safe: no signal needs an answer now
     progress.close()
     ask(run, signals=None)
     if run.processes.rank == 0:
-        report.plot_losses(run.folder)
-        run.processes.print(report.write(run.folder, tuning.trainable_table(run.model, run.options), memory))
-        run.processes.print(f"result: {result}; report: {run.folder / 'report.md'}, curve: {run.folder / 'loss.png'}")
+        curves.plot(run.folder)
+        about = machine.about(run.processes, progress.started, progress.first_step, last_step)
+        sections = [about, tuning.trainable_table(run.model, run.options)]
+        ended = run.best.told(last_step, run.position.step)
+        run.processes.print(report.write(run.folder, run.options, sections, ended, memory))
+        run.processes.print(f"result: {result}; report: {run.folder / 'report.md'}, curves: {run.folder / 'loss.png'}")
 
 
 def main() -> int:

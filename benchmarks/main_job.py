@@ -42,13 +42,7 @@ def run(name: str, ranks: int, options: list[str]) -> Job:
         if done.returncode != 0:
             raise RankError(f"{name}: exit code {done.returncode}\n{done.stderr[-3000:]}")
         records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        lines = (Path(folder) / "report.md").read_text().splitlines()
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in lines
-        if line.startswith("| rank |") or line.startswith("| 0 |")
-    ]
-    memory = {column: int(value.replace(",", "")) for column, value in zip(*cells, strict=True) if column != "rank"}
+        (memory, *_) = json.loads((Path(folder) / "memory.json").read_text())["bytes_of_each_rank"]
     losses = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
     speeds = [record["tokens_per_second"] for record in records if "loss" in record]
     return Job(losses, statistics.median(speeds), memory)

@@ -14,7 +14,7 @@ from pathlib import Path
 from deaths import DONE, RESUMING, SAVING, STARTING, TRAINING, Board, Death
 
 import train_medqa
-from zerolite.medqa import divergence, processes, report, resume, tuning
+from zerolite.medqa import curves, divergence, processes, resume, tuning
 
 
 def between(board: Board, rank: int, before: int | None, function: Callable, after: int | None = None) -> Callable:
@@ -37,7 +37,7 @@ def main() -> int:
     rank, board = processes.environment_rank(), Board(Path(folder) / "board")
     board.join(rank, Death(**death) if death else None)
     train_medqa.answer = lambda *arguments: []  # what is told about a result costs more than the result
-    report.plot_losses = lambda folder: None
+    curves.plot = lambda folder: None
     processes.join = between(board, rank, None, processes.join, STARTING)
     resume.load_newest = between(board, rank, RESUMING, resume.load_newest)
     resume.save = between(board, rank, SAVING, resume.save, TRAINING)

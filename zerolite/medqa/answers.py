@@ -150,9 +150,12 @@ def read(folder: Path) -> list[Answer]:
 
 
 def shown(answers: list[Answer]) -> str:
-    """Questions in Markdown with the answers before (where it was asked) and after training, and the reference."""
+    """Questions in Markdown with the answers before (where it was asked) and after training, and the reference.
+
+    Those of evaluations in between stay in the file.
+    """
     last = max((one.step for one in answers), default=0)
-    before = {(one.question, one.reference): one.generated for one in answers if one.step < last}
+    before = {(one.question, one.reference): one.generated for one in answers if one.step == 0 < last}
     blocks = []
     for one in answers:
         if one.step == last:

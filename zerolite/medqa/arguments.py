@@ -129,6 +129,22 @@ class Options:
     logging_steps: int = option(10, int, "optimizer steps between two lines of metrics.jsonl", least=1)
     eval_steps: int = option(200, int, "optimizer steps between two validations; 0: only before and after", least=0)
     save_steps: int = option(500, int, "optimizer steps between two checkpoints", least=1)
+    save_total_limit: int | None = option(
+        None, int, "keep at most so many checkpoints, and the best one beside them (default: all)", least=1
+    )
+    load_best_model_at_end: bool = option(
+        False, bool, "save each evaluation that is the best so far; the result is the model of the best one"
+    )
+    early_stopping_patience: int | None = option(
+        None, int, "end after so many evaluations in a row that do not improve the validation loss", least=1
+    )
+    report_to: tuple[str, ...] = option(
+        ("none",),
+        str,
+        "trackers that get the numbers of metrics.jsonl, never texts or paths",
+        choices=("wandb", "tensorboard", "trackio", "none"),
+        many=True,
+    )
     resume: str | None = option(None, str, "checkpoint folder, or an output_dir: its newest checkpoint")
     export: bool = option(True, bool, "write the result as a Hugging Face folder, else as a last checkpoint")
 
@@ -184,10 +200,32 @@ class Options:
         except ValueError as error:
             raise ValueError(f"--offload_budget: {error}") from None
 
+    def check_evaluations(self) -> None:
+        """ValueError for options that need evaluations between the first step and the last, where there are none."""
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(self, name) and not self.eval_steps:
+                raise ValueError(f"--{name} chooses by validation losses: expected --eval_steps above 0, got 0")
+        if self.load_best_model_at_end and not self.export:
+            raise ValueError("--load_best_model_at_end writes the best model as the result: expected --export")
+
     def to_yaml(self) -> str:
         """The options as a file that `--config` reads."""
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        return _yaml(dataclasses.asdict(self))
+
+    def changed(self, device_type: str) -> str:
+        """Of these resolved options, as YAML, those that a run which names none of them would not have."""
+        usual = Options(model_name_or_path=self.model_name_or_path, finetuning_type=self.finetuning_type)
+        usual = dataclasses.replace(usual.resolved(device_type), stage=2)
+        changed = {
+            k: v for k in ("model_name_or_path", "finetuning_type") if (v := getattr(self, k)) != FIELDS[k].default
+        }
+        changed |= {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(usual, k)}
+        return _yaml(changed) if changed else ""
+
+
+def _yaml(values: dict) -> str:
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
@@ -215,8 +253,9 @@ def parse(argv: list[str]) -> Options:
         if field.metadata["kind"] is bool:
             shape = {"action": argparse.BooleanOptionalAction}
         elif field.metadata["choices"]:
-            shape = {"metavar": "{" + ",".join(map(str, field.metadata["choices"])) + "}"}
-        default = "" if field.default is None else f" (default: {field.default})"
+            shape["metavar"] = "{" + ",".join(map(str, field.metadata["choices"])) + "}"
+        usual = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+        default = "" if usual is None else f" (default: {usual})"
         help_text = field.metadata["help"].replace("%", "%%") + default
         parser.add_argument(f"--{name}", help=help_text, default=argparse.SUPPRESS, **shape)
     known, unknown = parser.parse_known_args(argv)
@@ -230,6 +269,7 @@ def parse(argv: list[str]) -> Options:
     options = Options(**values)
     options.placement()
     options.check_adapter()
+    options.check_evaluations()
     if options.columns is not None:
         columns_of(options.columns)
         if not (options.train_file or options.validation_file):

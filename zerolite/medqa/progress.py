@@ -1,6 +1,7 @@
 """What is seen while a run goes on: a progress bar or lines on rank 0, and `metrics.jsonl`."""
 
 import contextlib
+import datetime
 import json
 import math
 import sys
@@ -11,16 +12,26 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from zerolite.medqa.machine import duration
+from zerolite.medqa.trackers import Trackers
+
 METRICS = "metrics.jsonl"
 
 
 class Progress:
-    """The bar (lines where stderr is no terminal) and the metrics file of a run; silent on ranks other than 0."""
+    """The bar (lines where stderr is no terminal), the metrics file and the trackers of a run; silent but on rank 0.
 
-    def __init__(self, folder: Path, rank: int, first_step: int, num_steps: int):
+    As a context manager it ends the trackers, also where the run fails.
+    """
+
+    def __init__(self, folder: Path, rank: int, first_step: int, num_steps: int, trackers: Trackers | None = None):
         self.path = folder / METRICS
         self.is_active = rank == 0
-        self.num_steps = num_steps
+        self.first_step, self.num_steps = first_step, num_steps
+        self.started = datetime.datetime.now(datetime.timezone.utc)
+        self.timed_from: tuple[int, float] | None = None  # the first step, which compiles and allocates, tells nothing
+        self.trackers = trackers
+        self.records: list[dict] = []  # on rank 0: what was recorded before a resumed run was stopped
         self.bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -30,10 +41,12 @@ class Progress:
         )
         if self.is_active:  # a resumed run goes on in the file; what came after the checkpoint is done again
             records = read_metrics(self.path) if first_step else []
-            kept = [record for record in records if is_done(record, first_step)]
+            self.records = [record for record in records if is_done(record, first_step)]
             written = self.path.with_suffix(".part")
-            written.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            written.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
             written.replace(self.path)
+            if trackers is not None:
+                trackers.skip(records)
 
     def record(self, **values) -> None:
         """One line of metrics.jsonl: `step` and numbers whose names carry their units; NaN and infinity become null."""
@@ -41,23 +54,54 @@ class Progress:
             plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(plain) + "\n")
+            if self.trackers is not None:
+                self.trackers.log(plain)
 
     def advance(self, step: int) -> None:
         self.bar.update(step - self.bar.n)
+        if self.timed_from is None:
+            self.timed_from = step, time.perf_counter()
 
-    def show(self, step: int, **values: str) -> None:
-        """The newest numbers, behind the bar or as a line."""
-        self.bar.set_postfix(values, refresh=False)
+    def left(self, step: int) -> str | None:
+        """The time to the last step, at the pace so far with evaluations and checkpoints; None at the first step."""
+        first, started_s = self.timed_from or (step, 0.0)
+        if step == first:
+            return None
+        return duration((self.num_steps - step) * (time.perf_counter() - started_s) / (step - first))
+
+    def show(self, step: int, values: dict) -> None:
+        """The newest numbers, as `record` takes them, behind the bar or as a line."""
+        shown = {
+            "loss": f"{values['loss']:.4f}",
+            "lr": f"{values['learning_rate']:.2e}",
+            "grad_norm": f"{values['grad_norm']:.3f}",
+            "tokens_s": f"{values['tokens_per_second']:.0f}",
+            "peak_MiB": f"{values['peak_memory_bytes'] / 2**20:.0f}",
+        }
+        if values["num_skipped_steps"]:
+            shown["skipped"] = str(values["num_skipped_steps"])
+        self.bar.set_postfix(shown, refresh=False)
         if self.bar.disable:
-            self.print(f"step {step}/{self.num_steps}  " + "  ".join(f"{k} {v}" for k, v in values.items()))
+            if left := self.left(step):
+                shown["left"] = left
+            self.print(f"step {step}/{self.num_steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
 
     def print(self, text: str) -> None:
         if self.is_active:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def close(self) -> None:
+    def close(self, has_failed: bool = False) -> None:
         self.bar.close()
+        if self.trackers is not None:
+            self.trackers.close(has_failed)
+            self.trackers = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.close(has_failed=kind is not None)
 
 
 class Meter:

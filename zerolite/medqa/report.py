@@ -1,6 +1,8 @@
-"""What a run leaves to read: `report.md` with perplexity, memory and answers, and `loss.png`."""
+"""What a run leaves to read: `report.md` with losses, memory and answers."""
 
+import json
 import math
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import zerolite
 from zerolite.medqa import answers
 from zerolite.medqa.arguments import Options
 from zerolite.medqa.loss import ALL
+from zerolite.medqa.machine import mib
 from zerolite.medqa.processes import Processes
 from zerolite.medqa.progress import METRICS, read_metrics
 from zerolite.medqa.tuning import PARAMETER_BYTES
@@ -32,15 +35,24 @@ def placement_line(model: nn.Module, optimizer, options: Options, processes: Pro
     usage = zerolite.measure(model, optimizer)
     device_bytes = usage.parameters_bytes + usage.optimizer_bytes
     ranks = processes.gather(device_bytes, usage.host_bytes, usage.file_bytes)
-    device, host, drive = (f"{max(column) / 2**20:,.1f} MiB" for column in zip(*ranks, strict=True))
+    device, host, drive = (f"{mib(max(column))} MiB" for column in zip(*ranks, strict=True))
     line = f"model states of a rank before the first gradients: {device} on {processes.device.type}"
     if options.offload != "none":
         line += f", {host} in host memory" + (f", {drive} on a drive" if options.offload_path else "")
     return line
 
 
-def memory_table(model: nn.Module, optimizer, options: Options, processes: Processes) -> str:
-    """Bytes of model states on each rank, counted, beside the formula. Every rank must call it, between a backward
+@dataclass(frozen=True)
+class Memory:
+    """Model states on each rank, for people, and in bytes by column: of each rank, and of the formula if one holds."""
+
+    table: str
+    ranks: list[dict[str, int]]
+    formula: dict[str, int]
+
+
+def memory_table(model: nn.Module, optimizer, options: Options, processes: Processes) -> Memory:
+    """What model states take on each rank, counted, beside the formula. Every rank must call it, between a backward
     pass and zero_grad, since that is when the gradients exist."""
     usage = zerolite.measure(model, optimizer)
     on_device = (usage.parameters_bytes, usage.gradients_bytes, usage.optimizer_bytes)
@@ -65,31 +77,37 @@ def memory_table(model: nn.Module, optimizer, options: Options, processes: Proce
     where = "" if options.offload == "none" else f", offloaded with {options.offload_states} moments"
     lines = [
         f"Model states at stage {options.stage}, {options.precision}, {options.optim}{where}, "
-        f"N = {processes.world_size}, {sizes}. All in bytes; padding is part of the counted numbers.",
+        f"N = {processes.world_size}, {sizes}. All in MiB; padding is part of the counted numbers.",
         "",
         f"| rank | {' | '.join(columns)} |",
         "|---|" + "---:|" * len(columns),
-        *(f"| {rank} | " + " | ".join(f"{int(cell):,}" for cell in row) + " |" for rank, row in enumerate(ranks)),
+        *(f"| {rank} | " + " | ".join(map(mib, row)) + " |" for rank, row in enumerate(ranks)),
     ]
+    formula: dict[str, tuple[str, float]] = {}
     if options.offload_budget is None:
-        cells = {name: "-" for name in columns} | _formula(options, num_trained, num_frozen, processes.world_size)
-        lines.append("| formula | " + " | ".join(cells.values()) + " |")
-    return "\n".join([*lines, "", _note(options)])
+        formula = _formula(options, num_trained, num_frozen, processes.world_size)
+        shown = {name: f"{text} = {mib(value)}" if text else "0" for name, (text, value) in formula.items()}
+        lines.append("| formula | " + " | ".join(shown.get(name, "-") for name in columns) + " |")
+    return Memory(
+        "\n".join([*lines, "", _note(options)]),
+        [dict(zip(columns, map(int, row), strict=True)) for row in ranks],
+        {name: round(value) for name, (_, value) in formula.items()},
+    )
 
 
-def _formula(options: Options, num_trained: int, num_frozen: int, world_size: int) -> dict[str, str]:
-    """Column -> "formula = bytes", a rank, where nothing or everything is offloaded."""
+def _formula(options: Options, num_trained: int, num_frozen: int, world_size: int) -> dict[str, tuple[str, float]]:
+    """Column -> (the formula, its bytes) a rank, where nothing or everything is offloaded."""
     parameter, master = PARAMETER_BYTES[options.precision], MASTER_BYTES[options.precision]
     moments = NUM_MOMENTS[options.optim] * MOMENT_BYTES[options.offload_states]
     stays_whole = 4  # adapters are never sharded
 
-    def cell(*terms: tuple[float, int, str]) -> str:
+    def cell(*terms: tuple[float, int, str]) -> tuple[str, float]:
         """Of (bytes a parameter, the stage from which they are sharded, Φ or F)."""
         widths = [(width, options.stage >= sharded_from, symbol) for width, sharded_from, symbol in terms if width]
         numel = {"Φ": num_trained, "F": num_frozen}
         text = " + ".join(f"{width:g}{symbol}" + ("/N" if is_sharded else "") for width, is_sharded, symbol in widths)
         value = sum(width * numel[symbol] / (world_size if is_sharded else 1) for width, is_sharded, symbol in widths)
-        return f"{text} = {value:,.0f}" if text else "0"
+        return text, value
 
     frozen = [(parameter, 3, "F")] if num_frozen else []
     trained = (parameter, stays_whole if options.is_adapter else 3, "Φ")
@@ -168,35 +186,19 @@ def validation_table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, trainable: str, memory: str) -> str:
-    """Write `report.md` from the metrics and the answers that lie in `folder`; its text."""
-    text = "\n\n".join(
-        [
-            validation_table([one for one in read_metrics(folder / METRICS) if "validation_loss" in one]),
-            "![training and validation loss](loss.png)",
-            trainable,
-            memory,
-            f"Greedy answers to held-out questions, repetition penalty {answers.REPETITION_PENALTY}. {answers.NOTICE}",
-            answers.shown(answers.read(folder)),
-        ]
-    )
+def write(folder: Path, options: Options, sections: list[str], ended: str, memory: Memory) -> str:
+    """Write `report.md` from the metrics and the answers that lie in `folder`, and `memory.json`; the report's text.
+
+    sections: what comes first, in Markdown. ended: how the run ended.
+    """
+    base = "a small LLaMA from scratch" if options.model_name_or_path is None else Path(options.model_name_or_path).name
+    title = f"Medical questions and answers: {options.finetuning_type} training of {base}, stage {options.stage}"
+    losses = validation_table([one for one in read_metrics(folder / METRICS) if "validation_loss" in one])
+    greedy = f"Greedy answers to held-out questions, repetition penalty {answers.REPETITION_PENALTY}. {answers.NOTICE}"
+    picture = "![losses, learning rate, gradient norm, tokens a second, memory](loss.png)"
+    parts = [f"# {title}", *sections, "## Losses", losses, ended, picture, "## Memory", memory.table]
+    text = "\n\n".join([*parts, "## Answers", greedy, answers.shown(answers.read(folder))])
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
+    counted = {"bytes_of_each_rank": memory.ranks, "bytes_by_formula": memory.formula}
+    (folder / "memory.json").write_text(json.dumps(counted, indent=1) + "\n", encoding="utf-8")
     return text
-
-
-def plot_losses(folder: Path) -> None:
-    """Draw `loss.png` from the metrics file: mean loss a label token (nats) against the optimizer step."""
-    from matplotlib.figure import Figure  # slow to load; without pyplot it needs no display
-
-    records = read_metrics(folder / METRICS)
-    figure = Figure(figsize=(8, 4.5))
-    axes = figure.subplots()
-    for key, label, style in (("loss", "train", "-"), ("validation_loss", "validation", "o-")):
-        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss a label token (nats)")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=120)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 import zerolite
 from zerolite import adapters
 from zerolite.medqa.arguments import Options
+from zerolite.medqa.machine import mib
 from zerolite.medqa.processes import Processes
 from zerolite.medqa.prompts import IGNORED, Example
 
@@ -119,15 +120,15 @@ def check_labels(examples: list[Example], end_token_id: int) -> None:
 
 
 def trainable_table(model: nn.Module, options: Options) -> str:
-    """What is trained and what is frozen: parameters and their bytes."""
+    """What is trained and what is frozen: parameters and their MiB."""
     width = PARAMETER_BYTES[options.precision]
     counts = {True: 0, False: 0}
     for parameter in model.parameters():
         counts[parameter.requires_grad] += parameter.numel()
     total = sum(counts.values())
-    lines = ["| | parameters | share | bytes |", "|---|---:|---:|---:|"]
+    lines = ["| | parameters | share | MiB |", "|---|---:|---:|---:|"]
     for name, numel in ((f"trained ({options.finetuning_type})", counts[True]), ("frozen", counts[False])):
-        lines.append(f"| {name} | {numel:,} | {100 * numel / total:.3f} % | {numel * width:,} |")
+        lines.append(f"| {name} | {numel:,} | {100 * numel / total:.3f} % | {mib(numel * width)} |")
     return "\n".join(lines)
 
 
