@@ -130,7 +130,7 @@ class Options:
     eval_steps: int = option(200, int, "optimizer steps between two validations; 0: only before and after", least=0)
     save_steps: int = option(500, int, "optimizer steps between two checkpoints", least=1)
     save_total_limit: int | None = option(
-        None, int, "keep at most so many checkpoints, and the best one beside them (default: all)", least=1
+        None, int, "keep at most so many checkpoints; the newest and the best stay in any case (default: all)", least=1
     )
     load_best_model_at_end: bool = option(
         False, bool, "save each evaluation that is the best so far; the result is the model of the best one"
