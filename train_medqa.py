@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 import zerolite
 from zerolite.medqa import (
     answers,
+    continuing,
     corpus,
     curves,
     machine,
@@ -30,18 +32,22 @@ from zerolite.medqa import (
     processes,
     report,
     resume,
+    room,
     template,
     trackers,
     tuning,
 )
-from zerolite.medqa.arguments import Options, parse
+from zerolite.medqa.arguments import OPTIONS, Options, parse
 from zerolite.medqa.batches import Order, collate, fingerprint, micro_batches
 from zerolite.medqa.best import Best
+from zerolite.medqa.claim import claim_output, release
 from zerolite.medqa.corpus import Corpus
 from zerolite.medqa.divergence import Diverged, Divergence
+from zerolite.medqa.ending import NotWritten, result_or_checkpoint
 from zerolite.medqa.loss import ALL, label_loss, validation_losses
 from zerolite.medqa.processes import Processes, StopSignals
 from zerolite.medqa.progress import Meter, Progress
+from zerolite.medqa.streams import lasting
 
 
 @dataclass
@@ -69,15 +75,16 @@ def prepare(options: Options) -> Run:
     trackers.require(options.report_to)
     is_rank_0 = processes.environment_rank() == 0
     folder = Path(options.output_dir)
-    if is_rank_0:
-        resume.claim_output(folder, is_resumed=options.resume is not None)
-    found = resume.find(Path(options.resume)) if options.resume else []
+    unlocked = claim_output(folder, options.resume and Path(options.resume)) if is_rank_0 else None
+    found = continuing.find(options)
     tokenizer = model.load_tokenizer(options)
-    told = template.choose(tokenizer, options.template)
+    chosen = template.choose(tokenizer, options.template)
     config = model.load_config(options, tokenizer)
     adapt = tuning.adaptation(options, tokenizer)
-    data = corpus.load(options, tokenizer, folder / "rejected.jsonl" if is_rank_0 else None)
+    # A run that goes on has the rows of the one before it, or is refused, and then changes nothing.
+    data = corpus.load(options, tokenizer, folder / "rejected.jsonl" if is_rank_0 and not found else None)
     tuning.check_labels(data.train, template.template_of(tokenizer).end_token_id)
+    model.check_ids([*data.train, *data.validation], tokenizer, config)
 
     ranks = processes.join()
     options = options.resolved(ranks.device.type)
@@ -86,25 +93,24 @@ def prepare(options: Options) -> Run:
     data_print = fingerprint(data.train)
     if len({tuple(row) for row in ranks.gather(*map(ord, data_print))}) > 1:
         raise ValueError("the ranks read different training rows: every machine needs the same files and tokenizer")
-    if is_rank_0:
-        (folder / "options.yaml").write_text(options.to_yaml(), encoding="utf-8")
-    changed = (
-        f"options that are not the defaults (all: options.yaml):\n{options.changed(ranks.device.type)}{data.summary}"
-    )
-    ranks.print("\n".join(filter(None, [changed, told, data.first_row, why_stage])))
+    told = [f"options that are not the defaults (all: {OPTIONS}):\n{options.changed(ranks.device.type)}{data.summary}"]
+    told += [continuing.changes(options), unlocked, chosen, data.first_row, why_stage]
+    ranks.print("\n".join(filter(None, told)))
 
     global_batch_rows = ranks.world_size * options.per_device_train_batch_size * options.gradient_accumulation_steps
     order = Order([len(example.input_ids) for example in data.train], global_batch_rows, options.seed)
     num_steps = options.max_steps or math.ceil(options.num_train_epochs * order.steps_per_epoch)
+    ranks.print(room.check(options, config, adapt, ranks, num_steps))
     sharded = model.sharded(options, config, adapt)
     model.align_ends(sharded, tokenizer)
     optimizer = model.optimizer_of(options, tuning.optimizer_groups(options, sharded))
     scheduler = model.scheduler_of(options, optimizer, num_steps)
     set_seed(options.seed + ranks.rank)  # each rank drops other activations
-    position = resume.Position(0, options.seed, global_batch_rows, data_print)
+    position = resume.Position(0, options.seed, global_batch_rows, data_print, continuing.fixed_of(options))
     if found:
-        checkpoint = resume.load_newest(sharded, found, optimizer, scheduler, position, ranks.print)
-        ranks.print(f"resumed from {checkpoint} at step {position.step}")
+        continuing.go_on(sharded, found, optimizer, scheduler, position, num_steps, ranks.print)
+    if is_rank_0:  # now that nothing refuses the run
+        (folder / OPTIONS).write_text(dataclasses.replace(options, resume=None).to_yaml(), encoding="utf-8")
     watched = Divergence(folder, options.precision), Best(options, folder, num_steps, ranks), machine.HostMemory()
     return Run(
         options, ranks, folder, tokenizer, data, order, num_steps, sharded, optimizer, scheduler, position, *watched
@@ -139,7 +145,7 @@ def train(run: Run) -> int:
             return 0
         folder = save_checkpoint(run)
         progress.close()
-        again = processes.command("--config", str(run.folder / "options.yaml"), "--resume", str(run.folder))
+        again = processes.command("--resume", str(run.folder))
         run.processes.print(f"stopped by {stopped_by.name}: {folder} is complete; go on with: {again}")
         return 128 + stopped_by
 
@@ -250,7 +256,9 @@ def conclude(run: Run, progress: Progress) -> None:
         validate_end(run, progress)
         run.position.step = run.best.load(run.model, last_step)
     if run.options.export:
-        result = tuning.write_result(run.options, run.model, run.tokenizer, run.folder, run.processes)
+        write = partial(tuning.write_result, run.options, run.model, run.tokenizer, run.folder, run.processes)
+        save = partial(save_checkpoint, run)
+        result = result_or_checkpoint(write, save, run.folder, run.position.step, run.processes)
     else:
         result = save_checkpoint(run)
     validate_end(run, progress)  # the result is safe: no signal needs an answer now
@@ -265,6 +273,7 @@ def conclude(run: Run, progress: Progress) -> None:
         run.processes.print(f"result: {result}; report: {run.folder / 'report.md'}, curves: {run.folder / 'loss.png'}")
 
 
+@lasting()
 def main() -> int:
     """The exit status: 0, 2 for a mistake of the user, 128 + n after signal n, 1 for any other failure."""
     rank = processes.environment_rank()
@@ -274,8 +283,10 @@ def main() -> int:
             run = prepare(parse(sys.argv[1:]))
         except (ValueError, OSError, zerolite.ZeroliteError) as error:
             return processes.refuse(error, rank)
-        return train(run)
-    except Diverged as error:
+        status = train(run)
+        release(run.folder)
+        return status
+    except (Diverged, NotWritten) as error:
         return processes.refuse(error, rank, status=1)
     except KeyboardInterrupt:
         print("interrupted before the first step: nothing to save", file=sys.stderr)

@@ -30,16 +30,12 @@ def merge(model: nn.Module, name: str | None = None, batch: dict[str, Tensor] | 
     Raises ValueError for an adapter that is no LoRA or is merged already, and for a weight tied to another module's.
     Raises ZeroliteError where the adapter holds NaN or Inf. In both cases no weight has changed.
     """
+    check_merge(model, name)
     adapter, adapters = adapter_of(model, name), adapters_of(model)
-    if not isinstance(adapter.config, LoraConfig):
-        raise ValueError(f"adapter {adapter.name!r} is a prompt, which has no place in weights: only LoRA is merged")
-    if adapter.is_merged:
-        raise ValueError(f"adapter {adapter.name!r} is merged already")
     engine = find_engine(model)
     if engine is not None:
         engine.fetch()
     layers = layers_of(model, adapter.name)
-    _refuse_tied(model, layers)
     copies = heads.values_of(model, adapter)
     copied = heads.parameter_names(adapter)
     values = [p for name, p in adapter.parameters.items() if name not in copied]
@@ -57,6 +53,19 @@ def merge(model: nn.Module, name: str | None = None, batch: dict[str, Tensor] | 
         adapter.is_merged = True
         difference = (_logits(model, batch) - adapted).abs().max().double()
     return difference.item() if engine is None else engine.all_gather_scalars(difference.view(1)).max().item()
+
+
+def check_merge(model: nn.Module, name: str | None = None) -> None:
+    """Raise the ValueError that `merge` would, before a training: also on a model on the meta device. Not collective.
+
+    It says nothing of the adapter's values.
+    """
+    adapter = adapter_of(model, name)
+    if not isinstance(adapter.config, LoraConfig):
+        raise ValueError(f"adapter {adapter.name!r} is a prompt, which has no place in weights: only LoRA is merged")
+    if adapter.is_merged:
+        raise ValueError(f"adapter {adapter.name!r} is merged already")
+    _refuse_tied(model, layers_of(model, adapter.name))
 
 
 def _refuse_tied(model: nn.Module, layers: dict[str, nn.Module]) -> None:

@@ -7,15 +7,18 @@ import argparse
 import dataclasses
 import difflib
 import operator
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 import zerolite
+from zerolite.medqa import names
 from zerolite.medqa.layouts import columns_of
 
 CORPUS = Path(__file__).parent / "corpus"
+OPTIONS = "options.yaml"  # of a run, in its output folder
 FINETUNING_TYPES = ("full", "lora", "prompt", "prefix", "p-tuning", "p-tuning-v2")
 
 
@@ -145,7 +148,9 @@ class Options:
         choices=("wandb", "tensorboard", "trackio", "none"),
         many=True,
     )
-    resume: str | None = option(None, str, "checkpoint folder, or an output_dir: its newest checkpoint")
+    resume: str | None = option(
+        None, str, "checkpoint folder, or an output_dir: its newest checkpoint; the run's own options hold"
+    )
     export: bool = option(True, bool, "write the result as a Hugging Face folder, else as a last checkpoint")
 
     @property
@@ -193,6 +198,8 @@ class Options:
             raise ValueError(f"--offload_parameters: expected --stage 3, which shards parameters, got {self.stage}")
         if self.offload_parameters and self.offload_budget is not None:
             raise ValueError("--offload_parameters and --offload_budget: expected one of them, since all units leave")
+        if self.offload_budget is not None and re.fullmatch(r"\s*[\d.]*\s*", self.offload_budget):
+            raise ValueError(f"--offload_budget {self.offload_budget}: expected a unit, such as 20GiB or 512MiB")
         if self.offload_path is not None and not Path(self.offload_path).is_dir():
             raise ValueError(f"--offload_path {self.offload_path}: expected a folder on a local drive, there is none")
         try:
@@ -237,9 +244,11 @@ PROMPT = [name for name in FIELDS if name.startswith("prompt_")] + ["num_virtual
 def parse(argv: list[str]) -> Options:
     """Options from a command line (without the program's name).
 
-    Raises ValueError for an unknown option, one without its value, a value out of range, options that do not go
-    together, and an unreadable `--config`. `--offload none` here also takes back the file's offload options. `--help`
+    `--resume` without `--config` reads the options of the run that it goes on with, from the folder that it names.
+    `--offload none` here also takes back the file's offload options, `--num_train_epochs` its max_steps. `--help`
     prints and leaves with status 0.
+    Raises ValueError for an unknown option, one without its value, a value out of range, options that do not go
+    together, and an unreadable `--config`.
     """
     parser = _Parser(
         prog="train_medqa.py",
@@ -258,13 +267,19 @@ def parse(argv: list[str]) -> Options:
         default = "" if usual is None else f" (default: {usual})"
         help_text = field.metadata["help"].replace("%", "%%") + default
         parser.add_argument(f"--{name}", help=help_text, default=argparse.SUPPRESS, **shape)
-    known, unknown = parser.parse_known_args(argv)
+    known, unknown = parser.parse_known_args(names.ours_on_command_line(argv, [*FIELDS, "config"]))
     if unknown:
         raise ValueError(_unknown(unknown[0], [f"--{name}" for name in (*FIELDS, "config")]))
     given = vars(known)
-    values = _read_config(given.pop("config")) if "config" in given else {}
+    values: dict = {}
+    if "config" in given:
+        values = read_config(given.pop("config"))
+    elif given.get("resume") and (file := options_file(Path(given["resume"]))) is not None:
+        values = {**read_config(file), "output_dir": str(file.parent)}  # it may have been moved since
     if given.get("offload") == "none":
         values = {name: value for name, value in values.items() if name not in OFFLOADED}
+    if "num_train_epochs" in given:
+        values.pop("max_steps", None)
     values.update({name: _check(f"--{name}", FIELDS[name], value) for name, value in given.items()})
     options = Options(**values)
     options.placement()
@@ -283,11 +298,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _unknown(name: str, known: list[str]) -> str:
+    hint = names.HINTS.get(name.lstrip("-").split("=")[0].replace("-", "_"))
+    if hint is not None:
+        return f"unknown option {name!r}: {hint}"
     near = difflib.get_close_matches(name.split("=")[0], known, n=3, cutoff=0.6)
     return f"unknown option {name!r}: " + (f"did you mean {' or '.join(near)}?" if near else "--help lists all")
 
 
-def _read_config(path: str) -> dict:
+def options_file(resumed: Path) -> Path | None:
+    """The options of the run that left this output folder or checkpoint; None where it has none beside it."""
+    parents = [resumed.resolve().parent] if re.fullmatch(r"checkpoint-\d+", resumed.resolve().name) else []
+    return next((folder / OPTIONS for folder in (resumed, *parents) if (folder / OPTIONS).is_file()), None)
+
+
+def read_config(path: str | Path) -> dict:
+    """Values of a YAML file by option, checked. Raises ValueError, with the file, as `parse` does."""
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"--config {path}: expected a YAML file, got a folder, a pipe or a device")
     try:
@@ -296,6 +321,7 @@ def _read_config(path: str) -> dict:
         raise ValueError(f"--config {path}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected `name: value` lines, got {type(values).__name__}")
+    values = names.ours_in_file(values, FIELDS, f"--config {path}")
     for name in values:
         if name not in FIELDS:
             raise ValueError(f"--config {path}: {_unknown(str(name), list(FIELDS))}")
@@ -310,13 +336,18 @@ def _check(name: str, field: dataclasses.Field, value):
         values = value if isinstance(value, list) else [value]
         if not values:
             raise ValueError(f"{name}: expected at least one value, got none")
-        return tuple(_check_one(name, field, one) for one in values)
+        checked = tuple(_check_one(name, field, one) for one in values)
+        return names.targets(checked) if field.name == "lora_target" else checked
     return _check_one(name, field, value)
 
 
 def _check_one(name: str, field: dataclasses.Field, value):
     limits = field.metadata
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[limits["kind"]]
+    try:
+        value = names.our_value(field.name, value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     try:
         checked = _convert(limits["kind"], value)
     except (TypeError, ValueError):

@@ -1,6 +1,7 @@
 """Model and tokenizer of a run, from local folders or built in; a mistake about a folder is found before any work."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -18,6 +20,7 @@ from transformers import (
 
 import zerolite
 from zerolite.medqa.arguments import CORPUS, Options
+from zerolite.medqa.prompts import Example
 from zerolite.medqa.template import template_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,7 +31,21 @@ def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
 
     Raises ValueError where the folder is missing or holds no usable tokenizer.
     """
-    return read_tokenizer(Path(options.tokenizer_name_or_path or options.model_name_or_path or CORPUS / "tokenizer"))
+    given = [name for name in ("model_name_or_path", "tokenizer_name_or_path") if getattr(options, name) is not None]
+    folders = [local_folder(f"--{name}", getattr(options, name)) for name in given]
+    return read_tokenizer(folders[-1] if folders else CORPUS / "tokenizer")
+
+
+def local_folder(option: str, name: str) -> Path:
+    """The folder that an option names; ValueError, with the way to fetch it, where there is none."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    hint = ""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not folder.parent.exists():
+        hint = f"; a model of a hub is fetched first: hf download {name} --local-dir {name}"
+    what = "a file" if folder.exists() else "none"
+    raise ValueError(f"{option} {folder}: expected a local folder, there is {what}{hint}")
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -57,9 +74,7 @@ def load_config(options: Options, tokenizer: PreTrainedTokenizerBase) -> Pretrai
     if options.model_name_or_path is None:
         config = built_in(tokenizer)
     else:
-        folder = Path(options.model_name_or_path)
-        if not folder.is_dir():
-            raise ValueError(f"--model_name_or_path {folder}: expected a local folder, there is none")
+        folder = local_folder("--model_name_or_path", options.model_name_or_path)
         if not (folder / "config.json").is_file():
             raise ValueError(f"--model_name_or_path {folder}: expected config.json in it, there is none")
         if not any(folder.glob("*.safetensors")):
@@ -71,20 +86,59 @@ def load_config(options: Options, tokenizer: PreTrainedTokenizerBase) -> Pretrai
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # as above
             raise ValueError(f"--model_name_or_path {folder}: config.json cannot be used: {cause(error)}") from error
+    on_meta(options, config)
     check_vocabulary(tokenizer, config)
-    longest = getattr(config, "max_position_embeddings", None) or options.cutoff_len
-    if options.cutoff_len > longest:
-        raise ValueError(f"--cutoff_len {options.cutoff_len}: this model reads at most {longest} tokens")
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 40
+    num_virtual = num_virtual_tokens(options)
+    if options.cutoff_len + num_virtual > longest:
+        beside = f" beside {num_virtual} virtual ones" if num_virtual else ""
+        raise ValueError(
+            f"--cutoff_len {options.cutoff_len}: this model reads at most {longest - num_virtual} tokens{beside}"
+        )
     return config
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """ValueError where the tokenizer has ids that the model has no embedding for."""
-    if len(tokenizer) > config.vocab_size:
+def num_virtual_tokens(options: Options) -> int:
+    """Positions that a prompt or a prefix takes from every row."""
+    preset = zerolite.adapters.PRESETS[options.finetuning_type].tokens
+    return (options.num_virtual_tokens or preset) if preset else 0
+
+
+def on_meta(options: Options, config: PretrainedConfig) -> nn.Module:
+    """The model without memory for its weights; ValueError where transformers cannot build it."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # as of a tokenizer
+        why = cause(error).split("\n")[0][:300]
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} pieces, the model only {config.vocab_size} embeddings: name the "
-            "tokenizer that the model was trained with"
+            f"--model_name_or_path {options.model_name_or_path}: config.json cannot be used: {why}"
+        ) from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """ValueError where text has ids that the model has no embedding for; tokens added beside it may have such."""
+    size, added = config.get_text_config().vocab_size, tokenizer.get_added_vocab()
+    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= size and token not in added]
+    if beyond:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} pieces, the model only {size} embeddings, and {len(beyond)} pieces, "
+            f"such as {beyond[0]!r}, have ids from there on: name the tokenizer that the model was trained with"
         )
+
+
+def check_ids(examples: list[Example], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """ValueError for an id of a row that the model has no embedding for: it is of an added token."""
+    size = config.get_text_config().vocab_size
+    if max(tokenizer.get_vocab().values()) < size:
+        return
+    for example in examples:
+        if (largest := int(example.input_ids.max())) >= size:
+            raise ValueError(
+                f"rows hold token {tokenizer.convert_ids_to_tokens(largest)!r}, id {largest}, and the model has {size} "
+                "embeddings: another --template may do without it, else name the tokenizer that the model was trained "
+                "with"
+            )
 
 
 def cause(error: Exception) -> str:

@@ -26,7 +26,7 @@ EXPECTED = (
     "a Hugging Face folder (config.json), an adapter (adapter_config.json), or an output folder of train_medqa.py"
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-END_BYTES = 1 << 20  # of each end of a file of weights, in a print
+NUM_SAMPLES, SAMPLE_BYTES = 256, 4096  # of a file of weights, in a print
 
 
 @dataclass
@@ -75,7 +75,7 @@ def open_model(
         num_virtual = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("num_virtual_tokens") or 0
     weights = [base, folder] if is_adapter else [folder]
     return Opened(
-        model.to(device).eval(), read, folder, told, _longest(config) - num_virtual, _print_of(weights, ADAPTER)
+        model.to(device).eval(), read, folder, told, _longest(config) - num_virtual, print_of(weights, ADAPTER)
     )
 
 
@@ -154,17 +154,20 @@ def _read_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> n
     return model
 
 
-def _print_of(folders: list[Path], *configs: str) -> str:
-    """Of the configurations, and of sizes and ends of the weights: not of all their bytes."""
+def print_of(folders: list[Path], *configs: str) -> str:
+    """A fingerprint of the configurations, and of samples of the weights: not of all their bytes, which may be many.
+
+    Samples lie closer than the matrices of a layer are large, so that a base with an adapter merged is another one.
+    """
     found = hashlib.sha256()
     for folder in folders:
         for path in sorted([*folder.glob("*.safetensors"), *(folder / n for n in (CONFIG, MANIFEST, *configs))]):
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 size = file.seek(0, 2)
                 found.update(f"{path.name} {size}".encode())
-                for start in (0, max(0, size - END_BYTES)):
+                for start in range(0, size, max(SAMPLE_BYTES, size // NUM_SAMPLES)):
                     file.seek(start)
-                    found.update(file.read(END_BYTES))
+                    found.update(file.read(SAMPLE_BYTES))
     return found.hexdigest()[:16]
 
 
@@ -195,4 +198,4 @@ def _open_checkpoint(
     if options.is_adapter and options.finetuning_type != "lora":
         presets = zerolite.adapters.PRESETS
         num_virtual = options.num_virtual_tokens or presets[options.finetuning_type].tokens
-    return Opened(model.eval(), read, folder, told, _longest(config) - num_virtual, _print_of([folder]))
+    return Opened(model.eval(), read, folder, told, _longest(config) - num_virtual, print_of([folder]))

@@ -134,13 +134,18 @@ def _device() -> torch.device:
 
 
 class StopSignals:
-    """Inside `with`, Ctrl-C and SIGTERM only leave a note, for the loop to find where all ranks can stop together."""
+    """Inside `with`, Ctrl-C, SIGTERM and SIGHUP only leave a note, for the loop to find where all ranks stop together.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGHUP, of a lost connection, is left ignored where it is: `nohup` says so.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __enter__(self) -> "StopSignals":
         self.received = dict.fromkeys(self.SIGNALS, 0)
-        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        noted = [number for number in self.SIGNALS if not (is_nohup and number == signal.SIGHUP)]
+        self.previous = {number: signal.signal(number, self._note) for number in noted}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -266,9 +271,11 @@ def leave(status: int) -> None:
     sys.exit(status)
 
 
-def command(*arguments: str) -> str:
-    """A shell command that runs this program again, on as many local ranks, with other arguments."""
+def command(*arguments: str, num_ranks: int | None = None) -> str:
+    """A shell command that runs this program again with other arguments, on as many local ranks or on `num_ranks`."""
     program = ["python"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        program = ["torchrun", "--standalone", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    if num_ranks is None:
+        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if num_ranks > 1 or "LOCAL_WORLD_SIZE" in os.environ:
+        program = ["torchrun", "--standalone", "--nproc-per-node", str(num_ranks)]
     return shlex.join([*program, sys.argv[0], *arguments])

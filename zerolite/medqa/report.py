@@ -15,19 +15,13 @@ from zerolite.medqa.loss import ALL
 from zerolite.medqa.machine import mib
 from zerolite.medqa.processes import Processes
 from zerolite.medqa.progress import METRICS, read_metrics
+from zerolite.medqa.room import GRADIENT_BYTES, MASTER_BYTES, NUM_MOMENTS, ON_DEVICE, Term, bytes_of, model_states
 from zerolite.medqa.tuning import PARAMETER_BYTES
 
 if find_spec("matplotlib") is None:  # it loads after training, and that it is missing must be known before
     raise ModuleNotFoundError("the report needs matplotlib: pip install 'zerolite[train]'", name="matplotlib")
 
-# Bytes a parameter. States are one or two moments; 16-bit parameters add an fp32 master copy, of which the host keeps
-# only the half that a bf16 parameter has not.
-NUM_MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "lion": 1}
-MASTER_BYTES = {"fp32": 0, "bf16": 4, "fp16": 4}
-HOST_MASTER_BYTES = {"fp32": 0, "bf16": 2, "fp16": 4}
-MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 128}
 OF_GROUP = "validation_loss_"  # names of metrics.jsonl: the group behind it
-GRADIENT_BYTES = 4  # reduced and kept in fp32, at every precision
 
 
 def placement_line(model: nn.Module, optimizer, options: Options, processes: Processes) -> str:
@@ -97,44 +91,23 @@ def memory_table(model: nn.Module, optimizer, options: Options, processes: Proce
 
 def _formula(options: Options, num_trained: int, num_frozen: int, world_size: int) -> dict[str, tuple[str, float]]:
     """Column -> (the formula, its bytes) a rank, where nothing or everything is offloaded."""
-    parameter, master = PARAMETER_BYTES[options.precision], MASTER_BYTES[options.precision]
-    moments = NUM_MOMENTS[options.optim] * MOMENT_BYTES[options.offload_states]
-    stays_whole = 4  # adapters are never sharded
 
-    def cell(*terms: tuple[float, int, str]) -> tuple[str, float]:
-        """Of (bytes a parameter, the stage from which they are sharded, Φ or F)."""
-        widths = [(width, options.stage >= sharded_from, symbol) for width, sharded_from, symbol in terms if width]
-        numel = {"Φ": num_trained, "F": num_frozen}
-        text = " + ".join(f"{width:g}{symbol}" + ("/N" if is_sharded else "") for width, is_sharded, symbol in widths)
-        value = sum(width * numel[symbol] / (world_size if is_sharded else 1) for width, is_sharded, symbol in widths)
-        return text, value
+    def cell(terms: list[Term]) -> tuple[str, float]:
+        parts = [(width, options.stage >= first, symbol) for width, first, symbol in terms if width]
+        text = " + ".join(f"{width:g}{symbol}" + ("/N" if is_sharded else "") for width, is_sharded, symbol in parts)
+        return text, bytes_of(terms, options.stage, num_trained, num_frozen, world_size)
 
-    frozen = [(parameter, 3, "F")] if num_frozen else []
-    trained = (parameter, stays_whole if options.is_adapter else 3, "Φ")
-    on_device = {
-        "parameters": [trained, *frozen],
-        "gradients": [(GRADIENT_BYTES, 2, "Φ")],
-        "optimizer states": [(master + moments, 1, "Φ")],
-    }
-    on_host = {}
-    if options.offload != "none":
-        streamed = options.offload_parameters
-        on_device = {"parameters": [] if streamed else [trained, *frozen], "gradients": [], "optimizer states": []}
-        if streamed and options.is_adapter:
-            on_device["parameters"] = [trained]
-        width = parameter + HOST_MASTER_BYTES[options.precision] + GRADIENT_BYTES
-        held = [(width if options.offload_path else width + moments, 1, "Φ")]
-        on_host["in host memory"] = cell(*held, *(frozen if streamed else []))
-    if options.offload_path is not None:
-        on_host["on the drive"] = cell((moments, 1, "Φ"))
-    everything = [term for terms in on_device.values() for term in terms]
-    return {name: cell(*terms) for name, terms in on_device.items()} | {"sum": cell(*everything)} | on_host
+    states = model_states(options, num_frozen > 0)
+    on_device = {name: states.pop(name) for name in ON_DEVICE}
+    total = [term for terms in on_device.values() for term in terms]
+    columns = {**on_device, "sum": total, **states}
+    return {name: cell(terms) for name, terms in columns.items()}
 
 
 def _note(options: Options) -> str:
     """Which formula it is."""
     parameter, gradient = PARAMETER_BYTES[options.precision], GRADIENT_BYTES
-    states = MASTER_BYTES[options.precision] + NUM_MOMENTS[options.optim] * MOMENT_BYTES["fp32"]
+    states = MASTER_BYTES[options.precision] + NUM_MOMENTS[options.optim] * 4
     total = parameter + gradient + states
     note = f"Unsharded, {options.precision} with {options.optim} is {parameter} + {gradient} + {states} = {total}Φ"
     if options.precision == "fp32":

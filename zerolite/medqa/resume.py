@@ -1,11 +1,11 @@
 """Checkpoints of a run: what, beside parameters and optimizer, makes it go on as if it had never stopped."""
 
+import os
 import random
 import re
-import shutil
-import tempfile
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 import zerolite
+from zerolite.medqa import processes
+
+DATA = "fingerprint of the tokenised training rows"
 
 
 @dataclass
@@ -23,6 +26,7 @@ class Position:
     seed: int
     global_batch_rows: int
     data: str  # fingerprint of the training examples
+    fixed: dict = field(default_factory=dict)  # options, and the base's fingerprint, that a resumed run cannot change
 
 
 def save(model: nn.Module, folder: Path, optimizer, scheduler, position: Position, frozen: bool = True) -> None:
@@ -37,27 +41,49 @@ def save(model: nn.Module, folder: Path, optimizer, scheduler, position: Positio
 def load(model: nn.Module, folder: Path, optimizer, scheduler, here: Position) -> int:
     """Restore what `save` wrote; the step to go on with. Every rank must call it.
 
-    Raises ValueError where the rows, their order or the global batch are others than those of the checkpoint, since
-    its position then means nothing, and CheckpointError where the checkpoint itself is not usable. The number of
-    ranks may differ; ranks beyond the saved ones take rank 0's random states.
+    Rates, their schedule and the weight decay are those of this run's options, the step of the schedule the saved one.
+    Raises ValueError where the rows, their order, the global batch or what a checkpoint is of are others than those of
+    the checkpoint, since its position then means nothing, and CheckpointError where the checkpoint itself is not
+    usable. The number of ranks may differ; ranks beyond the saved ones take rank 0's random states.
     """
+    settings = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
     extra = zerolite.load(model, folder, optimizer)
     if not isinstance(extra, dict) or not {"position", "scheduler", "random"} <= extra.keys():
         raise ValueError(f"--resume {folder}: this checkpoint was not written by train_medqa.py")
     saved = Position(**extra["position"])
-    for name, text in (
-        ("seed", "--seed"),
-        ("global_batch_rows", "rows of an optimizer step (ranks x batch x accumulation)"),
-        ("data", "fingerprint of the tokenised training rows"),
-    ):
-        if getattr(saved, name) != getattr(here, name):
-            raise ValueError(
-                f"--resume {folder}: {text} was {getattr(saved, name)} there and is {getattr(here, name)} here, so "
-                "the run cannot go on from its position in the data"
-            )
-    scheduler.load_state_dict(extra["scheduler"])
+    check_fixed(folder, saved.fixed, here.fixed)
+    if saved.global_batch_rows != here.global_batch_rows:
+        raise ValueError(f"--resume {folder}: {_other_batch(saved.global_batch_rows, here.global_batch_rows)}")
+    check_fixed(folder, {DATA: saved.data}, {DATA: here.data})
+    scheduler.load_state_dict({**extra["scheduler"], "base_lrs": [rate for rate, _ in settings]})
+    rates = [rate * part(scheduler.last_epoch) for (rate, _), part in zip(settings, scheduler.lr_lambdas, strict=True)]
+    for group, (rate, decay), now in zip(optimizer.param_groups, settings, rates, strict=True):
+        group.update(initial_lr=rate, weight_decay=decay, lr=now)
+    scheduler._last_lr = rates
     set_random_states(extra["random"])
     return saved.step
+
+
+def check_fixed(folder: Path, there: dict, here: dict) -> None:
+    """ValueError, by its name, for what a checkpoint is of and this run says otherwise; both by option."""
+    for name, value in there.items():
+        if name in here and here[name] != value:
+            text = name if " " in name else f"--{name}"
+            raise ValueError(
+                f"--resume {folder}: {text} was {value} there and is {here[name]} here, so the run cannot go on from "
+                "its state and its position in the data: leave that as it was, or start another run"
+            )
+
+
+def _other_batch(there: int, here: int) -> str:
+    """What to do where a step has other rows: as long as the options are the same, the number of ranks differs."""
+    text = f"rows of an optimizer step (ranks x batch x accumulation) was {there} there and is {here} here"
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if there * num_ranks % here:
+        return f"{text}: give the batch and the accumulation of that run, on as many ranks"
+    wanted = there * num_ranks // here
+    again = processes.command(*sys.argv[1:], num_ranks=wanted)
+    return f"{text}; it was a run of {wanted} ranks, if the options are the same: start it with: {again}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -100,31 +126,6 @@ def load_newest(
             continue
         return folder
     raise failures[0]
-
-
-def claim_output(folder: Path, is_resumed: bool) -> None:
-    """Make the output folder and see that it can be written; on rank 0.
-
-    Where the run goes on, what a run that was killed in a save left beside its checkpoints is removed: this one may
-    never save that step.
-
-    Raises ValueError where it cannot, and where it holds checkpoints that this run does not go on from: a later
-    `--resume` would take them for its own.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
-    for left in folder.glob(".checkpoint-*.tmp-*") if is_resumed else ():
-        if ".tmp-old-" not in left.name:  # that one was complete, and `zerolite.load` puts it back
-            shutil.rmtree(left, ignore_errors=True)
-    if not is_resumed and (found := checkpoints(folder)):
-        raise ValueError(
-            f"--output_dir {folder}: holds {found[-1].name} of an earlier run; go on from it with --resume {folder}, "
-            "or name another folder"
-        )
 
 
 def random_states() -> dict:

@@ -8,12 +8,13 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 import zerolite
 from zerolite import adapters
 from zerolite.medqa.arguments import Options
 from zerolite.medqa.machine import mib
+from zerolite.medqa.model import on_meta
 from zerolite.medqa.processes import Processes
 from zerolite.medqa.prompts import IGNORED, Example
 
@@ -65,9 +66,7 @@ def stage_of(options: Options, config: PretrainedConfig, ranks: Processes) -> tu
     """
     if not options.is_adapter:
         return (2 if options.stage is None else options.stage), None
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    numel = sum(parameter.numel() for parameter in base.parameters())
+    numel = sum(parameter.numel() for parameter in on_meta(options, config).parameters())
     base_bytes = numel * PARAMETER_BYTES[options.precision]
     room_bytes = min(row[0] for row in ranks.gather(memory_bytes(ranks.device)))
     fits = base_bytes <= BASE_SHARE * room_bytes
