@@ -47,6 +47,8 @@ def ask(argv: list[str]) -> None:
     terminal.write("\n")
     if found.prompt.loss:
         terminal.say(f"left out, since the model has no room for it: {found.prompt.loss}")
+    if not found.text:
+        terminal.say("the model ended its answer without a word")
     if found.is_cut:
         terminal.say(f"the answer was cut off after {settings.longest(opened.room)} tokens (--max_new_tokens)")
 

@@ -1,12 +1,13 @@
-"""`zerolite chat MODEL`: a dialogue on the terminal, or with questions from a pipe, a line each.
+"""`zerolite chat MODEL`: a dialogue on the terminal, or with questions from a pipe, a line each; --web: as a page.
 
 Answers go to stdout, everything else to stderr. History that has no room loses its oldest turns, and that is said.
 """
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-from zerolite.medqa import terminal
+from zerolite.medqa import terminal, web
 from zerolite.medqa.answers import CUT_OFF
 from zerolite.medqa.data import Conversation
 from zerolite.medqa.generation import Settings, reply
@@ -23,8 +24,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def chat(argv: list[str]) -> None:
     """Raises ValueError for a mistake of the user."""
-    given = terminal.Parser("chat", "A dialogue with a model on the terminal.").parse_args(argv)
+    parser = terminal.Parser("chat", "A dialogue with a model on the terminal, or in the browser (--web).")
+    parser.add_argument("--web", action="store_true", help="serve a page to a browser of this machine (Gradio)")
+    parser.add_argument("--adapter", type=Path, action="append", default=[], help="of --web: one to choose; repeatable")
+    parser.add_argument("--port", type=int, help="of --web (default: the first free one from 7860)")
+    parser.add_argument("--host", help="of --web: the address to serve at (default: 127.0.0.1, this machine alone)")
+    given = parser.parse_args(argv)
     settings = terminal.settings_of(given)
+    if given.web:
+        web.run(given)
+        return
+    if given.adapter:
+        raise ValueError(f"--adapter is of --web; here it is: zerolite chat {given.adapter[0]} --base {given.model}")
+    if given.port is not None or given.host is not None:
+        raise ValueError("--port and --host are of --web")
     dialogue = Dialogue(terminal.opened(given), settings, given.system)
     terminal.say(COMMANDS)
     for line in _lines():

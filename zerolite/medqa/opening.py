@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,28 +56,91 @@ def open_model(
     Raises ValueError for a folder that is none of these, or that cannot be used; what it lacks is named.
     """
     folder = find(folder)
-    is_adapter = (folder / ADAPTER).is_file()
+    is_adapter = is_adapter_folder(folder)
     if base is not None and not is_adapter:
         raise ValueError(f"--base {base}: only an adapter has a base; {folder} holds no {ADAPTER}")
     if (folder / MANIFEST).is_file():
         return _open_checkpoint(folder, tokenizer, wanted_template, precision)
     base = base_of(folder, base) if is_adapter else folder
-    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    read = models.read_tokenizer(tokenizer or (folder if has_own else base))
-    told = template.choose(read, wanted_template)
     config = _config(base)
-    models.check_vocabulary(read, config)
+    read, told = _tokenizer(tokenizer, folder, base, config, wanted_template)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = models.DTYPES[precision or ("bf16" if device.type == "cuda" else "fp32")]
     model = _read_model(base, config, dtype)
-    num_virtual = 0
-    if is_adapter:
-        zerolite.adapters.load(model, folder)
-        num_virtual = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("num_virtual_tokens") or 0
+    num_virtual = _load_adapter(model, folder, "default") if is_adapter else 0
     weights = [base, folder] if is_adapter else [folder]
     return Opened(
         model.to(device).eval(), read, folder, told, _longest(config) - num_virtual, print_of(weights, ADAPTER)
     )
+
+
+@dataclass
+class Variant:
+    """One way to use a model that is in memory once: with an adapter, or as its base."""
+
+    opened: Opened
+    adapter: str | None  # its name in the model; None: the base
+    has_others: bool  # the model has adapters
+
+    @contextlib.contextmanager
+    def active(self):
+        """Inside, the model answers as this variant; one thread at a time."""
+        model = self.opened.model
+        with contextlib.ExitStack() as stack:
+            if self.adapter is not None:
+                zerolite.adapters.use(model, self.adapter)
+            elif self.has_others:
+                stack.enter_context(zerolite.adapters.disabled(model))
+            yield
+
+
+def open_variants(
+    folder: Path,
+    adapters: Sequence[Path],
+    base: Path | None = None,
+    tokenizer: Path | None = None,
+    wanted_template: str | None = None,
+    precision: str | None = None,
+) -> dict[Path | None, Variant]:
+    """What can be chosen, by the folders as they are given; None: the base. Each asks in its own folder's template.
+
+    folder: of a base, or of an adapter, which is one of the variants then. The others: as `open_model`.
+    Raises ValueError where `open_model` does, and for an adapter that is none of this base.
+    """
+    found = {path: find_adapter(path) for path in adapters}
+    first = open_model(folder, base, tokenizer, wanted_template, precision)
+    if (first.folder / MANIFEST).is_file() and found:
+        raise ValueError(f"{first.folder}: is a checkpoint; expected a Hugging Face folder below --adapter")
+    if not found and not is_adapter_folder(first.folder):
+        return {None: Variant(first, None, has_others=False)}
+    model, variants = first.model, {}
+    of_base = base_of(first.folder, base) if is_adapter_folder(first.folder) else first.folder
+    if of_base != first.folder:
+        variants[folder] = Variant(first, "default", has_others=True)
+    config, device = _config(of_base), next(model.parameters()).device
+    read, told = _tokenizer(tokenizer, of_base, of_base, config, wanted_template)
+    room = _longest(config)
+    for number, (path, inner) in enumerate(found.items()):
+        own, told_own = _tokenizer(tokenizer, inner, of_base, config, wanted_template)
+        num_virtual = _load_adapter(model, inner, f"adapter_{number}")
+        opened = Opened(model, own, inner, told_own, room - num_virtual, _print_of([of_base, inner], ADAPTER))
+        variants[path] = Variant(opened, f"adapter_{number}", has_others=True)
+    variants[None] = Variant(Opened(model, read, of_base, told, room, _print_of([of_base])), None, has_others=True)
+    model.to(device).eval()
+    return variants
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    return (folder / ADAPTER).is_file()
+
+
+def find_adapter(folder: Path) -> Path:
+    """The adapter's folder: `folder`, or adapter/ of a run's result, also beside a merged model."""
+    for path in (folder, folder / "adapter"):
+        if is_adapter_folder(path):
+            return path
+    what = "there is no such folder" if not folder.exists() else f"expected an adapter; it holds no {ADAPTER}"
+    raise ValueError(f"--adapter {folder}: {what}")
 
 
 def find(folder: Path) -> Path:
@@ -114,6 +178,23 @@ def base_of(adapter: Path, given: Path | None) -> Path:
     if not (base / CONFIG).is_file() or (base / ADAPTER).is_file():
         raise ValueError(f"{base}: expected the base of an adapter, a Hugging Face folder with {CONFIG}")
     return base
+
+
+def _tokenizer(
+    given: Path | None, folder: Path, base: Path, config: PretrainedConfig, wanted_template: str | None
+) -> tuple[PreTrainedTokenizerBase, str]:
+    """(the given tokenizer, else that of `folder`, else its base's; which chat template)."""
+    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    read = models.read_tokenizer(given or (folder if has_own else base))
+    told = template.choose(read, wanted_template)
+    models.check_vocabulary(read, config)
+    return read, told
+
+
+def _load_adapter(model: nn.Module, folder: Path, name: str) -> int:
+    """Its virtual tokens, which a prompt has no room for."""
+    zerolite.adapters.load(model, folder, name)
+    return json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("num_virtual_tokens") or 0
 
 
 def _config(folder: Path) -> PretrainedConfig:
