@@ -11,6 +11,7 @@ from importlib import import_module
 # Name: (module, one line). The module's `main(argv)` gives the exit status; it catches the mistakes of its users.
 COMMANDS = {
     "ask": ("zerolite.medqa.ask", "one answer of a model, or answers to a file of questions"),
+    "evaluate": ("zerolite.medqa.evaluate", "how good a model is, alone or against its base"),
     "chat": ("zerolite.medqa.chat", "a dialogue with a model on the terminal"),
 }
 

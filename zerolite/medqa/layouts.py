@@ -5,6 +5,7 @@ refuses them.
 """
 
 import re
+from dataclasses import dataclass
 
 from zerolite.medqa.rows import is_absent, shown
 
@@ -120,8 +121,30 @@ def _pubmedqa(row: dict) -> dict:
     return {"instruction": row["QUESTION"], "input": "\n".join(contexts), "output": answer, **rest}
 
 
-def _multiple_choice(row: dict) -> dict:
-    """The options stand below the question; the answer is its letter and its text."""
+@dataclass(frozen=True)
+class Choice:
+    """A row of multiple choice."""
+
+    question: str  # with the context before it, where there is one
+    options: dict[str, str]  # letter: text
+    answer: str  # the right letter
+    rest: dict  # what else the row says
+
+    @property
+    def asked(self) -> str:
+        """The question with its options below: what training and `zerolite evaluate` ask."""
+        return "\n".join([self.question, *(f"({letter}) {option}" for letter, option in self.options.items())])
+
+    def reply(self, letter: str) -> str:
+        """The answer that names an option, as it is trained."""
+        return f"({letter}) {self.options[letter]}"
+
+
+def choice_of(row: object) -> Choice:
+    """A row with `question`, `options`, `answer` and maybe `context`; ValueError for any other one."""
+    if not isinstance(row, dict) or not {"question", "options", "answer"} <= row.keys():
+        got = shown(sorted(map(str, row))) if isinstance(row, dict) else shown(row)
+        raise ValueError(f"expected `question`, `options` and `answer`, got {got}")
     question, options, answer = row["question"], row["options"], row["answer"]
     if isinstance(options, str):
         parts = OPTION.split(options)
@@ -133,6 +156,8 @@ def _multiple_choice(row: dict) -> dict:
         options = dict(zip(letters, (part.strip() for part in parts[2::2]), strict=True))
     if not isinstance(options, dict) or not all(isinstance(o, str) and not is_absent(o) for o in options.values()):
         raise ValueError(f"options: expected a text for each letter, got {shown(options)}")
+    if len(options) < 2:
+        raise ValueError(f"options: expected at least two, got {shown(options)}")
     letter = answer.strip().strip("()") if isinstance(answer, str) else answer
     if not isinstance(letter, str) or letter not in options:
         raise ValueError(f"answer: expected a letter of {', '.join(options)}; got {shown(answer)}")
@@ -141,7 +166,11 @@ def _multiple_choice(row: dict) -> dict:
     context = row.get("context")
     if not is_absent(context) and not isinstance(context, str):
         raise ValueError(f"context: expected a text, got {shown(context)}")
-    lines = [] if is_absent(context) else [context]
-    lines += [question, *(f"({key}) {option}" for key, option in options.items())]
     rest = {key: value for key, value in row.items() if key not in ("question", "options", "answer", "context")}
-    return {"instruction": "\n".join(lines), "output": f"({letter}) {options[letter]}", **rest}
+    return Choice(question if is_absent(context) else f"{context}\n{question}", options, letter, rest)
+
+
+def _multiple_choice(row: dict) -> dict:
+    """The options stand below the question; the answer is its letter and its text."""
+    found = choice_of(row)
+    return {"instruction": found.asked, "output": found.reply(found.answer), **found.rest}

@@ -33,6 +33,29 @@ def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
     over each micro-batch would weigh tokens by how rows were split. The prompt's logits are not computed, those of the
     label tokens a chunk at a time. See [Note: the loss in the output layer]. At stage 3 every rank must call it.
     """
+    return at_labels(model, batch, _of_hidden, _of_logits)
+
+
+def _of_hidden(hidden: torch.Tensor, targets: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+    return linear_cross_entropy(hidden, head.weight, targets, head.bias, ignore_index=None)
+
+
+def _of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(_at_least_fp32(logits), targets, reduction="sum")
+
+
+def at_labels(
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    of_hidden: Callable[[torch.Tensor, torch.Tensor, nn.Linear], torch.Tensor],
+    of_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """What `of_hidden` makes of the label tokens in the output layer's forward, where that layer gives the logits.
+
+    of_hidden: given hidden states (label tokens, hidden size), label ids (label tokens,), the output layer. of_logits:
+    given logits (label tokens, vocabulary) and label ids, for every other model. Label tokens lie row after row. At
+    stage 3 every rank must call it. See [Note: the loss in the output layer].
+    """
     labels = batch["labels"]
     first = int((labels != IGNORED).any(dim=0).int().argmax())  # first position with a label in any row
     num_kept = labels.shape[1] - max(first - 1, 0)
@@ -48,13 +71,12 @@ def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
 
     head = _linear_head(model)
     if head is None or not _returns_its_head(model, head, device):
-        logits = of_labels(model(**inputs).logits)
-        return F.cross_entropy(_at_least_fp32(logits), targets, reduction="sum")
+        return of_logits(of_labels(model(**inputs).logits), targets)
 
-    def loss(hidden: torch.Tensor) -> torch.Tensor:
-        return linear_cross_entropy(of_labels(hidden), head.weight, targets, head.bias, ignore_index=None)
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        return of_hidden(of_labels(hidden), targets, head)
 
-    output, is_returned = _call(model, head, loss, inputs)
+    output, is_returned = _call(model, head, forward, inputs)
     if not is_returned:
         raise RuntimeError(
             f"{type(model).__name__} returned its output layer's result once and now something else: "

@@ -48,11 +48,13 @@ def open_model(
     tokenizer: Path | None = None,
     wanted_template: str | None = None,
     precision: str | None = None,
+    stage: int = 0,
 ) -> Opened:
     """The model in eval mode, on the GPU where there is one, in bf16 there and else in fp32.
 
     base: of an adapter, in place of the folder that it names. tokenizer: a folder, in place of the model's own one.
-    wanted_template, precision: as train_medqa.py's --template and --precision.
+    wanted_template, precision: as train_medqa.py's --template and --precision. stage: 0 is the whole model in this
+    process; else it is sharded over the ranks, and every rank must call it.
     Raises ValueError for a folder that is none of these, or that cannot be used; what it lacks is named.
     """
     folder = find(folder)
@@ -60,18 +62,24 @@ def open_model(
     if base is not None and not is_adapter:
         raise ValueError(f"--base {base}: only an adapter has a base; {folder} holds no {ADAPTER}")
     if (folder / MANIFEST).is_file():
-        return _open_checkpoint(folder, tokenizer, wanted_template, precision)
+        return _open_checkpoint(folder, tokenizer, wanted_template, precision, stage)
     base = base_of(folder, base) if is_adapter else folder
     config = _config(base)
     read, told = _tokenizer(tokenizer, folder, base, config, wanted_template)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = models.DTYPES[precision or ("bf16" if device.type == "cuda" else "fp32")]
-    model = _read_model(base, config, dtype)
+    how = {"stage": stage, "precision": zerolite.Precision(param=dtype)}
+    if stage and not is_adapter:
+        model = zerolite.load_pretrained(base.resolve(), **how)
+    else:
+        model = _read_model(base, config, dtype)
     num_virtual = _load_adapter(model, folder, "default") if is_adapter else 0
+    if is_adapter and stage:
+        model = zerolite.shard(model, **how)
     weights = [base, folder] if is_adapter else [folder]
-    return Opened(
-        model.to(device).eval(), read, folder, told, _longest(config) - num_virtual, print_of(weights, ADAPTER)
-    )
+    if not stage:
+        model = model.to(device)
+    return Opened(model.eval(), read, folder, told, _longest(config) - num_virtual, print_of(weights, ADAPTER))
 
 
 @dataclass
@@ -123,9 +131,9 @@ def open_variants(
     for number, (path, inner) in enumerate(found.items()):
         own, told_own = _tokenizer(tokenizer, inner, of_base, config, wanted_template)
         num_virtual = _load_adapter(model, inner, f"adapter_{number}")
-        opened = Opened(model, own, inner, told_own, room - num_virtual, _print_of([of_base, inner], ADAPTER))
+        opened = Opened(model, own, inner, told_own, room - num_virtual, print_of([of_base, inner], ADAPTER))
         variants[path] = Variant(opened, f"adapter_{number}", has_others=True)
-    variants[None] = Variant(Opened(model, read, of_base, told, room, _print_of([of_base])), None, has_others=True)
+    variants[None] = Variant(Opened(model, read, of_base, told, room, print_of([of_base])), None, has_others=True)
     model.to(device).eval()
     return variants
 
@@ -253,7 +261,7 @@ def print_of(folders: list[Path], *configs: str) -> str:
 
 
 def _open_checkpoint(
-    folder: Path, tokenizer: Path | None, wanted_template: str | None, precision: str | None
+    folder: Path, tokenizer: Path | None, wanted_template: str | None, precision: str | None, stage: int
 ) -> Opened:
     """Of train_medqa.py, by the options that its run wrote beside it."""
     file = folder.parent / OPTIONS
@@ -265,7 +273,7 @@ def _open_checkpoint(
     options = parse(["--config", str(file), "--offload", "none"])
     asked = {"tokenizer_name_or_path": tokenizer and str(tokenizer), "template": wanted_template}
     options = dataclasses.replace(
-        options, stage=0, offload_parameters=False, **{name: value for name, value in asked.items() if value}
+        options, stage=stage, offload_parameters=False, **{name: value for name, value in asked.items() if value}
     )
     read = models.load_tokenizer(options)
     told = template.choose(read, options.template)

@@ -194,7 +194,7 @@ def _is_agent_listening() -> bool:
     return True
 
 
-def refuse(error: Exception, rank: int, status: int = 2) -> int:
+def refuse(error: Exception, rank: int, status: int = 2, program: str = "train_medqa.py") -> int:
     """Say what the user is to change, in one message; the exit status.
 
     Every rank finds most mistakes, and rank 0 tells them. It tells what others alone have found, too: it waits for them
@@ -211,7 +211,7 @@ def refuse(error: Exception, rank: int, status: int = 2) -> int:
         joining.join(SAME_BEFORE_JOIN_S)
         if not joining.is_alive():
             return status
-    print(f"train_medqa.py: error: {without_secrets(str(error))}", file=sys.stderr)
+    print(f"{program}: error: {without_secrets(str(error))}", file=sys.stderr)
     return status
 
 

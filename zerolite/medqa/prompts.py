@@ -15,7 +15,7 @@ from zerolite.medqa.data import Conversation
 from zerolite.medqa.template import template_of
 from zerolite.medqa.tokens import IGNORED, Example, Tokens, tokenize, tokenize_all
 
-__all__ = ["IGNORED", "Example", "Prompt", "encode", "encode_prompt", "prompt_of"]
+__all__ = ["IGNORED", "Example", "Prompt", "encode", "encode_prompt", "prompt_of", "tokens_within"]
 
 # A row of more is not tokenised whole: a tokeniser takes 200 bytes and 2 us a character, and cutoff_len drops the rest.
 WHOLE_CHARACTERS = 1 << 17
@@ -49,6 +49,19 @@ def encode(
             _, tokens = _named(row, lambda row=row, tokens=tokens: _shortened(row, tokens, tokens_of, cutoff_len, 1))
         examples.append(_named(row, tokens.example))
     return examples, num_shortened
+
+
+def tokens_within(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cutoff_len: int
+) -> tuple[Conversation, Tokens]:
+    """What of one row fits into `cutoff_len`, and its tokens, shortened and refused as `encode` does it."""
+    template = template_of(tokenizer)
+
+    def tokens_of(row: Conversation) -> Tokens:
+        return _named(row, lambda: next(tokenize_all([template.segments(row)], template)))
+
+    row = _bounded(conversation, tokenizer, cutoff_len)
+    return _shortened(row, tokens_of(row), tokens_of, cutoff_len, is_answer_there=1)
 
 
 def _named(row: Conversation, make: Callable[[], T]) -> T:

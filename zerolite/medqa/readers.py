@@ -36,6 +36,11 @@ def rows(file: Path, columns: dict[str, str] | None = None) -> Iterator[Located]
         yield line, lambda value=value: as_own(value(), columns)
 
 
+def as_written(file: Path) -> Iterator[Located]:
+    """Each row of a file as `rows` finds it, in the layout that it came in."""
+    return _raw(file, json_rows.content_of(file))
+
+
 def reader(columns: str | None) -> Callable[[Path], Iterator[Located]]:
     """`rows` for `data.read`, with the map of `--columns`."""
     return functools.partial(rows, columns=columns_of(columns) if columns else None)

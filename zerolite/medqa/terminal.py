@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--precision", choices=[*DTYPES], help="default: bf16 on CUDA, fp32 on the CPU")
         self.add_argument("--system", type=clean, default="", help="system text")
         self.add_argument("--temperature", type=_temperature, default=0.0, help="0, the default, is greedy")
-        self.add_argument("--max_new_tokens", type=_count, help="default: 512, or half of what a smaller model reads")
+        self.add_argument("--max_new_tokens", type=count, help="default: 512, or half of what a smaller model reads")
 
     def error(self, message: str):
         raise ValueError(message)
@@ -46,7 +46,8 @@ def _temperature(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number of at least 1, for argparse."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
     return int(text)
