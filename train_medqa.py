@@ -21,19 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import zerolite
-from zerolite.medqa import (
-    answers,
-    corpus,
-    curves,
-    machine,
-    model,
-    processes,
-    report,
-    resume,
-    template,
-    trackers,
-    tuning,
-)
+from zerolite.medqa import answers, corpus, model, processes, report, resume, template, trackers, tuning
 from zerolite.medqa.arguments import Options, parse
 from zerolite.medqa.batches import Order, collate, fingerprint, micro_batches
 from zerolite.medqa.best import Best
@@ -61,7 +49,6 @@ class Run:
     position: resume.Position
     divergence: Divergence
     best: Best
-    host_memory: machine.HostMemory
 
 
 def prepare(options: Options) -> Run:
@@ -88,10 +75,8 @@ def prepare(options: Options) -> Run:
         raise ValueError("the ranks read different training rows: every machine needs the same files and tokenizer")
     if is_rank_0:
         (folder / "options.yaml").write_text(options.to_yaml(), encoding="utf-8")
-    changed = (
-        f"options that are not the defaults (all: options.yaml):\n{options.changed(ranks.device.type)}{data.summary}"
-    )
-    ranks.print("\n".join(filter(None, [changed, told, data.first_row, why_stage])))
+    lines = options.told(ranks.device.type) + data.summary, told, data.first_row, why_stage
+    ranks.print("\n".join(filter(None, lines)))
 
     global_batch_rows = ranks.world_size * options.per_device_train_batch_size * options.gradient_accumulation_steps
     order = Order([len(example.input_ids) for example in data.train], global_batch_rows, options.seed)
@@ -105,7 +90,7 @@ def prepare(options: Options) -> Run:
     if found:
         checkpoint = resume.load_newest(sharded, found, optimizer, scheduler, position, ranks.print)
         ranks.print(f"resumed from {checkpoint} at step {position.step}")
-    watched = Divergence(folder, options.precision), Best(options, folder, num_steps, ranks), machine.HostMemory()
+    watched = Divergence(folder, options.precision), Best(options, folder, num_steps, ranks)
     return Run(
         options, ranks, folder, tokenizer, data, order, num_steps, sharded, optimizer, scheduler, position, *watched
     )
@@ -121,10 +106,8 @@ def train(run: Run) -> int:
     run.processes.print(report.placement_line(run.model, run.optimizer, run.options, run.processes))
     started_s, first_step = time.perf_counter(), run.position.step
     reported = trackers.Trackers(run.options, run.folder, run.model, run.processes)
-    with (
-        StopSignals() as signals,
-        Progress(run.folder, run.processes.rank, first_step, run.num_steps, reported) as progress,
-    ):
+    progress = Progress(run.folder, run.processes.rank, first_step, run.num_steps, reported)
+    with StopSignals() as signals, progress:
         run.best.resume(progress.records)
         if run.position.step < run.num_steps:  # else the end validates, and the step has one record
             validate(run, progress, signals)
@@ -148,6 +131,8 @@ def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | 
     """The optimizer steps; the signal that stopped them at a step boundary, or None when all, or enough, are done."""
     options, ranks, meter, first_step = run.options, run.processes, Meter(), run.position.step
     for step, rows in run.order.steps(first_step, run.num_steps):
+        if run.best.is_exhausted:
+            return None
         chosen = micro_batches(rows, ranks.rank, ranks.world_size, options.per_device_train_batch_size)
         examples = [[run.corpus.train[row] for row in micro_batch] for micro_batch in chosen]
         mine = [example for micro_batch in examples for example in micro_batch]
@@ -186,13 +171,11 @@ def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | 
             is_best = options.load_best_model_at_end and run.best.step == step + 1
             if (step + 1) % options.save_steps == 0 or is_best:
                 save_checkpoint(run)
-        if run.best.is_exhausted:
-            break
     return None
 
 
 def log(run: Run, progress: Progress, meter: Meter) -> None:
-    loss_sum, host_memory_bytes = run.processes.sum(float(meter.loss_sum), run.host_memory.resident_bytes())
+    loss_sum, host_memory_bytes = run.processes.sum(float(meter.loss_sum), progress.host_memory.resident_bytes())
     values = {
         "loss": loss_sum / meter.num_labels,
         "learning_rate": run.optimizer.param_groups[0]["lr"],
@@ -257,11 +240,9 @@ def conclude(run: Run, progress: Progress) -> None:
     progress.close()
     ask(run, signals=None)
     if run.processes.rank == 0:
-        curves.plot(run.folder)
-        about = machine.about(run.processes, progress.started, progress.first_step, last_step)
-        sections = [about, tuning.trainable_table(run.model, run.options)]
-        ended = run.best.told(last_step, run.position.step)
-        run.processes.print(report.write(run.folder, run.options, sections, ended, memory))
+        trainable, ended = tuning.trainable_table(run.model, run.options), run.best.told(last_step, run.position.step)
+        about = progress.about(run.processes, last_step)
+        run.processes.print(report.write(run.folder, run.options, about, trainable, ended, memory))
         run.processes.print(f"result: {result}; report: {run.folder / 'report.md'}, curves: {run.folder / 'loss.png'}")
 
 
