@@ -26,8 +26,6 @@ from zerolite.medqa import (
     answers,
     continuing,
     corpus,
-    curves,
-    machine,
     model,
     processes,
     report,
@@ -67,7 +65,6 @@ class Run:
     position: resume.Position
     divergence: Divergence
     best: Best
-    host_memory: machine.HostMemory
 
 
 def prepare(options: Options) -> Run:
@@ -93,9 +90,8 @@ def prepare(options: Options) -> Run:
     data_print = fingerprint(data.train)
     if len({tuple(row) for row in ranks.gather(*map(ord, data_print))}) > 1:
         raise ValueError("the ranks read different training rows: every machine needs the same files and tokenizer")
-    told = [f"options that are not the defaults (all: {OPTIONS}):\n{options.changed(ranks.device.type)}{data.summary}"]
-    told += [continuing.changes(options), unlocked, chosen, data.first_row, why_stage]
-    ranks.print("\n".join(filter(None, told)))
+    told = [options.told(ranks.device.type) + data.summary, continuing.changes(options), unlocked]
+    ranks.print("\n".join(filter(None, [*told, chosen, data.first_row, why_stage])))
 
     global_batch_rows = ranks.world_size * options.per_device_train_batch_size * options.gradient_accumulation_steps
     order = Order([len(example.input_ids) for example in data.train], global_batch_rows, options.seed)
@@ -111,7 +107,7 @@ def prepare(options: Options) -> Run:
         continuing.go_on(sharded, found, optimizer, scheduler, position, num_steps, ranks.print)
     if is_rank_0:  # now that nothing refuses the run
         (folder / OPTIONS).write_text(dataclasses.replace(options, resume=None).to_yaml(), encoding="utf-8")
-    watched = Divergence(folder, options.precision), Best(options, folder, num_steps, ranks), machine.HostMemory()
+    watched = Divergence(folder, options.precision), Best(options, folder, num_steps, ranks)
     return Run(
         options, ranks, folder, tokenizer, data, order, num_steps, sharded, optimizer, scheduler, position, *watched
     )
@@ -127,10 +123,8 @@ def train(run: Run) -> int:
     run.processes.print(report.placement_line(run.model, run.optimizer, run.options, run.processes))
     started_s, first_step = time.perf_counter(), run.position.step
     reported = trackers.Trackers(run.options, run.folder, run.model, run.processes)
-    with (
-        StopSignals() as signals,
-        Progress(run.folder, run.processes.rank, first_step, run.num_steps, reported) as progress,
-    ):
+    progress = Progress(run.folder, run.processes.rank, first_step, run.num_steps, reported)
+    with StopSignals() as signals, progress:
         run.best.resume(progress.records)
         if run.position.step < run.num_steps:  # else the end validates, and the step has one record
             validate(run, progress, signals)
@@ -154,6 +148,8 @@ def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | 
     """The optimizer steps; the signal that stopped them at a step boundary, or None when all, or enough, are done."""
     options, ranks, meter, first_step = run.options, run.processes, Meter(), run.position.step
     for step, rows in run.order.steps(first_step, run.num_steps):
+        if run.best.is_exhausted:
+            return None
         chosen = micro_batches(rows, ranks.rank, ranks.world_size, options.per_device_train_batch_size)
         examples = [[run.corpus.train[row] for row in micro_batch] for micro_batch in chosen]
         mine = [example for micro_batch in examples for example in micro_batch]
@@ -192,13 +188,11 @@ def fit(run: Run, signals: StopSignals, progress: Progress) -> signal.Signals | 
             is_best = options.load_best_model_at_end and run.best.step == step + 1
             if (step + 1) % options.save_steps == 0 or is_best:
                 save_checkpoint(run)
-        if run.best.is_exhausted:
-            break
     return None
 
 
 def log(run: Run, progress: Progress, meter: Meter) -> None:
-    loss_sum, host_memory_bytes = run.processes.sum(float(meter.loss_sum), run.host_memory.resident_bytes())
+    loss_sum, host_memory_bytes = run.processes.sum(float(meter.loss_sum), progress.host_memory.resident_bytes())
     values = {
         "loss": loss_sum / meter.num_labels,
         "learning_rate": run.optimizer.param_groups[0]["lr"],
@@ -265,11 +259,9 @@ def conclude(run: Run, progress: Progress) -> None:
     progress.close()
     ask(run, signals=None)
     if run.processes.rank == 0:
-        curves.plot(run.folder)
-        about = machine.about(run.processes, progress.started, progress.first_step, last_step)
-        sections = [about, tuning.trainable_table(run.model, run.options)]
-        ended = run.best.told(last_step, run.position.step)
-        run.processes.print(report.write(run.folder, run.options, sections, ended, memory))
+        trainable, ended = tuning.trainable_table(run.model, run.options), run.best.told(last_step, run.position.step)
+        about = progress.about(run.processes, last_step)
+        run.processes.print(report.write(run.folder, run.options, about, trainable, ended, memory))
         run.processes.print(f"result: {result}; report: {run.folder / 'report.md'}, curves: {run.folder / 'loss.png'}")
 
 

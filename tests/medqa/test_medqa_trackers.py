@@ -195,6 +195,7 @@ def started(monkeypatch, tmp_path, **faults) -> tuple[trackers.Trackers, Fake]:
     monkeypatch.setitem(trackers.BACKENDS, "tensorboard", type("Faulty", (Fake,), faults))
     options = Options(report_to=("tensorboard",), model_name_or_path="/home/somebody/base", columns="question=my title")
     reported = trackers.Trackers(options, tmp_path, torch.nn.Linear(2, 2), Processes(0, 1, torch.device("cpu")))
+    reported.start()
     return reported, reported.running[0].backend
 
 

@@ -219,15 +219,15 @@ class Options:
         """The options as a file that `--config` reads."""
         return _yaml(dataclasses.asdict(self))
 
-    def changed(self, device_type: str) -> str:
-        """Of these resolved options, as YAML, those that a run which names none of them would not have."""
+    def told(self, device_type: str) -> str:
+        """Lines of these resolved options: those that a run which names none of them would not have."""
         usual = Options(model_name_or_path=self.model_name_or_path, finetuning_type=self.finetuning_type)
         usual = dataclasses.replace(usual.resolved(device_type), stage=2)
         changed = {
             k: v for k in ("model_name_or_path", "finetuning_type") if (v := getattr(self, k)) != FIELDS[k].default
         }
         changed |= {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(usual, k)}
-        return _yaml(changed) if changed else ""
+        return f"options that are not the defaults (options.yaml has all):\n{_yaml(changed) if changed else ''}"
 
 
 def _yaml(values: dict) -> str:

@@ -8,6 +8,7 @@ count: no checkpoint is of it.
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -122,18 +123,26 @@ class Best:
             return step
         return chosen
 
-    def told(self, last_step: int, result_step: int) -> str:
-        """What a report says: the best evaluation, why the run ended early, what the result is of."""
-        lines = []
+    def told(self, last_step: int, result_step: int) -> "Ended":
+        """How the run ended, for its report."""
+        sentences = []
         if last_step < self.num_steps:
-            lines.append(
+            sentences.append(
                 f"Ended at step {last_step} of {self.num_steps}: {self.num_since} evaluations in a row did not improve "
                 f"the validation loss (`--early_stopping_patience {self.options.early_stopping_patience}`)."
             )
         if self.step is not None:
-            lines.append(f"Lowest validation loss: {self.losses[self.step]:.4f} at step {self.step}.")
-        lines.append(f"The result is the model of step {result_step}.")
-        return " ".join(lines)
+            sentences.append(f"Lowest validation loss: {self.losses[self.step]:.4f} at step {self.step}.")
+        sentences.append(f"The result is the model of step {result_step}.")
+        return Ended(result_step, " ".join(sentences))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a run's result is of, and why: for people."""
+
+    step: int
+    text: str
 
 
 def step_of(checkpoint: Path) -> int:

@@ -216,8 +216,9 @@ def refuse(error: Exception, rank: int, status: int = 2, program: str = "train_m
 
 
 def without_secrets(text: str) -> str:
-    """URLs, given where a path is expected, less user and password; a `Path` has one slash fewer."""
-    return re.sub(r"(\w:/{1,2})[^/\s@]+@", r"\1***@", text)
+    """URLs, given where a path is expected, less user, password and keys; a `Path` has one slash fewer."""
+    text = re.sub(r"(\w:/{1,2})[^/\s@]+@", r"\1***@", text)
+    return re.sub(r"(?i)((?:token|key|secret|password|signature)=)[^&\s'\"]+", r"\1***", text)
 
 
 def _join_with(mistake: str) -> None:

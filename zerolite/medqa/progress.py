@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from zerolite.medqa.machine import duration
+from zerolite.medqa.machine import HostMemory, about, duration
+from zerolite.medqa.processes import Processes
 from zerolite.medqa.trackers import Trackers
 
 METRICS = "metrics.jsonl"
@@ -21,7 +22,7 @@ METRICS = "metrics.jsonl"
 class Progress:
     """The bar (lines where stderr is no terminal), the metrics file and the trackers of a run; silent but on rank 0.
 
-    As a context manager it ends the trackers, also where the run fails.
+    As a context manager it starts and ends the trackers, also where the run fails.
     """
 
     def __init__(self, folder: Path, rank: int, first_step: int, num_steps: int, trackers: Trackers | None = None):
@@ -30,6 +31,7 @@ class Progress:
         self.first_step, self.num_steps = first_step, num_steps
         self.started = datetime.datetime.now(datetime.timezone.utc)
         self.timed_from: tuple[int, float] | None = None  # the first step, which compiles and allocates, tells nothing
+        self.host_memory = HostMemory()  # before a tracker starts a process
         self.trackers = trackers
         self.records: list[dict] = []  # on rank 0: what was recorded before a resumed run was stopped
         self.bar = tqdm(
@@ -91,6 +93,9 @@ class Progress:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def about(self, processes: Processes, last_step: int) -> str:
+        return about(processes, self.started, self.first_step, last_step)
+
     def close(self, has_failed: bool = False) -> None:
         self.bar.close()
         if self.trackers is not None:
@@ -98,6 +103,8 @@ class Progress:
             self.trackers = None
 
     def __enter__(self) -> "Progress":
+        if self.trackers is not None:
+            self.trackers.start()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:

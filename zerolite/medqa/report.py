@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import nn
 
 import zerolite
-from zerolite.medqa import answers
+from zerolite.medqa import answers, curves
 from zerolite.medqa.arguments import Options
+from zerolite.medqa.best import Ended
 from zerolite.medqa.loss import ALL
 from zerolite.medqa.machine import mib
 from zerolite.medqa.processes import Processes
@@ -159,19 +160,21 @@ def validation_table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, options: Options, sections: list[str], ended: str, memory: Memory) -> str:
-    """Write `report.md` from the metrics and the answers that lie in `folder`, and `memory.json`; the report's text.
+def write(folder: Path, options: Options, about: str, trainable: str, ended: Ended, memory: Memory) -> str:
+    """Write `report.md` from the metrics and the answers that lie in `folder`, `loss.png` and `memory.json`.
 
-    sections: what comes first, in Markdown. ended: how the run ended.
+    about, trainable: tables in Markdown. Returns the report's text.
     """
     base = "a small LLaMA from scratch" if options.model_name_or_path is None else Path(options.model_name_or_path).name
-    title = f"Medical questions and answers: {options.finetuning_type} training of {base}, stage {options.stage}"
-    losses = validation_table([one for one in read_metrics(folder / METRICS) if "validation_loss" in one])
+    title = f"# Medical questions and answers: {options.finetuning_type} training of {base}, stage {options.stage}"
+    records = [one for one in read_metrics(folder / METRICS) if "validation_loss" in one]
+    losses = validation_table([one for one in records if one["step"] <= ended.step])
     greedy = f"Greedy answers to held-out questions, repetition penalty {answers.REPETITION_PENALTY}. {answers.NOTICE}"
     picture = "![losses, learning rate, gradient norm, tokens a second, memory](loss.png)"
-    parts = [f"# {title}", *sections, "## Losses", losses, ended, picture, "## Memory", memory.table]
+    parts = [title, about, trainable, "## Losses", losses, ended.text, picture, "## Memory", memory.table]
     text = "\n\n".join([*parts, "## Answers", greedy, answers.shown(answers.read(folder))])
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
     counted = {"bytes_of_each_rank": memory.ranks, "bytes_by_formula": memory.formula}
     (folder / "memory.json").write_text(json.dumps(counted, indent=1) + "\n", encoding="utf-8")
+    curves.plot(folder)
     return text

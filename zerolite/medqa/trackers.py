@@ -88,6 +88,10 @@ class Trackers:
             self.running = [Tracker(BACKENDS[name](folder, run, settings)) for name in names]
             self.say(f"run {run}, numbers only, no texts: " + "; ".join(one.backend.where for one in self.running))
 
+    def start(self) -> None:
+        for tracker in self.running:
+            tracker.start()
+
     def skip(self, records: list[dict]) -> None:
         """Take `records`, those of metrics.jsonl before the run was stopped, for reported."""
         for record in records:
@@ -151,7 +155,6 @@ class Tracker(threading.Thread):
         self.backend = backend
         self.failure: BaseException | None = None
         self.records: queue.Queue = queue.Queue(MAX_WAITING)
-        self.start()
 
     def run(self) -> None:
         try:
