@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 import zerolite
 from zerolite.medqa import answers, continuing, corpus, model, processes, report, resume, room, template, tuning
-from zerolite.medqa.arguments import OPTIONS, Options, parse
+from zerolite.medqa.arguments import Options, parse
 from zerolite.medqa.batches import Order, collate, fingerprint, micro_batches
-from zerolite.medqa.claim import claim_output, release
+from zerolite.medqa.claim import begin, claim_output, claimed
 from zerolite.medqa.corpus import Corpus
 from zerolite.medqa.divergence import Diverged, Divergence
 from zerolite.medqa.ending import NotWritten, result_or_checkpoint
@@ -57,7 +57,7 @@ def prepare(options: Options) -> Run:
     """Check and read everything that can be wrong, cheapest first, then build the model. Every rank must call it."""
     is_rank_0 = processes.environment_rank() == 0
     folder = Path(options.output_dir)
-    unlocked = claim_output(folder, options.resume and Path(options.resume)) if is_rank_0 else None
+    unlocked = claim_output(options) if is_rank_0 else None
     found = continuing.find(options)
     tokenizer = model.load_tokenizer(options)
     told = template.choose(tokenizer, options.template)
@@ -91,8 +91,7 @@ def prepare(options: Options) -> Run:
     position = resume.Position(0, options.seed, global_batch_rows, data_print, continuing.fixed_of(options))
     if found:
         continuing.go_on(sharded, found, optimizer, scheduler, position, num_steps, ranks.print)
-    if is_rank_0:  # now that nothing refuses the run
-        (folder / OPTIONS).write_text(dataclasses.replace(options, resume=None).to_yaml(), encoding="utf-8")
+    ranks.print(begin(options) if is_rank_0 else None)
     divergence = Divergence(folder, options.precision)
     return Run(
         options, ranks, folder, tokenizer, data, order, num_steps, sharded, optimizer, scheduler, position, divergence
@@ -109,7 +108,7 @@ def train(run: Run) -> int:
     run.processes.print(report.placement_line(run.model, run.optimizer, run.options, run.processes))
     started_s = time.perf_counter()
     progress = Progress(run.folder, run.processes.rank, run.position.step, run.num_steps)
-    with StopSignals() as signals:
+    with claimed(run.folder), StopSignals() as signals:
         if run.position.step < run.num_steps:  # else the end validates, and the step has one record
             validate(run, progress, signals)
         if run.position.step == 0:
@@ -250,9 +249,7 @@ def main() -> int:
             run = prepare(parse(sys.argv[1:]))
         except (ValueError, OSError, zerolite.ZeroliteError) as error:
             return processes.refuse(error, rank)
-        status = train(run)
-        release(run.folder)
-        return status
+        return train(run)
     except (Diverged, NotWritten) as error:
         return processes.refuse(error, rank, status=1)
     except KeyboardInterrupt:
