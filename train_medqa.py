@@ -35,10 +35,10 @@ from zerolite.medqa import (
     trackers,
     tuning,
 )
-from zerolite.medqa.arguments import OPTIONS, Options, parse
+from zerolite.medqa.arguments import Options, parse
 from zerolite.medqa.batches import Order, collate, fingerprint, micro_batches
 from zerolite.medqa.best import Best
-from zerolite.medqa.claim import claim_output, release
+from zerolite.medqa.claim import begin, claim_output, claimed
 from zerolite.medqa.corpus import Corpus
 from zerolite.medqa.divergence import Diverged, Divergence
 from zerolite.medqa.ending import NotWritten, result_or_checkpoint
@@ -72,7 +72,7 @@ def prepare(options: Options) -> Run:
     trackers.require(options.report_to)
     is_rank_0 = processes.environment_rank() == 0
     folder = Path(options.output_dir)
-    unlocked = claim_output(folder, options.resume and Path(options.resume)) if is_rank_0 else None
+    unlocked = claim_output(options) if is_rank_0 else None
     found = continuing.find(options)
     tokenizer = model.load_tokenizer(options)
     chosen = template.choose(tokenizer, options.template)
@@ -105,8 +105,7 @@ def prepare(options: Options) -> Run:
     position = resume.Position(0, options.seed, global_batch_rows, data_print, continuing.fixed_of(options))
     if found:
         continuing.go_on(sharded, found, optimizer, scheduler, position, num_steps, ranks.print)
-    if is_rank_0:  # now that nothing refuses the run
-        (folder / OPTIONS).write_text(dataclasses.replace(options, resume=None).to_yaml(), encoding="utf-8")
+    ranks.print(begin(options) if is_rank_0 else None)  # now that nothing refuses the run
     watched = Divergence(folder, options.precision), Best(options, folder, num_steps, ranks)
     return Run(
         options, ranks, folder, tokenizer, data, order, num_steps, sharded, optimizer, scheduler, position, *watched
@@ -124,7 +123,7 @@ def train(run: Run) -> int:
     started_s, first_step = time.perf_counter(), run.position.step
     reported = trackers.Trackers(run.options, run.folder, run.model, run.processes)
     progress = Progress(run.folder, run.processes.rank, first_step, run.num_steps, reported)
-    with StopSignals() as signals, progress:
+    with claimed(run.folder), StopSignals() as signals, progress:
         run.best.resume(progress.records)
         if run.position.step < run.num_steps:  # else the end validates, and the step has one record
             validate(run, progress, signals)
@@ -275,9 +274,7 @@ def main() -> int:
             run = prepare(parse(sys.argv[1:]))
         except (ValueError, OSError, zerolite.ZeroliteError) as error:
             return processes.refuse(error, rank)
-        status = train(run)
-        release(run.folder)
-        return status
+        return train(run)
     except (Diverged, NotWritten) as error:
         return processes.refuse(error, rank, status=1)
     except KeyboardInterrupt:

@@ -3,6 +3,8 @@
 What the end of a run would not be able to write is found here, before any work. On rank 0 alone, which writes.
 """
 
+import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -10,27 +12,30 @@ import re
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from zerolite.medqa import resume
-from zerolite.medqa.arguments import OPTIONS
+from zerolite.medqa.arguments import OPTIONS, Options
 
 LOCK = "run.lock"
 RESULTS = ("model", "adapter")  # folders that the end of a run replaces
-SIDE_FILES = ("metrics.jsonl", "answers.jsonl", "report.md", "loss.png", "rejected.jsonl", OPTIONS)
+REJECTS = "rejected.jsonl"  # of this run already, when it begins
+SIDE_FILES = ("metrics.jsonl", "answers.jsonl", "report.md", "loss.png", REJECTS, OPTIONS)
 # Of a file system that has no locks; NFS has them from version 4 on, or with its lock daemon.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 _locks: dict[Path, int] = {}  # descriptors of this process, which is one run at a time
 
 
-def claim_output(folder: Path, resumed: Path | None) -> str | None:
+def claim_output(options: Options) -> str | None:
     """Make the output folder, lock it, and see that this run may and can write there; what to tell about it, if any.
 
-    resumed: what `--resume` names. The lock ends with the process, or with `release`.
+    The lock ends with the process, or with `release`.
     Raises ValueError where the folder cannot be written, where another run works in it, and where it holds what this
     run would replace: a finished result, or checkpoints that it does not go on from. Nothing in it has changed then.
     """
+    folder = Path(options.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -38,14 +43,35 @@ def claim_output(folder: Path, resumed: Path | None) -> str | None:
     except OSError as error:
         raise ValueError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
     told = _lock(folder)
-    if resumed is not None and _run_folder(resumed) == folder.resolve():
-        _check_newer(folder, resumed)
+    if _goes_on(options):
+        _check_newer(folder, Path(options.resume or ""))
         for left in folder.glob(".checkpoint-*.tmp-*"):  # of a save that was killed: it may never be of a step again
             if ".tmp-old-" not in left.name:  # that one was complete, and `zerolite.load` puts it back
                 shutil.rmtree(left, ignore_errors=True)
     else:
-        _check_free(folder)
+        _check_free(folder, options)
     _check_writable(folder)
+    return told
+
+
+def begin(options: Options) -> str | None:
+    """Write `options.yaml`, now that nothing refuses the run; what to tell about an earlier one, if any.
+
+    The result of an earlier run of another kind, which this one does not replace, is put aside with all that is told
+    about it: two results beside each other would share one report.
+    """
+    folder, told = Path(options.output_dir), None
+    if not _goes_on(options) and any((folder / name).exists() for name in RESULTS):
+        number = 1
+        while (aside := folder / f"earlier-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for name in (*RESULTS, *SIDE_FILES):
+            if name != REJECTS and (folder / name).exists():
+                (folder / name).rename(aside / name)
+        told = f"the result of an earlier run of another kind is now in {aside}"
+    text = dataclasses.replace(options, resume=None).to_yaml()
+    (folder / OPTIONS).write_text(text, encoding="utf-8")
     return told
 
 
@@ -55,6 +81,15 @@ def release(folder: Path) -> None:
     if descriptor is not None:
         (folder / LOCK).unlink(missing_ok=True)  # before another can lock it: who waits finds a file without a name
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The lock ends with this block."""
+    try:
+        yield
+    finally:
+        release(folder)
 
 
 def _lock(folder: Path) -> str | None:
@@ -83,22 +118,28 @@ def _lock(folder: Path) -> str | None:
     return None
 
 
-def _run_folder(resumed: Path) -> Path:
-    """The output folder of the run that left a checkpoint, or of its checkpoints."""
-    path = resumed.resolve()
-    return path.parent if re.fullmatch(r"checkpoint-\d+", path.name) else path
+def _goes_on(options: Options) -> bool:
+    """Whether the run goes on in the folder of the one that it is resumed from."""
+    if options.resume is None:
+        return False
+    path = Path(options.resume).resolve()
+    path = path.parent if re.fullmatch(r"checkpoint-\d+", path.name) else path
+    return path == Path(options.output_dir).resolve()
 
 
-def _check_free(folder: Path) -> None:
-    """ValueError where a run has left something to go on from, or a result."""
+def _check_free(folder: Path, options: Options) -> None:
+    """ValueError where a run has left something to go on from, or a result that this one would replace."""
     found = resume.checkpoints(folder)
     if found:
         raise ValueError(
             f"--output_dir {folder}: holds {found[-1].name} of an earlier run; go on from it with --resume {folder}, "
             "or name another folder"
         )
+    written = ("adapter", "model") if options.export_merged else ("adapter",) if options.is_adapter else ("model",)
+    base = Path(options.model_name_or_path or "/").resolve()
     for name in RESULTS:
-        if (folder / name).exists():
+        is_needed = name in written or base.is_relative_to((folder / name).resolve())
+        if (folder / name).exists() and is_needed:
             raise ValueError(
                 f"--output_dir {folder}: holds {name} of an earlier run, which this one would replace: name another "
                 f"folder, or move it away (mv {folder} {folder}-1)"

@@ -66,9 +66,9 @@ class Processes:
         dist.all_gather(list(rows), mine)
         return rows.tolist()  # one wait for the device
 
-    def print(self, text: str) -> None:
-        """Print on rank 0 only."""
-        if self.rank == 0:
+    def print(self, text: str | None) -> None:
+        """Print on rank 0 only; None: nothing."""
+        if self.rank == 0 and text is not None:
             print(text, flush=True)
 
     def peak_memory_bytes(self) -> int:
