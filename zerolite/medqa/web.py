@@ -153,12 +153,16 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
     """The page as `gradio.Blocks`."""
     blocks = gradio.Blocks(analytics_enabled=False, title=f"zerolite: {name}", fill_height=True)
     has_choice = len(desk.variants) > 1
+
+    def choices(language: str) -> list[tuple[str, str]]:
+        return [(path or TEXTS[language]["none"], path or "") for path in desk.variants]
+
     with blocks:
         dialogue, shown = gradio.State(), gradio.State([])
         with gradio.Row(elem_id="head"):
             gradio.Markdown(f"### {name}", elem_id="model")
             language = gradio.Radio(LANGUAGES, value="en", show_label=False, container=False, elem_id="language")
-        notice = gradio.HTML(elem_id="notice")
+        notice = gradio.HTML(NOTICES, elem_id="notice")  # in the page's language as soon as that is known
         chat = gradio.Chatbot(
             scale=1, height=None, min_height=220, render_markdown=False, buttons=["copy"], elem_id="chat"
         )
@@ -171,12 +175,11 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
             stop = gradio.Button(variant="stop", scale=1, min_width=90, visible=False, elem_id="stop")
             clear = gradio.Button(scale=1, min_width=130, elem_id="clear")
         with gradio.Accordion(open=False, elem_id="settings") as settings:
-            adapter = gradio.Dropdown(visible=has_choice, elem_id="adapter")
+            adapter = gradio.Dropdown(choices("en"), value=desk.first or "", visible=has_choice, elem_id="adapter")
             system_text = gradio.Textbox(value=system, lines=2, max_lines=8, elem_id="system")
 
         def labels(language: str) -> list:
             texts = TEXTS[language]
-            choices = [(path or texts["none"], path or "") for path in desk.variants]
             return [
                 gradio.update(value=texts["notice"]),
                 gradio.update(label=texts["chat"], placeholder=texts["empty"]),
@@ -185,7 +188,7 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
                 gradio.update(value=texts["stop"]),
                 gradio.update(value=texts["clear"]),
                 gradio.update(label=texts["settings"]),
-                gradio.update(label=texts["adapter"], choices=choices),
+                gradio.update(label=texts["adapter"], choices=choices(language)),
                 gradio.update(label=texts["system"], info=texts["system_info"]),
             ]
 
@@ -193,7 +196,7 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
             """In the language of the browser."""
             asked = request.headers.get("accept-language", "")
             found = "zh" if asked.lower().startswith("zh") else "en"
-            return [found, *labels(found), gradio.update(value=desk.first or "")]
+            return [found, *labels(found)]
 
         def answer(
             question: str,
@@ -234,7 +237,7 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
 
         texts = [notice, chat, question, send, stop, clear, settings, adapter, system_text]
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "undocumented"}
-        blocks.load(begin, None, [language, *texts, adapter], api_name="begin", **quick)
+        blocks.load(begin, None, [language, *texts], api_name="begin", **quick)
         language.change(labels, language, texts, api_name="labels", **quick)
         gradio.on(
             [question.submit, send.click],
