@@ -70,7 +70,7 @@ def test_saved_options_come_back(tmp_path):
         (["--stage"], "--stage: expected one argument"),
         (["--precision", "fp8"], "--precision: expected one of fp32, bf16, fp16, got 'fp8'"),
         (["--learning_rte", "1"], "unknown option '--learning_rte': did you mean --learning_rate"),
-        (["--lr=1"], "unknown option '--lr=1'"),
+        (["--lrate=1"], "unknown option '--lrate=1'"),
         (["--learning_rate", "nan"], "--learning_rate: expected a number > 0, got 'nan'"),
         (["--learning_rate", "0"], "--learning_rate: expected a number > 0"),
         (["--warmup_ratio", "1.5"], "--warmup_ratio: expected a number <= 1"),

