@@ -7,6 +7,7 @@ import sys
 import urllib.request
 
 import pytest
+from limits import load
 from medqa_runs import write_talker
 
 from zerolite import cli
@@ -49,17 +50,20 @@ def client(served):
     client.close()
 
 
-def shown(outputs) -> tuple[str, str, str]:
-    """(question, answer, status) as the page has them after an event of `answer`."""
-    chat, status, *_ = outputs
-    texts = {one["role"]: "".join(part["text"] for part in one["content"]) for one in chat}
-    return texts.get("user", ""), texts.get("assistant", ""), status
+def ask(client, question: str, language: str) -> list[tuple[str, str, str]]:
+    """(question, answer, status) as the page has them, one after the other."""
+    job = client.submit(question, "", "", language, api_name="/answer")
+    job.result(timeout=120 * load())
+    seen = []
+    for chat, status, *_ in job.outputs():
+        if isinstance(chat, list):
+            texts = {one["role"]: "".join(part["text"] for part in one["content"]) for one in chat}
+            seen.append((texts.get("user", ""), texts.get("assistant", ""), status))
+    return seen
 
 
 def test_a_chinese_question_is_answered_in_parts_that_add_up(client, base):
-    job = client.submit(CHINESE, "", "", "zh", api_name="/answer")
-    job.result(timeout=300)
-    seen = [shown(one) for one in job.outputs()]
+    seen = ask(client, CHINESE, "zh")
     whole = generation.reply(opening.open_model(base), Conversation(((CHINESE, ""),)), SETTINGS).text
     answers = [answer for _, answer, _ in seen if answer]
     assert answers[-1] == whole and len(answers) > 3
@@ -109,12 +113,8 @@ def test_the_page_loads_nothing_from_elsewhere_and_serves_this_machine_alone(ser
 def test_an_error_of_the_model_is_shown_and_the_next_question_is_answered(client, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(desk, "replies", lambda *_: 1 / 0)
-        job = client.submit(CHINESE, "", "", "zh", api_name="/answer")
-        job.result(timeout=300)
-        assert any("出错了：ZeroDivisionError" in shown(one)[2] for one in job.outputs())
-    job = client.submit(CHINESE, "", "", "zh", api_name="/answer")
-    job.result(timeout=300)
-    assert shown(job.outputs()[-1])[1]
+        assert "出错了：ZeroDivisionError" in ask(client, CHINESE, "zh")[-1][2]
+    assert ask(client, CHINESE, "zh")[-1][1]
 
 
 def test_without_gradio_the_extra_is_named_before_a_model_is_read(base, monkeypatch, capsys):

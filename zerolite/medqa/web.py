@@ -109,12 +109,17 @@ def run(given: argparse.Namespace) -> None:
         terminal.say(f"{url} (Ctrl-C ends it)")
         if host not in ("127.0.0.1", "localhost", "::1"):
             terminal.say(f"--host {host}: whoever reaches this port can ask the model; there is no password")
-        threading.Event().wait()
+        wait()
     except KeyboardInterrupt:
         terminal.say("\nended")
     finally:
         desk.close()
         blocks.close(verbose=False)
+
+
+def wait() -> None:
+    """Until Ctrl-C."""
+    threading.Event().wait()
 
 
 def load():
