@@ -43,7 +43,7 @@ QUESTIONS = [Question(layouts.choice_of(row)) for row in ROWS]
 ONE = Processes(0, 1, torch.device("cpu"))
 
 
-def work(questions: list[Question], batch_rows: int = 4, cutoff_len: int | None = None) -> Work:
+def work(questions: list[Question], batch_rows: int = 4, cutoff_len: int = 2048) -> Work:
     return Work([], [], questions, [], batch_rows, cutoff_len, Settings(max_new_tokens=4))
 
 

@@ -32,7 +32,7 @@ import zerolite
 from zerolite.medqa import data, opening, processes, readers, terminal
 from zerolite.medqa.arguments import CORPUS
 from zerolite.medqa.evaluation import choices, pages, record, texts
-from zerolite.medqa.evaluation.measure import LONGEST, Measured, Work, measure, safety_questions, with_system
+from zerolite.medqa.evaluation.measure import Measured, Work, measure, safety_questions, with_system
 from zerolite.medqa.generation import Settings
 from zerolite.medqa.opening import Opened
 from zerolite.medqa.processes import Processes
@@ -84,11 +84,7 @@ def prepare(arguments: list[str]) -> Prepared:
     add("--skip_invalid", action="store_true", help="leave out rows that are not usable, and count them")
     add("--max_samples", type=terminal.count, help="rows of a file at most (default: all)")
     add("--max_answers", type=int, default=100, help="rows of a language whose questions are answered (default: 100)")
-    add(
-        "--cutoff_len",
-        type=terminal.count,
-        help=f"token ids of a row (default: what the model reads, {LONGEST} at most)",
-    )
+    add("--cutoff_len", type=terminal.count, default=2048, help="longest row in tokens, where the model reads so many")
     add("--batch_size", type=terminal.count, default=8, help="rows at once (default: 8)")
     add("--stage", type=int, choices=(0, 3), default=0, help="3: parameters are sharded over the ranks (default: 0)")
     add("--output_dir", type=Path, default=Path("outputs/evaluation"), help="default: outputs/evaluation")

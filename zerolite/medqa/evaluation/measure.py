@@ -30,11 +30,8 @@ class Work:
     questions: list[Question]
     safety: list[dict[str, str]]
     batch_rows: int
-    cutoff_len: int | None  # token ids of a row; None: what the model reads, at most LONGEST
+    cutoff_len: int  # token ids of a row, where the model reads so many
     settings: Settings
-
-
-LONGEST = 2048
 
 
 @dataclass
@@ -64,8 +61,7 @@ def measure(opened: Opened, work: Work, system: str, ranks: Processes) -> Measur
     Raises ValueError for a row that its template or tokenizer changes.
     """
     found = Measured()
-    room = opened.room if work.cutoff_len is None else min(opened.room, work.cutoff_len)
-    room = min(room, LONGEST) if work.cutoff_len is None else room
+    room = min(opened.room, work.cutoff_len)
     rows = with_system(work.rows, system)
     if rows:
         found.losses, found.num_shortened["loss"] = _losses(opened, rows, room, work, ranks)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from zerolite.medqa.evaluation import plots
+from zerolite.medqa.evaluation import plots, texts
 from zerolite.medqa.evaluation.record import BASE, MODEL, Evaluation
 
 SHOWN_ANSWERS = 3  # of each language; evaluation.json has all
@@ -108,44 +108,24 @@ def _losses(found: Evaluation) -> list[Block]:
 def _texts(found: Evaluation) -> list[Block]:
     if not found.texts:
         return []
-    rouges = [
-        name
-        for name in dict.fromkeys(k for one in found.texts for k in one)
-        if re.fullmatch(r"rouge[^_]+(_jieba)?", name)
-    ]
-    header = [
-        "",
-        "language",
-        "answers",
-        "cut off",
-        "BLEU-4",
-        "chrF",
-        *rouges,
-        "95 % of rougeL",
-        "distinct-1",
-        "distinct-2",
-    ]
+
+    def rouge(one: dict, suffix: str) -> str:
+        names = [f"{name}{suffix}" for name in texts.ROUGES]
+        return " / ".join(f"{one[name]:.4f}" for name in names) if names[0] in one else ""
+
+    header = ["", "language", "answers", "cut off", "BLEU-4", "chrF", "ROUGE-1 / -2 / -L", "95 % of ROUGE-L"]
     rows = [
-        [
-            one["of"],
-            one["language"],
-            str(one["answers"]),
-            str(one["cut_off"]),
-            f"{one['bleu4']:.2f}",
-            f"{one['chrf']:.2f}",
-        ]
-        + [f"{one[name]:.4f}" if name in one else "" for name in rouges]
-        + [
-            _interval(one["rougeL_low"], one["rougeL_high"], ".4f"),
-            f"{one['distinct1']:.3f}",
-            f"{one['distinct2']:.3f}",
-        ]
+        [one["of"], one["language"], str(one["answers"]), str(one["cut_off"]), f"{one['bleu4']:.2f}"]
+        + [f"{one['chrf']:.2f}", rouge(one, ""), _interval(one["rougeL_low"], one["rougeL_high"], ".4f")]
+        + [rouge(one, "_jieba"), f"{one['distinct1']:.3f} / {one['distinct2']:.3f}"]
         for one in found.texts
     ]
     told = (
-        "BLEU-4 and chrF of sacrebleu (0 to 100; Chinese with its `zh` tokenizer), ROUGE of rouge-score (F, 0 to 1; "
-        "Chinese by character, `_jieba` by jieba's words). Interval: bootstrap over rows."
+        "BLEU-4 and chrF of sacrebleu (0 to 100; Chinese with its zh tokenizer), ROUGE of rouge-score (F, 0 to 1; "
+        "Chinese by character, and by the words that jieba finds). Interval: bootstrap over rows. Distinct: different "
+        "words, or Chinese characters, and pairs of them, over all of them."
     )
+    header += ["ROUGE by jieba's words", "distinct-1 / -2"]
     return [Block("Answers beside references", [told]), Block(header=header, rows=rows)]
 
 
@@ -160,7 +140,7 @@ def _choices(found: Evaluation) -> list[Block]:
         rows.append([*row, _share(one["majority"]), _share(one["chance"])])
     header = ["", "scored", "kind", "language", "questions", "acc", "acc_norm", "acc_bytes", "majority", "chance"]
     told = (
-        "By letter: the options stand in the question, and `(A` ... are scored. By text: they do not, and their "
+        "By letter: the options stand in the question, and (A ... are scored. By text: they do not, and their "
         "texts are scored. acc: the likeliest option; acc_norm: by character, acc_bytes: by byte, as lm-eval has them. "
         "95 % intervals of Wilson. Majority: always what is right most often."
     )
@@ -251,6 +231,7 @@ body { font: 15px/1.5 system-ui, "Noto Sans CJK SC", "PingFang SC", sans-serif; 
 .notice { background: #fff4d6; border-left: 4px solid #d99a00; padding: .6rem 1rem; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+td { white-space: nowrap; }
 th, td { border-bottom: 1px solid #d5dae2; padding: .25rem .6rem; text-align: left; vertical-align: top; }
 th { background: #f3f5f8; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }

@@ -62,7 +62,7 @@ def _drawn(figure, axes, names: Sequence[str], is_with_legend: bool = True) -> s
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
     if is_with_legend:
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8, frameon=False)
     figure.tight_layout()
     written = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "zerolite"}):  # texts stay texts; same bytes
