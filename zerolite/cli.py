@@ -12,6 +12,7 @@ from importlib import import_module
 COMMANDS = {
     "ask": ("zerolite.medqa.ask", "one answer of a model, or answers to a file of questions"),
     "chat": ("zerolite.medqa.chat", "a dialogue with a model on the terminal"),
+    "generate": ("zerolite.medqa.generate.command", "rows of training data from a model behind an endpoint"),
 }
 
 
