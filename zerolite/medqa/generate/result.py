@@ -123,7 +123,7 @@ def card(
     lines = [
         "# Generated rows",
         "",
-        f"No medical advice: for learning and research alone. Written by a language model, reviewed by no clinician.",
+        "No medical advice: for learning and research alone. Written by a language model, reviewed by no clinician.",
         "",
     ]
     lines += [
