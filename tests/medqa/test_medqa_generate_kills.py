@@ -1,4 +1,4 @@
-"""Does `zerolite generate`, killed again and again, lose, pay twice or let slip anything of a server that misbehaves?"""
+"""Does `zerolite generate`, killed again and again, lose, pay twice or let slip anything of a bad server?"""
 
 from __future__ import annotations
 
