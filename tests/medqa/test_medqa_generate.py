@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import sys
 import time
 from dataclasses import replace
 
@@ -32,7 +33,7 @@ def server(monkeypatch):
 
 def generate(tmp_path, *options) -> int:
     given = ["--output_dir", str(tmp_path / "out"), "--model", "odd", "--concurrency", "1", "--retry_wait", "0.01"]
-    return cli.main(["generate", *given, "--timeout", "0.3", *map(str, options)])
+    return cli.main(["generate", *given, "--timeout", "3", *map(str, options)])
 
 
 def rows_of(tmp_path) -> list[dict]:
@@ -336,6 +337,16 @@ def test_mistakes_are_named_with_status_2_and_nothing_is_asked(
     err = capsys.readouterr().err
     assert words in err and "Traceback" not in err and KEY not in err
     assert not server.attempts and not (tmp_path / "out").exists()
+
+
+def test_a_package_that_is_missing_is_named_with_the_extra(server, tmp_path, monkeypatch, capsys):
+    for name, imported in (("openai", "openai"), ("json_repair", "json_repair"), ("datasketch", "datasketch")):
+        with monkeypatch.context() as context:
+            context.setitem(sys.modules, imported, None)
+            assert generate(tmp_path) == 2
+        err = capsys.readouterr().err
+        assert name in err and "pip install 'zerolite[generate]'" in err
+    assert not server.attempts
 
 
 # --- the key --------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Runs:
         self.log = folder / "log"
         self.arguments = [
             "generate", "--output_dir", str(self.output), "--model", "odd", *files(folder), *options,
-            "--timeout", "1", "--retry_wait", "0.02", "--max_new_tokens", "400",
+            "--timeout", "3", "--retry_wait", "0.02", "--max_new_tokens", "400",
         ]  # fmt: skip
 
     def start(self, *options: str) -> Program:

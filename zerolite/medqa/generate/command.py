@@ -5,6 +5,7 @@ The endpoint is OPENAI_BASE_URL, its key OPENAI_API_KEY: neither is an option, a
 
 import argparse
 import asyncio
+import importlib
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from zerolite.medqa.generate.runner import Outcome
 
 NOTICE = "This is no medical advice: generated texts, for learning and research alone. 生成的内容不构成医疗建议。"
 TELL_S = 5.0
+NEEDED = ("openai", "tenacity", "json_repair")
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\ninterrupted: the same command goes on", file=sys.stderr)
         return 128 + signal.SIGINT
     except ModuleNotFoundError as error:
-        if (error.name or "zerolite").split(".")[0] not in ("openai", "tenacity", "json_repair"):
+        if (error.name or "zerolite").split(".")[0] not in NEEDED:
             raise
         print(f"zerolite generate: error: it needs {error.name}: pip install 'zerolite[generate]'", file=sys.stderr)
         return 2
@@ -97,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def generate(argv: list[str]) -> int:
     """Ask, write, tell. Raises ValueError for a mistake of the user."""
+    for name in NEEDED:
+        importlib.import_module(name)  # before anything is paid for
     given = parser().parse_args(argv)
     key = _checked(given, argv)
     plan, evaluation = _plan(given), read_conversations(given.evaluation_file) if given.evaluation_file else []
