@@ -13,6 +13,7 @@ COMMANDS = {
     "ask": ("zerolite.medqa.ask", "one answer of a model, or answers to a file of questions"),
     "evaluate": ("zerolite.medqa.evaluate", "how good a model is, alone or against its base"),
     "chat": ("zerolite.medqa.chat", "a dialogue with a model on the terminal"),
+    "generate": ("zerolite.medqa.generate.command", "rows of training data from a model behind an endpoint"),
 }
 
 

@@ -12,7 +12,15 @@ from collections import Counter
 from dataclasses import dataclass
 
 ALPACA = ("instruction", "input", "output", "history")
-METADATA = ("id", "lang", "language", "source", "licence", "license")  # told apart, but nothing is learned from them
+METADATA = (
+    "id",
+    "lang",
+    "language",
+    "source",
+    "licence",
+    "license",
+    "provenance",
+)  # told apart, but nothing is learned from them
 # Keys that say something about what is to be learned, which nothing here reads: refused, unless they say nothing.
 UNUSED = (
     "tools", "functions", "function_call", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking",
