@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import zerolite
-from zerolite.medqa import answers, corpus, model, processes, report, resume, template, tuning
+from zerolite.medqa import answers, corpus, model, packing, processes, report, resume, template, tuning
 from zerolite.medqa.arguments import Options, parse
 from zerolite.medqa.batches import Order, collate, fingerprint, micro_batches
 from zerolite.medqa.corpus import Corpus
@@ -62,6 +62,7 @@ def prepare(options: Options) -> Run:
     adapt = tuning.adaptation(options, tokenizer)
     data = corpus.load(options, tokenizer, folder / "rejected.jsonl" if is_rank_0 else None)
     tuning.check_labels(data.train, template.template_of(tokenizer).end_token_id)
+    data = packing.pack(data, options) if options.packing else data
 
     ranks = processes.join()
     options = options.resolved(ranks.device.type)
@@ -79,6 +80,8 @@ def prepare(options: Options) -> Run:
     num_steps = options.max_steps or math.ceil(options.num_train_epochs * order.steps_per_epoch)
     sharded = model.sharded(options, config, adapt)
     model.align_ends(sharded, tokenizer)
+    if options.packing:
+        packing.check(sharded)
     optimizer = model.optimizer_of(options, tuning.optimizer_groups(options, sharded))
     scheduler = model.scheduler_of(options, optimizer, num_steps)
     set_seed(options.seed + ranks.rank)  # each rank drops other activations
@@ -97,7 +100,8 @@ def train(run: Run) -> int:
     run.processes.print(
         f"{tuning.trainable_table(run.model, run.options)}\n"
         f"{run.processes.world_size} x {run.processes.device.type}, "
-        f"{run.num_steps} steps of {run.order.global_batch_rows} rows, {run.order.steps_per_epoch} steps an epoch"
+        f"{run.num_steps} steps of {run.order.global_batch_rows} {'sequences' if run.options.packing else 'rows'}, "
+        f"{run.order.steps_per_epoch} steps an epoch"
     )
     run.processes.print(report.placement_line(run.model, run.optimizer, run.options, run.processes))
     started_s = time.perf_counter()
@@ -192,6 +196,8 @@ def validate(run: Run, progress: Progress, signals: StopSignals | None) -> None:
     """Measure and record the validation loss, unless one of `signals` comes: the loop then finds it at once."""
     batch_rows, pad_token_id = run.options.per_device_train_batch_size, run.tokenizer.eos_token_id
     groups, step = run.corpus.validation_by_language, run.position.step
+    if not groups:
+        return
     losses = validation_losses(run.model, groups, run.processes, batch_rows, pad_token_id, signals)
     if losses is not None:
         progress.record(step=step, **report.validation_record(losses))

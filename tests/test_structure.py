@@ -44,7 +44,7 @@ FLAGS = {
     "offload_path", "offload_states", "offload_workers", "optim", "output_dir", "per_device_train_batch_size",
     "precision", "prompt_encoder", "prompt_init", "prompt_init_text", "resume", "save_steps", "seed", "skip_invalid",
     "stage", "tokenizer_name_or_path", "train_file", "use_dora", "use_rslora", "validation_file", "warmup_ratio",
-    "template", "weight_decay",
+    "packing", "template", "val_size", "weight_decay",
 }  # fmt: skip
 
 # What moves data between ranks: a function that calls one of these says "Collective." in its docstring.

@@ -12,6 +12,7 @@ from importlib import import_module
 COMMANDS = {
     "ask": ("zerolite.medqa.ask", "one answer of a model, or answers to a file of questions"),
     "chat": ("zerolite.medqa.chat", "a dialogue with a model on the terminal"),
+    "prepare": ("zerolite.medqa.prepare", "files of any layout as one file of rows to train on, with a card"),
 }
 
 
