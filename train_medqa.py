@@ -27,6 +27,7 @@ from zerolite.medqa import (
     continuing,
     corpus,
     model,
+    packing,
     processes,
     report,
     resume,
@@ -82,6 +83,7 @@ def prepare(options: Options) -> Run:
     data = corpus.load(options, tokenizer, folder / "rejected.jsonl" if is_rank_0 and not found else None)
     tuning.check_labels(data.train, template.template_of(tokenizer).end_token_id)
     model.check_ids([*data.train, *data.validation], tokenizer, config)
+    data = packing.pack(data, options) if options.packing else data
 
     ranks = processes.join()
     options = options.resolved(ranks.device.type)
@@ -99,6 +101,8 @@ def prepare(options: Options) -> Run:
     ranks.print(room.check(options, config, adapt, ranks, num_steps))
     sharded = model.sharded(options, config, adapt)
     model.align_ends(sharded, tokenizer)
+    if options.packing:
+        packing.check(sharded)
     optimizer = model.optimizer_of(options, tuning.optimizer_groups(options, sharded))
     scheduler = model.scheduler_of(options, optimizer, num_steps)
     set_seed(options.seed + ranks.rank)  # each rank drops other activations
@@ -117,7 +121,8 @@ def train(run: Run) -> int:
     run.processes.print(
         f"{tuning.trainable_table(run.model, run.options)}\n"
         f"{run.processes.world_size} x {run.processes.device.type}, "
-        f"{run.num_steps} steps of {run.order.global_batch_rows} rows, {run.order.steps_per_epoch} steps an epoch"
+        f"{run.num_steps} steps of {run.order.global_batch_rows} {'sequences' if run.options.packing else 'rows'}, "
+        f"{run.order.steps_per_epoch} steps an epoch"
     )
     run.processes.print(report.placement_line(run.model, run.optimizer, run.options, run.processes))
     started_s, first_step = time.perf_counter(), run.position.step
@@ -210,6 +215,8 @@ def validate(run: Run, progress: Progress, signals: StopSignals | None) -> None:
     """Measure and record the validation loss, unless one of `signals` comes: the loop then finds it at once."""
     batch_rows, pad_token_id = run.options.per_device_train_batch_size, run.tokenizer.eos_token_id
     groups, step = run.corpus.validation_by_language, run.position.step
+    if not groups:
+        return
     losses = validation_losses(run.model, groups, run.processes, batch_rows, pad_token_id, signals)
     if losses is not None:
         progress.record(step=step, **report.validation_record(losses))

@@ -44,7 +44,8 @@ FLAGS = {
     "offload_path", "offload_states", "offload_workers", "optim", "output_dir", "per_device_train_batch_size",
     "precision", "prompt_encoder", "prompt_init", "prompt_init_text", "resume", "save_steps", "seed", "skip_invalid",
     "stage", "tokenizer_name_or_path", "train_file", "use_dora", "use_rslora", "validation_file", "warmup_ratio",
-    "template", "weight_decay", "early_stopping_patience", "load_best_model_at_end", "report_to", "save_total_limit",
+    "packing", "template", "val_size", "weight_decay", "early_stopping_patience", "load_best_model_at_end", "report_to",
+    "save_total_limit",
 }  # fmt: skip
 
 # What moves data between ranks: a function that calls one of these says "Collective." in its docstring.

@@ -10,10 +10,11 @@ from importlib import import_module
 
 # Name: (module, one line). The module's `main(argv)` gives the exit status; it catches the mistakes of its users.
 COMMANDS = {
-    "ask": ("zerolite.medqa.ask", "one answer of a model, or answers to a file of questions"),
-    "evaluate": ("zerolite.medqa.evaluate", "how good a model is, alone or against its base"),
-    "chat": ("zerolite.medqa.chat", "a dialogue with a model on the terminal"),
+    "prepare": ("zerolite.medqa.prepare", "files of any layout as one file of rows to train on, with a card"),
     "generate": ("zerolite.medqa.generate.command", "rows of training data from a model behind an endpoint"),
+    "evaluate": ("zerolite.medqa.evaluate", "how good a model is, alone or against its base"),
+    "ask": ("zerolite.medqa.ask", "one answer of a model, or answers to a file of questions"),
+    "chat": ("zerolite.medqa.chat", "a dialogue with a model on the terminal"),
 }
 
 

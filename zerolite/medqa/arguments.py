@@ -16,6 +16,7 @@ import yaml
 import zerolite
 from zerolite.medqa import names
 from zerolite.medqa.layouts import columns_of
+from zerolite.medqa.split import check_size
 
 CORPUS = Path(__file__).parent / "corpus"
 OPTIONS = "options.yaml"  # of a run, in its output folder
@@ -99,7 +100,13 @@ class Options:
         None, str, "files to train on: JSONL, JSON, CSV, Parquet ... (default: the shipped corpus)", many=True
     )
     validation_file: tuple[str, ...] | None = option(
-        None, str, "files to validate on (default: the shipped corpus)", many=True
+        None, str, "files to validate on (default: none beside your own train_file, else shipped rows)", many=True
+    )
+    val_size: float | None = option(
+        None,
+        float,
+        "validate on a part of your training rows, in whole groups: below 1 a fraction, else a number of rows",
+        least=0,
     )
     columns: str | None = option(
         None,
@@ -108,6 +115,7 @@ class Options:
     )
     max_samples: int | None = option(None, int, "use at most so many rows of each file (default: all)", least=1)
     cutoff_len: int = option(512, int, "longest sequence in tokens; longer rows are shortened and counted", least=16)
+    packing: bool = option(False, bool, "several rows in one sequence of cutoff_len, where no token sees another row")
     skip_invalid: bool = option(False, bool, "count unusable rows and write them to rejected.jsonl, do not stop")
     # Training
     per_device_train_batch_size: int = option(4, int, "rows of a micro-batch on each rank", least=1)
@@ -186,6 +194,20 @@ class Options:
             raise ValueError("--prompt_init text and --prompt_init_text go together: expected both or neither")
         if not self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout: expected a number below 1, got {self.lora_dropout}")
+
+    def check_data(self) -> None:
+        """Raises ValueError for options about data that do not go together."""
+        if self.val_size:
+            if self.validation_file:
+                raise ValueError("--val_size and --validation_file: expected one of them")
+            if not self.train_file:
+                raise ValueError("--val_size is about rows of yours, and the shipped ones have others to validate on")
+            check_size(self.val_size)
+        if self.packing and self.is_adapter and self.finetuning_type != "lora":
+            raise ValueError(
+                f"--packing: virtual tokens of --finetuning_type {self.finetuning_type} stand before a sequence, not "
+                "before each row in it"
+            )
 
     def placement(self) -> zerolite.Offload | None:
         """What leaves the device; None: nothing does. ValueError for options that do not go together."""
@@ -285,6 +307,7 @@ def parse(argv: list[str]) -> Options:
     options.placement()
     options.check_adapter()
     options.check_evaluations()
+    options.check_data()
     if options.columns is not None:
         columns_of(options.columns)
         if not (options.train_file or options.validation_file):

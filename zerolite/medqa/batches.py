@@ -64,7 +64,8 @@ def micro_batches(rows: np.ndarray, rank: int, world_size: int, batch_rows: int)
 def collate(examples: list[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and `labels`, each (rows, longest) int64, padded on the right.
 
-    No example at all gives one row of one padding token without labels: a forward pass that adds nothing.
+    Where an example holds several rows, `position_ids` in place of the mask: each row, and the padding, begins at 0. No
+    example at all gives one row of one padding token without labels: a forward pass that adds nothing.
     """
     rows, longest = max(len(examples), 1), max((len(e.input_ids) for e in examples), default=1)
     batch = {
@@ -79,7 +80,15 @@ def collate(examples: list[Example], pad_token_id: int) -> dict[str, torch.Tenso
         batch["labels"][row, :length] = torch.from_numpy(example.labels)
     if not examples:
         batch["attention_mask"][:] = 1  # a row that attends to nothing would be NaN in some attention kernels
+    if any(len(example.starts) > 1 for example in examples):
+        del batch["attention_mask"]
+        batch["position_ids"] = torch.stack([_positions(example, longest) for example in examples])
     return batch
+
+
+def _positions(example: Example, longest: int) -> torch.Tensor:
+    starts = [*example.starts, len(example.input_ids), longest]  # the padding is a row of its own
+    return torch.cat([torch.arange(end - start) for start, end in zip(starts, starts[1:], strict=False)])
 
 
 def fingerprint(examples: list[Example]) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 from zerolite import DataError
 from zerolite.medqa import json_rows
 from zerolite.medqa.json_rows import Located
-from zerolite.medqa.rows import Conversation, conversation
+from zerolite.medqa.rows import Conversation, Passage, Row, conversation
 
-__all__ = ["Conversation", "Reject", "Rows", "read"]
+__all__ = ["Conversation", "Passage", "Reject", "Row", "Rows", "read"]
 
 SHOWN_KEYS = 12
 
@@ -37,13 +37,19 @@ class Rows:
     """What reading gave: every row is either kept or rejected."""
 
     kept: list[Conversation] = field(default_factory=list)
+    passages: list[Passage] = field(default_factory=list)  # kept, too, where the caller asked for them
     rejected: list[Reject] = field(default_factory=list)
     files: list[tuple[str, int, int]] = field(default_factory=list)  # (file, rows kept, rows rejected)
     ignored: Counter[str] = field(default_factory=Counter)  # key: rows that have it, unused
 
     def __str__(self) -> str:
-        read = len(self.kept) + len(self.rejected)
-        return f"{read} rows read, {len(self.kept)} kept, {len(self.rejected)} rejected"
+        read = self.num_kept + len(self.rejected)
+        told = f"{read} rows read, {self.num_kept} kept, {len(self.rejected)} rejected"
+        return told + (f"; {len(self.passages)} of them are texts without a question" if self.passages else "")
+
+    @property
+    def num_kept(self) -> int:
+        return len(self.kept) + len(self.passages)
 
     def details(self) -> list[str]:
         """Lines for people: rows of each file where there are several, and the keys that are not used."""
@@ -65,31 +71,37 @@ def read(
     skip_invalid: bool = False,
     max_samples: int | None = None,
     rows_of: Callable[[Path], Iterator[Located]] = json_rows.rows,
+    usable: Callable[[object, Counter[str]], Row] = conversation,
 ) -> Rows:
     """The conversations of `files` in order, of each file the first `max_samples` usable ones at most.
 
-    rows_of: gives the rows of a file, each with its line. Raises DataError for the first row that is not usable (with
-    `skip_invalid` it goes to `Rows.rejected`), for a file that cannot be read or holds no row, for a JSON array that
-    breaks off (nothing behind that point can be told apart), and where no row is usable.
+    rows_of: gives the rows of a file, each with its line. usable: what a row says; `rows.usable` takes passages, too,
+    which are refused else. Raises DataError for the first row that is not usable (with `skip_invalid` it goes to
+    `Rows.rejected`), for a file that cannot be read or holds no row, for a JSON array that breaks off (nothing behind
+    that point can be told apart), and where no row is usable.
     """
     found = Rows()
     for file in files:
-        kept, rejected = len(found.kept), len(found.rejected)
+        kept, rejected = found.num_kept, len(found.rejected)
         for line, value in rows_of(file):
             ignored: Counter[str] = Counter()
             try:
-                found.kept.append(conversation(value(), ignored))
+                row = usable(value(), ignored)
+                if isinstance(row, Conversation):
+                    found.kept.append(row)
+                else:
+                    found.passages.append(row)
                 found.ignored.update(ignored.keys())
             except ValueError as error:
                 reject = Reject(str(file), line, str(error))
                 if not skip_invalid:
                     raise DataError(f"{reject} (--skip_invalid leaves such rows out)") from None
                 found.rejected.append(reject)
-            if max_samples is not None and len(found.kept) - kept == max_samples:
+            if max_samples is not None and found.num_kept - kept == max_samples:
                 break
-        found.files.append((str(file), len(found.kept) - kept, len(found.rejected) - rejected))
+        found.files.append((str(file), found.num_kept - kept, len(found.rejected) - rejected))
         if found.files[-1][1:] == (0, 0):
             raise DataError(f"{file}: no usable row: the file holds none")
-    if not found.kept:
+    if not found.num_kept:
         raise DataError(f"{', '.join(map(str, files))}: no usable row: {found}")
     return found

@@ -17,6 +17,8 @@ FIELDS = {  # of --columns: the key of an alpaca row that it becomes
     "language": "language",
     "source": "source",
     "licence": "licence",
+    "group": "group",
+    "text": "text",
 }
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 OPTION = re.compile(r"^\s*\(([A-Z])\)\s*", re.MULTILINE)
@@ -32,8 +34,9 @@ def columns_of(given: str) -> dict[str, str]:
         if field in found:
             raise ValueError(f"--columns: names {field} twice")
         found[field] = column
-    if not {"question", "answer"} <= found.keys():
-        raise ValueError(f"--columns: expected at least question=COLUMN and answer=COLUMN, got {given!r}")
+    if {"question", "answer", "text"} & found.keys() not in ({"question", "answer"}, {"text"}):
+        expected = "expected at least question=COLUMN and answer=COLUMN, or text=COLUMN"
+        raise ValueError(f"--columns: {expected}; got {given!r}")
     return found
 
 
@@ -52,7 +55,8 @@ def as_own(row: object, columns: dict[str, str] | None = None) -> object:
     if {"question", "options", "answer"} <= row.keys() and not is_absent(row["options"]):
         return _multiple_choice(row)
     if {"title", "ask", "answer"} <= row.keys():
-        return _renamed(row, {"title": "instruction", "ask": "input", "answer": "output"})
+        found = _renamed(row, {"title": "instruction", "ask": "input", "answer": "output"})
+        return found if is_absent(row["title"]) else {"group": f"title {row['title']}", **found}
     if {"question", "answer"} <= row.keys():
         return _renamed(row, {"question": "instruction", "context": "input", "answer": "output"})
     return row

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from zerolite_kernels.loss import linear_cross_entropy
 
+from zerolite.medqa import row_attention
 from zerolite.medqa.batches import collate, micro_batches
 from zerolite.medqa.processes import Processes, StopSignals
 from zerolite.medqa.prompts import IGNORED, Example
@@ -28,6 +29,8 @@ from zerolite.medqa.prompts import IGNORED, Example
 
 def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum of the cross entropies (nats) of a batch's label tokens: a scalar of at least fp32; 0 without labels.
+
+    In a packed batch, which has `position_ids`, no token sees another row.
 
     `batch` as `collate` gives it, on the CPU. A sum, for the caller to divide by the tokens of the whole step; a mean
     over each micro-batch would weigh tokens by how rows were split. The prompt's logits are not computed, those of the
@@ -56,6 +59,10 @@ def at_labels(
     given logits (label tokens, vocabulary) and label ids, for every other model. Label tokens lie row after row. At
     stage 3 every rank must call it. See [Note: the loss in the output layer].
     """
+    is_packed, kept_apart = "position_ids" in batch, {}
+    if is_packed and row_attention.is_flash(model.config):
+        batch = row_attention.flattened(batch)
+        kept_apart = row_attention.varlen(batch["position_ids"])
     labels = batch["labels"]
     first = int((labels != IGNORED).any(dim=0).int().argmax())  # first position with a label in any row
     num_kept = labels.shape[1] - max(first - 1, 0)
@@ -63,7 +70,10 @@ def at_labels(
     positions = (targets != IGNORED).nonzero().flatten()  # found on the CPU: no wait for the device
     device = next(model.parameters()).device
     targets, positions = _send(targets[positions], device), _send(positions, device)
-    inputs = _inputs(_send(batch["input_ids"], device), _send(batch["attention_mask"], device), num_kept)
+    sent = {name: _send(values, device) for name, values in (batch | kept_apart).items() if name != "labels"}
+    if is_packed:
+        sent |= row_attention.mask(sent["position_ids"], model)
+    inputs = _inputs(num_kept, **sent)
 
     def of_labels(values: torch.Tensor) -> torch.Tensor:
         """(rows, num_kept or more, n) -> (label tokens, n): virtual tokens come before the batch's."""
@@ -86,19 +96,14 @@ def at_labels(
 
 
 def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device; the host does not wait for it, so that it can be a micro-batch ahead."""
-    if device.type == "cpu":
+    """On the device; the host does not wait for it, so that it can be a micro-batch ahead. Numbers stay."""
+    if device.type == "cpu" or not isinstance(values, torch.Tensor):
         return values
     return values.pin_memory().to(device, non_blocking=True)
 
 
-def _inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_kept: int) -> dict:
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "use_cache": False,
-        "logits_to_keep": num_kept,
-    }
+def _inputs(num_kept: int, **tensors: torch.Tensor) -> dict:
+    return {**tensors, "use_cache": False, "logits_to_keep": num_kept}
 
 
 def _at_least_fp32(values: torch.Tensor) -> torch.Tensor:
@@ -118,7 +123,7 @@ def _returns_its_head(model: nn.Module, head: nn.Linear, device: torch.device) -
     """Whether the model's logits are the very tensor that its output layer returns, (rows, tokens, vocabulary)."""
     if model not in _ANSWERS:
         tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
-        inputs = _inputs(tokens, torch.ones_like(tokens), num_kept=2)
+        inputs = _inputs(2, input_ids=tokens, attention_mask=torch.ones_like(tokens))
         training = [module for module in model.modules() if module.training]
         model.eval()  # no dropout: nothing is drawn
         try:

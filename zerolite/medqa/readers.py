@@ -181,12 +181,14 @@ def _medquad(file: Path, content: bytes) -> Iterator[Located]:
     pairs: list[tuple[int, dict[str, str]]] = []
     inside: list[str] = []
     document: dict[str, str] = {}
+    focus: list[str] = []  # the disease, which several documents may be of
     parser = expat.ParserCreate()
 
     def start(name: str, attributes: dict[str, str]) -> None:
         inside.append(name)
         if name == "Document":
             document.update({key: attributes[key] for key in ("source", "url") if key in attributes})
+            document["group"] = f"document {attributes.get('url') or attributes.get('id') or file}"
         if name == "QAPair":
             pairs.append((parser.CurrentLineNumber, {"instruction": "", "output": "", **document}))
         if name in ("Question", "Answer") and pairs:
@@ -195,6 +197,8 @@ def _medquad(file: Path, content: bytes) -> Iterator[Located]:
                 raise DataError(f"{file}, line {parser.CurrentLineNumber}: a QAPair has two texts of {name}")
 
     def text(data: str) -> None:
+        if inside[-1] == "Focus":
+            focus.append(data)
         for name, key in (("Question", "instruction"), ("Answer", "output")):
             if pairs and name in inside:  # at any depth: what is marked inside an answer is part of it
                 pairs[-1][1][key] += data
@@ -211,8 +215,9 @@ def _medquad(file: Path, content: bytes) -> Iterator[Located]:
         raise DataError(f"{file}, line {error.lineno}: is XML, but damaged: {error}") from None
     if not pairs:
         raise DataError(f"{file}: is XML, but not MedQuAD's: it holds no QAPair")
+    disease = " ".join("".join(focus).split()).casefold()
     for line, row in pairs:
-        yield line, lambda row=row: row
+        yield line, lambda row=row: row | ({"group": f"disease {disease}"} if disease else {})
 
 
 def _keyed(file: Path, content: bytes) -> Iterator[Located] | None:
@@ -243,7 +248,7 @@ def _values_of(text: str) -> Iterator[Located]:
         value, position = decoder.raw_decode(text, position)
         repeated = [*twice, *([key] if key in seen else [])]
         seen.add(key)
-        yield line, lambda value=value, repeated=repeated: json_rows.once(value, repeated)
+        yield line, lambda key=key, value=value, repeated=repeated: {"group": key, **json_rows.once(value, repeated)}
         position = BLANK.match(text, position).end()
         if text[position] == "}":
             return

@@ -145,6 +145,8 @@ def validation_line(losses: dict[str, float]) -> str:
 
 def validation_table(records: list[dict]) -> str:
     """The first and the last validation of metrics.jsonl: all label tokens, then those of each language."""
+    if not records:
+        return "No rows were there to validate on: `--validation_file` names some, `--val_size` takes a part of yours."
     first, last = records[0], records[-1]
     keys = ["validation_loss", *(key for key in last if key.startswith(OF_GROUP))]
     names = [key.removeprefix(OF_GROUP) for key in keys[1:]]

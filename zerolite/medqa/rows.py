@@ -1,26 +1,21 @@
 """One row as a checked conversation: which keys are used, which are refused by name, which are only counted.
 
 A row is `{"instruction", "input", "output"}` (alpaca, with `history` and `system` where it has them) or
-`{"messages": [{"role", "content"}, ...]}`: an optional system message, then user and assistant in turn. null, NaN and
-texts without a visible character are absent, as tables that were joined write them.
+`{"messages": [{"role", "content"}, ...]}`: an optional system message, then user and assistant in turn. `{"text"}`
+alone is a passage. null, NaN and texts without a visible character are absent, as tables that were joined write
+them.
 """
 
 import json
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ALPACA = ("instruction", "input", "output", "history")
-METADATA = (
-    "id",
-    "lang",
-    "language",
-    "source",
-    "licence",
-    "license",
-    "provenance",
-)  # told apart, but nothing is learned from them
+# Told apart, but nothing is learned from them.
+METADATA = ("id", "lang", "language", "source", "licence", "license", "provenance", "group", "pubid")
+GROUP = ("group", "pubid")  # what rows of one document or disease share
 # Keys that say something about what is to be learned, which nothing here reads: refused, unless they say nothing.
 UNUSED = (
     "tools", "functions", "function_call", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking",
@@ -28,13 +23,14 @@ UNUSED = (
     "rejected", "kto_tag", "loss_mask", "options",
 )  # fmt: skip
 OF_MESSAGES = (*UNUSED, "name", "mask", "prefix")
-SWITCHES = ("weight", "train", "trainable", "loss")  # of an assistant's message: whether it has loss
+SWITCHES = ("weight", "train", "trainable", "loss")  # of a message: whether it has loss
 # Columns that a pair may stand in; --columns maps them.
 PAIRS = (
     ("query", "response"), ("prompt", "response"), ("prompt", "completion"), ("prompt", "output"),
     ("instruction", "response"), ("Question", "Answer"), ("Instruction", "Output"), ("question", "answer"),
     ("input", "output"),
 )  # fmt: skip
+PROMPTS = ("system", "prompt", "query", "question", "Question", "Instruction")  # that a passage has no place for
 KNOWN = {*ALPACA, *METADATA, *UNUSED, *SWITCHES, "messages", "system"}
 INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs", "Mn", "Me"}
 FILLERS = "\u115f\u1160\u3164\uffa0\u2800\ufffd"  # letters and symbols by their category, but nothing to read
@@ -48,11 +44,12 @@ class Conversation:
     turns: tuple[tuple[str, str], ...]  # (question, answer), at least one
     system: str = ""
     trained: tuple[bool, ...] = ()  # whether each answer has loss, the last one always; (): all of them
+    group: str = field(default="", compare=False, repr=False)  # the document or disease that it is of, if that is known
 
     @property
     def is_chinese(self) -> bool:
         """Whether the first question has a Chinese character."""
-        return re.search("[\u3400-\u9fff]", self.turns[0][0]) is not None
+        return _is_chinese(self.turns[0][0])
 
     @property
     def language(self) -> str:
@@ -62,6 +59,58 @@ class Conversation:
     def has_loss(self, turn: int) -> bool:
         """Whether the answer of a turn is learned."""
         return not self.trained or self.trained[turn]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One usable row of continued pretraining: a text that is learned whole."""
+
+    text: str
+    group: str = field(default="", compare=False, repr=False)
+
+    @property
+    def language(self) -> str:
+        """As of a conversation."""
+        return "zh" if _is_chinese(self.text) else "en"
+
+
+Row = Conversation | Passage
+
+
+def _is_chinese(text: str) -> bool:
+    return re.search("[\u3400-\u9fff]", text) is not None
+
+
+def usable(row: object, ignored: Counter[str] | None = None) -> Row:
+    """As `conversation`, and a passage where a row has `text` and neither question nor answer."""
+    if isinstance(row, dict) and "text" in row:
+        if all(is_absent(row.get(key)) for key in (*ALPACA, "output", "messages")):
+            return _passage(row, ignored)
+    return conversation(row, ignored)
+
+
+def _passage(row: dict, ignored: Counter[str] | None) -> Passage:
+    for key in PROMPTS:
+        if not is_absent(row.get(key)):
+            raise ValueError(f"`{key}` beside `text`: a text is learned whole and has no prompt")
+    _refuse(row, UNUSED, "")
+    _check_switches(row)
+    found = Passage(text(row["text"], "text"), _group(row))
+    if ignored is not None:
+        ignored.update(str(key) for key in row if key not in KNOWN and key != "text")
+    return found
+
+
+def _group(row: dict) -> str:
+    """What rows of one document or disease share: rows of one group never stand on both sides of a split."""
+    for key in GROUP:
+        value = row.get(key)
+        if is_absent(value):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise ValueError(f"{key}: expected a text or a whole number, got {shown(value)}")
+        return text(str(value), key)
+    return ""
 
 
 def conversation(row: object, ignored: Counter[str] | None = None) -> Conversation:
@@ -80,13 +129,17 @@ def conversation(row: object, ignored: Counter[str] | None = None) -> Conversati
         expected = "expected keys `instruction` and `output`, or `messages`"
         raise ValueError(f"{expected}; got {shown(sorted(row))}{_hint(row)}")
     _refuse(row, UNUSED, "")
-    for key in SWITCHES:
-        if not is_absent(row.get(key)) and row[key] != 1:
-            raise ValueError(f"`{key}` of a row is not used: expected 1 or none, got {shown(row[key])}")
+    _check_switches(row)
     found = _from_messages(row, ignored) if is_dialogue else _from_alpaca(row)
     if ignored is not None:
         ignored.update(str(key) for key in row if key not in KNOWN)
     return found
+
+
+def _check_switches(row: dict) -> None:
+    for key in SWITCHES:
+        if not is_absent(row.get(key)) and row[key] != 1:
+            raise ValueError(f"`{key}` of a row is not used: expected 1 or none, got {shown(row[key])}")
 
 
 def _hint(row: dict) -> str:
@@ -96,7 +149,7 @@ def _hint(row: dict) -> str:
     if "chosen" in row and "rejected" in row:
         return ": pairs of preferences are not learned from"
     if "text" in row:
-        return ": `text` rows (continued pretraining) are not read"
+        return ": a text to be learned whole is neither question nor answer"
     for question, answer in PAIRS:
         if question in row and answer in row:
             return f": --columns question={question},answer={answer} says what they are"
@@ -119,7 +172,7 @@ def _from_alpaca(row: dict) -> Conversation:
     if question.startswith("<user>"):
         *earlier, (question, _) = _dialogue(question)
         turns += earlier
-    return Conversation(turns=(*turns, (question, answer)), system=_system(row))
+    return Conversation((*turns, (question, answer)), _system(row), group=_group(row))
 
 
 def _history(history: object) -> list[tuple[str, str]]:
@@ -180,7 +233,7 @@ def _from_messages(row: dict, ignored: Counter[str] | None) -> Conversation:
     while not trained[-1]:  # nothing is learned behind the last answer that has loss
         trained.pop()
     turns = tuple(zip(texts[::2], texts[1::2], strict=True))[: len(trained)]
-    return Conversation(turns, system, () if all(trained) else tuple(trained))
+    return Conversation(turns, system, () if all(trained) else tuple(trained), _group(row))
 
 
 def _is_trained(message: dict, role: object, where: str) -> bool:
@@ -189,8 +242,10 @@ def _is_trained(message: dict, role: object, where: str) -> bool:
     for key, value in given.items():
         if value not in (0, 1):
             raise ValueError(f"{where}`{key}`: expected 0 or 1, false or true, got {shown(value)}")
-        if value and role != "assistant":
+        if value and role != "assistant" and key != "weight":
             raise ValueError(f"{where}`{key}` asks for loss on a {role} message: only answers are learned")
+    if role != "assistant":
+        given.pop("weight", None)  # 1 is what exporters put on every message
     if len({bool(value) for value in given.values()}) > 1:
         raise ValueError(f"{where}{' and '.join(f'`{key}`' for key in given)} contradict each other")
     return all(given.values())

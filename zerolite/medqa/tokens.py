@@ -20,10 +20,15 @@ IGNORED = -100  # label of a position without loss, as in torch's cross_entropy
 
 @dataclass(frozen=True)
 class Example:
-    """One row as the model reads it. `labels[i]` is `input_ids[i]` where it is to be learned, else IGNORED."""
+    """One row as the model reads it, or several one behind the other.
+
+    `labels[i]` is `input_ids[i]` where it is to be learned, else IGNORED.
+    """
 
     input_ids: np.ndarray  # (length,) int32
     labels: np.ndarray  # (length,) int32
+    starts: tuple[int, ...] = (0,)  # where each row begins, whose first token has no label
+    is_text: bool = False  # of a passage: no end of an answer is in it
 
     @property
     def num_labels(self) -> int:
