@@ -18,7 +18,7 @@ class Divergence:
     """Watches the steps of a run whose checkpoints lie in `folder`."""
 
     def __init__(self, folder: Path, precision: str):
-        self.folder = folder
+        self.folder, self.precision = folder, precision
         self.max_in_a_row = MAX_SKIPPED_FP16 if precision == "fp16" else MAX_SKIPPED
         self.num_skipped = 0  # in all
         self.num_in_a_row = 0
@@ -51,6 +51,7 @@ class Divergence:
     def _error(self, step: int, what: str) -> Diverged:
         found = resume.checkpoints(self.folder)
         where = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint"
-        return Diverged(
-            f"stopped at step {step}: {what}; {where}; a lower --learning_rate or --precision bf16 may help"
-        )
+        help = "a lower --learning_rate or --precision bf16 may help"
+        if step == 0:  # nothing was learned yet
+            help = f"the model came so: its files are damaged, or its numbers are beyond --precision {self.precision}"
+        return Diverged(f"stopped at step {step}: {what}; {where}; {help}")
