@@ -202,7 +202,8 @@ def test_offloading_changes_no_number(ranks, tiny_folder, tmp_path):
         (row, _), _ = memory_of(tmp_path / name)
         assert row["in host memory"] > 0
         assert (row["gradients"] > 0) == (name == "part") and (row["parameters"] > 0) == (name != "streamed")
-    for name, changed in {"none": dict(offload="cpu"), "part": dict(offload="none"), "streamed": dict(stage=1)}.items():
+    back = dict(offload="none")
+    for name, changed in {"none": dict(offload="cpu"), "part": back, "streamed": dict(stage=1, **back)}.items():
         again = dict(resume=tmp_path / name / "checkpoint-2", **options)
         resumed, _ = ranks(2).run(trained, arguments(tiny_folder, tmp_path / f"{name} again", **again, **changed))
         assert_same_bits(resumed, straight)
@@ -282,7 +283,7 @@ def test_mistakes_are_found_before_any_work(tiny_folder, tmp_path):
         ({"model_name_or_path": tmp_path}, "expected config.json in it, there is none"),
         ({"model_name_or_path": weightless}, "expected *.safetensors in it, there is none"),
         ({"model_name_or_path": odd}, "config.json cannot be used"),
-        ({"tokenizer_name_or_path": tmp_path / "absent"}, "tokenizer folder"),
+        ({"tokenizer_name_or_path": tmp_path / "absent"}, "--tokenizer_name_or_path"),
         ({"tokenizer_name_or_path": weightless}, "no usable tokenizer"),
         ({"cutoff_len": 257}, "--cutoff_len 257: this model reads at most 256 tokens"),
         ({"output_dir": tmp_path / "file" / "out"}, "cannot be written: Not a directory"),
