@@ -165,6 +165,13 @@ def test_an_answer_has_items_or_a_reason(text, finish, expected):
         assert found == expected
 
 
+def test_a_refusal_among_the_items_of_repaired_json_costs_no_other_item():
+    refused = '{"question": "Why?", "answer": "I am sorry, but I cannot help."}, '
+    text = GOOD.replace("[", "[" + refused).replace("true}", "true,}")
+    found = replies.items(REQUEST, Answer(REQUEST.id, text, "stop", Tokens(), "m", ""))
+    assert [item.conversation.turns[0][0] for item in found] == ["Why?", "What is gout?"]
+
+
 @pytest.mark.parametrize(
     ("item", "kind", "reason"),
     [

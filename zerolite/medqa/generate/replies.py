@@ -65,10 +65,8 @@ def _object(answer: Answer) -> dict | str:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
-        if is_refusal(content):
-            return REFUSED
         if "{" not in content:
-            return MALFORMED
+            return REFUSED if is_refusal(content) else MALFORMED
         try:
             value = json_repair.loads(content[content.index("{") :])
         except (ValueError, RecursionError):
