@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -45,19 +44,17 @@ metric_list:
 """
 
 
-def of_zerolite(model: Path, questions: Path, folder: Path, num: int | None) -> tuple[list[dict], float]:
-    """The rows of `questions` in evaluation.json, and the seconds of the command; its few answers are kept short."""
+def of_zerolite(model: Path, questions: Path, folder: Path, num: int | None) -> list[dict]:
+    """The rows of `questions` in evaluation.json; the safety questions' answers are one token long."""
     command = [sys.executable, "-m", "zerolite.medqa.evaluate", str(model), "--choices", str(questions)]
     command += ["--output_dir", str(folder / "ours"), "--precision", "fp32", "--max_new_tokens", "1"]
     command += ["--max_samples", str(num)] if num else []
-    begun = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - begun
-    return json.loads((folder / "ours" / "evaluation.json").read_text())["questions"], seconds
+    return json.loads((folder / "ours" / "evaluation.json").read_text(encoding="utf-8"))["questions"]
 
 
-def of_lm_eval(model: Path, asked: list[choices.Question], folder: Path, batch: int) -> tuple[dict[str, list], float]:
-    """Way: of each question its log-likelihoods and accuracies; and the seconds of both tasks."""
+def of_lm_eval(model: Path, asked: list[choices.Question], folder: Path, batch: int) -> dict[str, list]:
+    """Way: of each question its log-likelihoods and accuracies."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -66,7 +63,6 @@ def of_lm_eval(model: Path, asked: list[choices.Question], folder: Path, batch: 
         data = folder / f"{way}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"{way}.yaml").write_text(TASK.format(way=way, data=data))
-    begun = time.perf_counter()
     results = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(model), "dtype": "float32"},
@@ -86,7 +82,7 @@ def of_lm_eval(model: Path, asked: list[choices.Question], folder: Path, batch: 
             | {name: sample[name] for name in ACCURACIES}
             for sample in samples
         ]
-    return found, time.perf_counter() - begun
+    return found
 
 
 def compared(asked: list[choices.Question], ours: list[dict], theirs: dict[str, list]) -> list[dict]:
@@ -120,8 +116,8 @@ def main() -> None:
     asked, _ = choices.read(given.choices, False, given.max_samples)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        ours, our_seconds = of_zerolite(given.model, given.choices, folder, given.max_samples)
-        theirs, their_seconds = of_lm_eval(given.model, asked, folder, given.batch_size)
+        ours = of_zerolite(given.model, given.choices, folder, given.max_samples)
+        theirs = of_lm_eval(given.model, asked, folder, given.batch_size)
     rows = compared(asked, ours, theirs)
     header = ["kind", "language", "scored", "questions", "acc, zerolite / lm-eval", "acc_norm, zerolite / lm-eval"]
     table = [
@@ -132,14 +128,12 @@ def main() -> None:
     ]
     text = (
         f"# Multiple choice: zerolite and lm-eval\n\n{harness.facts_markdown(facts)}\n\n"
-        f"{given.model.name}, fp32, {len(asked)} questions of {given.choices.name}. Seconds, each with opening the "
-        "model, ours with a new process and first tokens of the safety questions: "
-        f"zerolite {our_seconds:.0f}, lm-eval {their_seconds:.0f}. "
-        "The last column is in nats, after each question's mean is taken off.\n\n"
+        f"{given.model.name}, fp32, {len(asked)} questions of {given.choices.name}. The last column is in nats, after "
+        "each question's mean is taken off.\n\n"
         + harness.markdown_table([*header, "other choices", "log-likelihoods apart, at most"], table)
         + "\n"
     )
-    report = {"facts": facts, "rows": rows, "seconds": {"zerolite": our_seconds, "lm_eval": their_seconds}}
+    report = {"facts": facts, "rows": rows}
     print(harness.write_report(given.output, f"lm_eval_choices_{given.name}", report, text))
     print(text)
 

@@ -192,7 +192,7 @@ def test_questions_that_were_trained_on_are_right(tmp_path, capsys):
 @pytest.mark.timeout(3600)
 def test_at_least_95_of_100_of_200_real_questions_that_were_trained_on_are_right(tmp_path, capsys):
     file, base = tmp_path / "q.jsonl", tmp_path / "base"
-    lines = (SHARED / "data" / "medqa" / "mcq.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (SHARED / "medqa" / "mcq.jsonl").read_text(encoding="utf-8").splitlines()
     file.write_text("\n".join([line for line in lines if "PubMedQA" not in line][:200]) + "\n", encoding="utf-8")
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -7,12 +7,14 @@ import math
 
 import pytest
 import torch
-from medqa_runs import write_talker
+from medqa_runs import to_flags, write_talker
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import train_medqa
 from zerolite import cli
 from zerolite.medqa import evaluate
+from zerolite.medqa.arguments import parse
 from zerolite.medqa.evaluation import sharing
 from zerolite.medqa.processes import Processes
 
@@ -26,7 +28,7 @@ def status_on_rank(arguments: list[str]) -> int:
     return evaluate.main(arguments)
 
 
-@pytest.mark.parametrize("kind", ["base", "adapter"])
+@pytest.mark.parametrize("kind", ["base", "adapter", "checkpoint"])
 def test_two_ranks_at_stage_3_give_the_report_of_one_process(kind, tmp_path, ranks):
     """To the bit: rows are batched before they are divided. Nine rows in batches of two: a rank has one less."""
     folder = write_talker(tmp_path / "base")
@@ -37,6 +39,11 @@ def test_two_ranks_at_stage_3_give_the_report_of_one_process(kind, tmp_path, ran
                 torch.nn.init.normal_(parameter, std=0.5)
         folder = tmp_path / "adapter"
         model.save_pretrained(folder)
+    if kind == "checkpoint":
+        options = {"model_name_or_path": folder, "output_dir": tmp_path / "run", "max_steps": 1, "no-export": True}
+        options |= {"max_samples": 2, "cutoff_len": 64, "learning_rate": 0.1}
+        assert train_medqa.train(train_medqa.prepare(parse(to_flags(options)))) == 0
+        folder = tmp_path / "run" / "checkpoint-1"
     arguments = [str(folder), "--batch_size", "2", "--max_new_tokens", "6", "--max_answers", "3"]
     for name, rows in (("validation_file", ROWS), ("choices", CHOICES)):
         file = tmp_path / f"{name}.jsonl"
