@@ -4,7 +4,7 @@ Runs `train_medqa.py` on a pretrained base with each method, one after the other
 states on a rank, speed, and validation loss before and after, each at its own usual learning rate.
 
     python benchmarks/adapters/finetune_methods.py --base outputs/medqa/model             # after `make train-tiny`
-    python benchmarks/adapters/finetune_methods.py --base folder -- --train_file a.jsonl  # after --: for every run
+    python benchmarks/adapters/finetune_methods.py --base folder -- --train_file a.jsonl --val_size 0.1  # after --: for all
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=harness.RESULTS)
     parser.add_argument("extra", nargs="*", help="options of train_medqa.py, after --")
     options = parser.parse_args()
+    if "--train_file" in options.extra and not {"--val_size", "--validation_file"} & {*options.extra}:
+        parser.error("--train_file: what methods learn is measured on rows of --val_size or --validation_file")
     facts = harness.machine_facts(("torch", "transformers"))
     rows = [measure(name, options.base, options.ranks, options.extra) for name in options.methods]
     steps = max(rows[0]["validation_losses"])

@@ -107,7 +107,8 @@ def test_label_loss_is_that_of_transformers():
 
 def test_stages_agree_and_leave_a_whole_result(ranks, tiny_folder, tmp_path):
     """21 rows over 2 ranks x 2 rows x 2: one step of an epoch has five rows, so rank 1 has an empty micro-batch."""
-    files = dict(train_file=CORPUS / "train.zh.jsonl", max_samples=21)
+    files = {f"{name}_file": CORPUS / f"{name}.zh.jsonl" for name in ("train", "validation")}
+    files["max_samples"] = 21
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6, **files)
     results = []
     for stage in range(4):
