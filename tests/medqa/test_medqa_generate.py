@@ -205,6 +205,8 @@ def one(question: str, answer: str) -> Conversation:
 def test_filters_name_what_they_drop():
     seeds = [one("What is the difference between a cold and the flu?", "Both are infections.")]
     evaluation = [one("Which vitamin is missing in a person with scurvy and bleeding gums?", "It is vitamin C.")]
+    told = "Collagen needs vitamin C, and without it the walls of small vessels break and gums begin to bleed."
+    evaluation.append(one("Why?", told))
     filters = Filters(seeds, evaluation)
     answer = "It is a disease of the joints, and it hurts."
     cases = [
@@ -216,6 +218,7 @@ def test_filters_name_what_they_drop():
          "a near duplicate of an evaluation question"),
         (one("Is it true?", "It reads: which VITAMIN is missing in a person with scurvy and bleeding gums, who asks?"),
          "en", None),  # of eleven words
+        (one("Is that so?", f"Yes: {told.lower()}"), "en", "shares a passage with the evaluation set"),
         (one("痛风怎么治疗？", "痛风是一种关节疾病，会引起疼痛。"), "en", "not in the language that was asked for"),
         (one("痛风怎么治疗？", "痛风是一种关节疾病，会引起疼痛。"), "zh", None),
         (one("痛风怎么办？", answer), "zh", "not in the language that was asked for"),

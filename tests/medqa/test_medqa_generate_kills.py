@@ -82,6 +82,8 @@ def campaign(folder: Path, num_requests: int, num_kills: int, seed: int) -> str:
         journal = (runs.output / "journal.jsonl").read_bytes()
         assert runs.end(runs.start(), 60.0) == 0  # which asks nothing
         assert sum(server.paid.values()) == asked and (runs.output / "journal.jsonl").read_bytes() == journal
+    charged = charged_by(runs.output / "journal.jsonl")
+    assert server.billed.total <= charged, "the ledger counted less than was paid, so a ceiling would not hold"
     twice = sum(server.paid.values()) - len(server.paid)
     assert twice <= CONCURRENCY * num_kills and server.most_in_flight <= CONCURRENCY * (num_kills + 1)
     assert sum("-check" not in name for name in server.paid) == num_requests
@@ -106,9 +108,22 @@ def campaign(folder: Path, num_requests: int, num_kills: int, seed: int) -> str:
     faults = ", ".join(f"{count} {name}" for name, count in server.faults.most_common())
     return (
         f"{num_requests} requests and {len(server.paid) - num_requests} checks, {num_kills} kills, {faults}: "
-        f"{twice} answers paid twice (at most {CONCURRENCY * num_kills}), {len(rows)} rows kept, 0 lost; "
+        f"{twice} answers paid twice (at most {CONCURRENCY * num_kills}), {len(rows)} rows kept, 0 lost, "
+        f"{charged} tokens charged for {server.billed.total}; "
         f"{time.monotonic() - began:.0f} s"
     )
+
+
+def charged_by(journal: Path) -> int:
+    """Tokens that the ledger counts, read by another rule: what was sent, less what is known not to have been used."""
+    entries = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    total, last = 0, {}
+    for entry in entries:
+        total += sum(entry["tokens"])
+        if entry["kind"] != "sent":
+            total -= sum(last[entry["id"]])
+        last[entry["id"]] = entry["tokens"]
+    return total
 
 
 def holding_the_key(folder: Path) -> list[str]:
