@@ -4,7 +4,7 @@ Runs `train_medqa.py` on a pretrained base with each method, one after the other
 states on a rank, speed, and validation loss before and after, each at its own usual learning rate.
 
     python benchmarks/adapters/finetune_methods.py --base outputs/medqa/model             # after `make train-tiny`
-    python benchmarks/adapters/finetune_methods.py --base folder -- --train_file a.jsonl --val_size 0.1  # after --: for all
+    python benchmarks/adapters/finetune_methods.py --base folder -- --train_file a.jsonl --val_size .1  # for every run
 """
 
 from __future__ import annotations

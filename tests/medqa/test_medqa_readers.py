@@ -185,6 +185,9 @@ def test_layouts_of_data_sets(tmp_path):
     assert read(tmp_path / "x", xml, skip_invalid=True) == [wanted]
     with pytest.raises(DataError, match="line 5: output: is empty"):
         read(tmp_path / "x", xml)
+    for encoding in ("UTF-8a", "gb18030"):  # no encoding; one that the parser does not know
+        with pytest.raises(DataError, match="line 1: is XML of an encoding that is not read: .* save it as UTF-8"):
+            read(tmp_path / "x", xml.replace("?>", f' encoding="{encoding}"?>'))
     bad = {**PUBMEDQA, "LONG_ANSWER": ""}
     keyed = json.dumps({"1": PUBMEDQA, "2": bad}, indent=1)
     with pytest.raises(DataError, match="line 11: output: is empty"):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from medqa_runs import tiny_llama, to_flags
+from medqa_runs import needs_shared, tiny_llama, to_flags
+from paths import SHARED
 from transformers import AutoTokenizer
 
 import train_medqa
@@ -113,6 +114,19 @@ def test_languages_keep_their_parts_and_the_seed_draws():
     assert first == again and first[1] != other[1]
 
 
+@needs_shared
+def test_files_of_data_sets_name_the_document_the_disease_or_the_title():
+    raw, groups = SHARED / "medqa" / "raw_samples", {}
+    for folder in ("medquad", "pubmedqa", "toyhom"):
+        files = sorted(path for path in (raw / folder).rglob("*") if path.is_file())
+        kept = data.read(files, rows_of=readers.rows, skip_invalid=True).kept
+        groups[folder] = Counter(row.group for row in kept)
+        assert all(groups[folder])
+    assert len(groups["medquad"]) == 9 and groups["medquad"]["disease surviving cancer"] > 1  # a file each
+    assert len(groups["pubmedqa"]) == 20 and "19156007" in groups["pubmedqa"]
+    assert "title 有胃病可以吃炔雌醇环丙孕吗？" in groups["toyhom"]
+
+
 # --- in training ----------------------------------------------------------------------------------------------------
 
 SHIPPED = AutoTokenizer.from_pretrained(CORPUS / "tokenizer")
@@ -177,6 +191,7 @@ def test_training_with_and_without_rows_to_validate_on(tiny_folder, tmp_path, ca
     steps = [record["step"] for record in records if "validation_loss" in record]
     assert steps == ([0, 1, 2, 3] if val_size else [])
     assert ("No rows were there to validate on" in report) == (val_size is None)
+    assert ("There was no held-out question to ask" in report) == (val_size is None)
     assert (tmp_path / "out" / "loss.png").is_file() and "1 texts in" in out and "1 of them cut" in out
 
 

@@ -168,4 +168,4 @@ def shown(answers: list[Answer]) -> str:
                 f"*{one.notice}*",
             ]
             blocks.append("\n\n".join(lines))
-    return "\n\n".join(blocks)
+    return "\n\n".join(blocks) or "There was no held-out question to ask."

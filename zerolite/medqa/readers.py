@@ -213,6 +213,8 @@ def _medquad(file: Path, content: bytes) -> Iterator[Located]:
         parser.Parse(content, True)
     except expat.ExpatError as error:
         raise DataError(f"{file}, line {error.lineno}: is XML, but damaged: {error}") from None
+    except (LookupError, ValueError) as error:  # an encoding that is none, or that expat does not know
+        raise DataError(f"{file}, line 1: is XML of an encoding that is not read: {error}: save it as UTF-8") from None
     if not pairs:
         raise DataError(f"{file}: is XML, but not MedQuAD's: it holds no QAPair")
     disease = " ".join("".join(focus).split()).casefold()
