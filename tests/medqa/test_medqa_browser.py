@@ -84,6 +84,7 @@ def test_a_question_is_asked_and_its_answer_read_as_it_comes(served, chromium, l
     assert " ".join(whole.split()) == " ".join(expected.text.split())
     assert page.get_by_text(texts["notice"]).is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing is cut off at the side
+    assert page.locator("#chat").bounding_box()["height"] < 0.6 * 800  # long answers scroll inside
     picture(page, f"{name}-answer")
 
     page.get_by_placeholder(texts["ask"]).fill(question)
