@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,18 @@ def served(tmp_path_factory):
     pytest.importorskip("gradio", reason="needs gradio: pip install 'zerolite[web]'")
     named = os.environ.get("ZEROLITE_BROWSER_MODEL")
     base = Path(named) if named else write_talker(tmp_path_factory.mktemp("base"))
+    put = desk.StoppableStream.put
+
+    def slow(stream, value) -> None:
+        time.sleep(0.1)  # a reader sees a tiny model's answer come, too
+        put(stream, value)
+
+    desk.StoppableStream.put = slow
     made = desk.Desk(opening.open_variants(base, []), generation.Settings(max_new_tokens=40))
     blocks = web.page(web.load(), made, base.name)
     _, url, _ = web.launch(blocks, "127.0.0.1", None)
     yield made, url
+    desk.StoppableStream.put = put
     made.close()
     blocks.close(verbose=False)
 
@@ -60,7 +69,7 @@ def test_a_question_is_asked_and_its_answer_read_as_it_comes(served, chromium, l
     made, url = served
     texts, name = web.TEXTS[language], f"{language}-{width}"
     context = chromium.new_context(locale=locale, viewport={"width": width, "height": 800})
-    context.set_default_timeout(60_000 * load())
+    context.set_default_timeout(15_000 * load())
     page, foreign, failed = context.new_page(), [], []
     page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith(url) else None)
     page.on("pageerror", lambda error: failed.append(str(error)))
@@ -84,6 +93,7 @@ def test_a_question_is_asked_and_its_answer_read_as_it_comes(served, chromium, l
     assert " ".join(whole.split()) == " ".join(expected.text.split())
     assert page.get_by_text(texts["notice"]).is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing is cut off at the side
+    assert page.locator("#chat").bounding_box()["height"] < 0.6 * 800  # long answers scroll inside
     picture(page, f"{name}-answer")
 
     page.get_by_placeholder(texts["ask"]).fill(question)

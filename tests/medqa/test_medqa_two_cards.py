@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import importlib
 import json
 import re
 import shlex
@@ -32,7 +33,7 @@ SMALL = {
     "ask": ["--max_new_tokens", "8"],
     "chat": ["--max_new_tokens", "8"],
     "prepare": [],
-    "generate": [],
+    "generate": ["--num_requests", "6", "--concurrency", "2"],
 }
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -53,6 +54,9 @@ def small(command: list[str], folder: Path) -> list[str]:
     for word in command:
         word = str(folder / word) if word.split("/")[0] in FOLDERS else word
         found += sorted(glob.glob(word)) if "*" in word else [word]
+    generated = folder / "outputs" / "generated" / "rows.jsonl"
+    if command[0] == "torchrun" and generated.is_file():
+        found += ["--train_file", str(folder / "data" / "rows.jsonl"), str(generated)]
     return [*found, *SMALL[name_of(command)]]
 
 
@@ -85,8 +89,20 @@ def told_of(name: str) -> str:
     return f"zerolite has no command {name} yet, which the page uses"
 
 
+@pytest.fixture
+def endpoint(monkeypatch):
+    """A local server that answers as an OpenAI-compatible one."""
+    if "generate" not in cli.COMMANDS:
+        yield
+        return
+    with importlib.import_module("odd_endpoint").Endpoint(7, fault_rate=0, seconds=0) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield
+
+
 @needs_shared
-def test_the_page_leads_from_raw_files_to_answers(folder, monkeypatch, capsys):
+def test_the_page_leads_from_raw_files_to_answers(folder, endpoint, monkeypatch, capsys):
     """In the order of the page; what a step leaves is there, and the next step reads it."""
     commands, left_out = commands_of(PAGE), []
     assert [name_of(one) for one in commands].count("torchrun") == 2 and len(commands) >= 7

@@ -117,6 +117,18 @@ def test_an_error_of_the_model_is_shown_and_the_next_question_is_answered(client
     assert ask(client, CHINESE, "zh")[-1][1]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3~5 天，每日 2~3 次；p < 0.05 & x<5", "3~5 天，每日 2~3 次；p < 0.05 & x<5"),
+        ("<img src=x> </b><!-- -->", "&lt;img src=x> &lt;/b>&lt;!-- -->"),
+        ("&lt;b&gt; &#60; AT&T", "&amp;lt;b&amp;gt; &amp;#60; AT&T"),
+    ],
+)
+def test_what_a_model_writes_is_no_html_of_the_page(text, expected):
+    assert web.plain(text) == expected
+
+
 def test_without_gradio_the_extra_is_named_before_a_model_is_read(base, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(opening, "open_model", lambda *_: pytest.fail("read"))

@@ -5,7 +5,9 @@ Answers are shown as plain text, for Markdown would change them: it strikes out 
 """
 
 import argparse
+import html
 import os
+import re
 import threading
 
 from zerolite.medqa import terminal
@@ -15,6 +17,7 @@ from zerolite.medqa.opening import open_variants
 from zerolite.medqa.terminal import NOTICES
 
 MAX_WAITING = 8  # pages whose question waits at the model; more wait in Gradio's queue
+TAG_OR_ENTITY = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")  # no other < or &, for a copied text has what is escaped
 LANGUAGES = [("English", "en"), ("中文", "zh")]
 TEXTS = {
     "en": {
@@ -76,6 +79,7 @@ CSS = """
 #model { overflow-wrap: anywhere; flex-grow: 1; }
 #language { flex-grow: 0; min-width: max-content !important; }
 #language .wrap { flex-wrap: nowrap; }
+#chat .placeholder-content, #chat [class*=placeholder] { padding: 0.4em 0.6em; }
 #status, #status * { border-width: 0 !important; background: none !important; box-shadow: none !important; }
 #send, #stop, #clear { white-space: nowrap; }
 """
@@ -156,7 +160,7 @@ def launch(blocks, host: str, port: int | None):
 
 def page(gradio, desk: Desk, name: str, system: str = ""):
     """The page as `gradio.Blocks`."""
-    blocks = gradio.Blocks(analytics_enabled=False, title=f"zerolite: {name}", fill_height=True)
+    blocks = gradio.Blocks(analytics_enabled=False, title=f"zerolite: {name}")
     has_choice = len(desk.variants) > 1
 
     def choices(language: str) -> list[tuple[str, str]]:
@@ -169,7 +173,13 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
             language = gradio.Radio(LANGUAGES, value="en", show_label=False, container=False, elem_id="language")
         notice = gradio.HTML(NOTICES, elem_id="notice")  # in the page's language as soon as that is known
         chat = gradio.Chatbot(
-            scale=1, height=None, min_height=220, render_markdown=False, buttons=["copy"], elem_id="chat"
+            scale=1,
+            height="56dvh",
+            min_height=220,
+            show_label=False,
+            render_markdown=False,
+            buttons=["copy"],
+            elem_id="chat",
         )
         status = gradio.Textbox(show_label=False, container=False, interactive=False, elem_id="status", max_lines=3)
         with gradio.Row():
@@ -217,10 +227,10 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
                 yield {}
                 return
             dialogue = Dialogue() if dialogue is None else dialogue
-            before = [*shown, {"role": "user", "content": question.strip()}]
+            before = [*shown, {"role": "user", "content": plain(question.strip())}]
             cleared = {"question": "", "send": gradio.update(visible=False), "stop": gradio.update(visible=True)}
             for said in desk.answer(request.session_hash, dialogue, adapter or None, system, question):
-                shown = [*before, {"role": "assistant", "content": said.text}] if said.text else before
+                shown = [*before, {"role": "assistant", "content": plain(said.text)}] if said.text else before
                 yield updates(chat=shown, status=told(said, language), **cleared)
                 cleared = {}
             yield updates(
@@ -258,6 +268,11 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
         stop.click(end, None, None, api_name="stop", **quick)
         gradio.on([clear.click, chat.clear], forget, None, [dialogue, shown, chat, status], api_name="forget", **quick)
     return blocks
+
+
+def plain(text: str) -> str:
+    """For the dialogue, which shows HTML also where it renders no Markdown: an image there would be fetched."""
+    return TAG_OR_ENTITY.sub(lambda found: html.escape(found[0]), text)
 
 
 def told(said: Said, language: str) -> str:
