@@ -211,7 +211,7 @@ def test_prepare_splits_as_training_does(tmp_path, capsys):
         [row.group for row in part if isinstance(row, Conversation)] for part in (train, held_out)
     ]
     card = (tmp_path / "rows.md").read_text(encoding="utf-8")
-    assert "11 groups, the largest of 2 rows, 0 rows near duplicates" in card
+    assert "11 groups, the largest of 2 rows; 0 have a near duplicate." in card
     assert f"| rows.validation.jsonl | en | {len(held_out)} |" in card and f"| rows.jsonl | en | {len(train)} |" in card
     assert capsys.readouterr().out.strip() == card.strip()
     for more, reason in ((["--val_size", "2.5"], "expected a fraction below 1"), ([], "exists: remove it")):

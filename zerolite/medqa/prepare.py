@@ -145,7 +145,13 @@ def card(counts: Counts, title: str) -> str:
     lines += ["", "| source | licence | language | rows |", "|---|---|---|---|"]
     for (source, licence, language), number in sorted(counts.rows_of.items()):
         lines.append(f"| {_cell(source)} | {_cell(licence)} | {_cell(language)} | {number} |")
-    lines += ["", f"{counts.groups}; they are all kept.", "", "| written to | language | rows |", "|---|---|---|"]
+    lines += [
+        "",
+        f"Kept rows that share something are of one group: {counts.groups}.",
+        "",
+        "| written to | language | rows |",
+        "|---|---|---|",
+    ]
     for file, languages in counts.written.items():
         lines += [f"| {_cell(file)} | {_cell(language)} | {number} |" for language, number in sorted(languages.items())]
     if counts.dropped:

@@ -34,7 +34,7 @@ class Groups:
 
     def __str__(self) -> str:
         sizes = self.sizes
-        return f"{len(sizes)} groups, the largest of {max(sizes.values())} rows, {self.num_near} rows near duplicates"
+        return f"{len(sizes)} groups, the largest of {max(sizes.values())} rows; {self.num_near} have a near duplicate"
 
 
 def groups_of(rows: Sequence[Row]) -> Groups:
