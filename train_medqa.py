@@ -203,7 +203,7 @@ def log(run: Run, progress: Progress, meter: Meter) -> None:
         "grad_norm": run.optimizer.grad_norm,
         "tokens_per_second": meter.tokens_per_second,
         "peak_memory_bytes": run.processes.peak_memory_bytes(),
-        "host_memory_bytes": host_memory_bytes,
+        "host_memory_bytes": int(host_memory_bytes),
         "num_skipped_steps": run.divergence.num_skipped,
     }
     meter.reset()
