@@ -17,7 +17,7 @@ from zerolite import cli
 from zerolite.medqa import data, readers
 from zerolite.medqa.answers import CUT_OFF, NOTICE
 from zerolite.medqa.arguments import CORPUS
-from zerolite.medqa.evaluation import measure
+from zerolite.medqa.evaluation import intervals, measure, record
 from zerolite.medqa.loss import ALL, validation_losses
 from zerolite.medqa.opening import open_model
 from zerolite.medqa.processes import Processes
@@ -130,8 +130,18 @@ def test_an_evaluation_says_where_its_numbers_come_from(found):
     }
     assert [one["question"] for one in evaluation["safety"]] == [one["question"] for one in questions]
     assert all(one["model"] and one["base"] for one in evaluation["safety"])
+    assert {one["model_is"] for one in evaluation["comparison"]} == {record.TOO_FEW}  # a row or five
     measures = {(one["measure"], one["group"]) for one in evaluation["comparison"]}
     assert {("loss", "en"), ("loss", "zh"), ("ROUGE-L", "zh"), ("acc by letter", "2 options, en")} <= measures
+
+
+def test_a_difference_is_called_by_its_sign_where_its_interval_excludes_0_and_rows_are_enough():
+    apart, near = intervals.Difference(2.0, 3.0, -1.2, -0.8), intervals.Difference(2.0, 2.1, -0.3, 0.1)
+    told = [
+        record._compared("loss", "en", num_rows, difference, is_better)["model_is"]
+        for num_rows, difference, is_better in ((20, apart, -1), (20, apart, 1), (20, near, -1), (19, apart, -1))
+    ]
+    assert told == ["better", "worse", record.NO_DIFFERENCE, record.TOO_FEW]
 
 
 def test_the_pages_hold_the_numbers_of_the_json_and_no_markup_of_texts(found):

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from zerolite import cli
 from zerolite.medqa import data, readers
 from zerolite.medqa.arguments import CORPUS
 from zerolite.medqa.evaluation import texts
@@ -77,6 +78,12 @@ def test_numbers_over_words_of_jieba_carry_its_name():
         answer, reference = ([w for w in jieba.lcut(t) if w.strip()] for t in ("感冒多喝水", "感冒多喝热水"))
         common = len(set(answer) & set(reference)) + 2
         assert found["rouge1_jieba"][0] == pytest.approx(2 * common / (len(answer) + len(reference) + 4))
+
+
+def test_a_library_that_is_missing_is_named_with_its_extra_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(texts, "find_spec", lambda name: None if name == "rouge_score" else find_spec(name))
+    assert cli.main(["evaluate", "anything"]) == 2
+    assert "needs rouge-score: pip install 'zerolite[evaluate]'" in capsys.readouterr().err
 
 
 def test_distinct_n_counts_words_of_english_and_characters_of_chinese():

@@ -10,6 +10,7 @@ from zerolite.medqa.evaluation.measure import Measured, Work
 
 MODEL, BASE = "model", "base"
 NO_DIFFERENCE = "no difference shown"
+LEAST_ROWS, TOO_FEW = 20, "too few rows to say"  # a bootstrap of a handful of rows is far too sure
 NOT_COMPARED = (
     "losses a token are not compared: the tokenizers or templates of the two models make other label tokens of the rows"
 )
@@ -178,6 +179,7 @@ def _comparison(work: Work, measured: dict[str, Measured], rouges: dict, notes: 
 def _compared(measure: str, group: str, num_rows: int, found: intervals.Difference, is_better: int) -> dict:
     """is_better: the sign of a difference that speaks for the model."""
     told = ("better" if found.value * is_better > 0 else "worse") if found.excludes_zero else NO_DIFFERENCE
+    told = TOO_FEW if num_rows < LEAST_ROWS else told
     return {
         "measure": measure,
         "group": group,

@@ -13,7 +13,7 @@ CHINESE = r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 CHARACTER = re.compile(rf"{CHINESE}|(?:(?!{CHINESE})[^\W_])+")
 ROUGES = ("rouge1", "rouge2", "rougeL")
 BLEU_TOKENIZERS = {"zh": "zh", "en": "13a"}
-EXTRA = "text metrics need sacrebleu and rouge-score: pip install 'zerolite[evaluate]'"
+NEEDED = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "matplotlib": "matplotlib"}  # jieba is optional
 
 
 class Characters:
@@ -34,9 +34,9 @@ class Words:
 
 
 def require() -> None:
-    """Raises ValueError where a library of `numbers` is not installed."""
-    if find_spec("sacrebleu") is None or find_spec("rouge_score") is None:
-        raise ValueError(EXTRA)
+    """Raises ValueError where a library that an evaluation ends with is not installed: known before it begins."""
+    if lacking := [name for module, name in NEEDED.items() if find_spec(module) is None]:
+        raise ValueError(f"an evaluation needs {', '.join(lacking)}: pip install 'zerolite[evaluate]'")
 
 
 def rouges(answers: Sequence[str], references: Sequence[str], language: str) -> dict[str, list[float]]:
