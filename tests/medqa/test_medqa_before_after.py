@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -106,8 +107,9 @@ def test_a_set_of_one_language_has_that_language_only(base, tmp_path, capsys):
 
 
 def test_a_model_from_scratch_is_not_asked_before_it_learned(base, tmp_path):
-    """An earlier run's answers in the same folder are not shown as its own."""
+    """Answers of an earlier run, whose result was moved away, are not shown as its own."""
     assert trained(arguments(base, tmp_path)) == 0
+    shutil.rmtree(tmp_path / "model")
     assert trained(arguments(None, tmp_path, max_steps=1)) == 0
     assert [one.step for one in answers.read(tmp_path)] == [1] * 4
     assert "**Before training**" not in (tmp_path / "report.md").read_text(encoding="utf-8")
