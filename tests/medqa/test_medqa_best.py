@@ -194,6 +194,7 @@ def test_options_that_need_evaluations_are_refused_without_them():
     for argv, message in [
         (["--early_stopping_patience", "2", "--eval_steps", "0"], "--early_stopping_patience chooses by validation"),
         (["--load_best_model_at_end", "--eval_steps", "0"], "--load_best_model_at_end chooses by validation losses"),
+        (["--early_stopping_patience", "2", "--train_file", "a"], "expected --validation_file or --val_size"),
         (["--load_best_model_at_end", "--no-export"], "writes the best model as the result: expected --export"),
         (["--save_total_limit", "0"], "--save_total_limit"),
     ]:

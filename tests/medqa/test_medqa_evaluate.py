@@ -119,7 +119,7 @@ def test_an_evaluation_says_where_its_numbers_come_from(found):
         and run["duration_s"] > 0
         and "cores" in run["machine"]
     )
-    assert {"zerolite", "torch", "sacrebleu", "rouge-score"} <= evaluation["versions"].keys()
+    assert {"code", "torch", "sacrebleu", "rouge-score"} <= evaluation["versions"].keys()
     assert {one["template"] for one in models.values()} == {"the model's own"}
     assert models["model"]["weights"] != models["base"]["weights"]
     assert models["model"]["first_prompt"].endswith("### Answer:\n")

@@ -234,6 +234,8 @@ class Options:
         for name in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(self, name) and not self.eval_steps:
                 raise ValueError(f"--{name} chooses by validation losses: expected --eval_steps above 0, got 0")
+            if getattr(self, name) and self.train_file and not (self.validation_file or self.val_size):
+                raise ValueError(f"--{name} chooses by validation losses: expected --validation_file or --val_size")
         if self.load_best_model_at_end and not self.export:
             raise ValueError("--load_best_model_at_end writes the best model as the result: expected --export")
 

@@ -21,7 +21,10 @@ from zerolite.medqa.arguments import OPTIONS, Options
 LOCK = "run.lock"
 RESULTS = ("model", "adapter")  # folders that the end of a run replaces
 REJECTS = "rejected.jsonl"  # of this run already, when it begins
-SIDE_FILES = ("metrics.jsonl", "answers.jsonl", "report.md", "loss.png", REJECTS, OPTIONS)
+SIDE_FILES = (
+    *("metrics.jsonl", "answers.jsonl", "report.md", "loss.png", "memory.json", "best.json", "trackers.json"),
+    *(REJECTS, OPTIONS),
+)
 # Of a file system that has no locks; NFS has them from version 4 on, or with its lock daemon.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 

@@ -7,7 +7,6 @@ It writes `evaluation.json`, `evaluation.md` and `evaluation.html`. Nothing of i
 """
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 import json
@@ -15,21 +14,17 @@ import os
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 import transformers
 
 import zerolite
-from zerolite.medqa import data, opening, processes, readers, terminal
+from zerolite.medqa import data, machine, opening, processes, readers, terminal
 from zerolite.medqa.arguments import CORPUS
 from zerolite.medqa.evaluation import choices, pages, record, texts
 from zerolite.medqa.evaluation.measure import Measured, Work, measure, safety_questions, with_system
@@ -40,7 +35,7 @@ from zerolite.medqa.prompts import prompt_of
 from zerolite.medqa.questions import source_of
 
 WRITTEN = ("evaluation.json", "evaluation.md", "evaluation.html")
-LIBRARIES = ("torch", "transformers", "sacrebleu", "rouge-score", "jieba")
+LIBRARIES = ("sacrebleu", "rouge-score", "jieba")
 MAX_NEW_TOKENS = 256
 
 
@@ -179,7 +174,7 @@ def evaluate(prepared: Prepared, ranks: Processes, arguments: list[str]) -> None
         "command": _command(arguments, ranks),
         "date": date,
         "duration_s": time.perf_counter() - started_s,
-        "machine": _machine(),
+        "machine": machine.hardware(ranks.device),
         "device": ranks.device.type,
         "ranks": ranks.world_size,
         "stage": given.stage,
@@ -189,7 +184,9 @@ def evaluate(prepared: Prepared, ranks: Processes, arguments: list[str]) -> None
     settings |= {"system": given.system} if given.system else {}
     notices = terminal.NOTICES.split(". ", 1)
     notices = [f"{notices[0]}.", notices[1]]
-    found = record.Evaluation(notices, run, _versions(), models, settings, prepared.data)
+    versions = {"code": machine.code_version(), "Python": platform.python_version()}
+    versions |= machine.library_versions(*LIBRARIES)
+    found = record.Evaluation(notices, run, versions, models, settings, prepared.data)
     record.fill(found, work, measured)
     write(found, given.output_dir)
 
@@ -237,34 +234,6 @@ def _command(arguments: list[str], ranks: Processes) -> str:
             "zerolite.medqa.evaluate",
         ]
     return processes.without_secrets(shlex.join([*program, *arguments]))
-
-
-def _machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in cpuinfo.open() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
-    return ", ".join([names[0] if names else platform.machine(), f"{cores} cores", memory, *(gpus or ["no GPU"])])
-
-
-def _versions() -> dict[str, str]:
-    """Of zerolite, with its commit where it is a checkout, of Python and of what computes numbers."""
-    found = {"zerolite": zerolite.__version__}
-    root = Path(zerolite.__file__).resolve().parents[1]
-    if (root / ".git").exists():
-        git = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            found["commit"] = subprocess.run(git, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    found["python"] = platform.python_version()
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The machine, the code and the time of a run, as its report tells them; the memory that it takes on the host."""
 
+import contextlib
 import datetime
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -74,20 +76,36 @@ def code_version() -> str:
     return f"{version}, commit {commit}"
 
 
+def hardware(device: torch.device) -> str:
+    """The processor, cores that this process may use, memory, and the GPUs where `device` is one."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = f"{psutil.virtual_memory().total / 2**30:.1f} GiB of memory"
+    parts = [platform.system(), names[0] if names else platform.machine(), f"{cores} cores", memory]
+    return ", ".join([*parts, _gpus(device)])
+
+
+def library_versions(*more: str) -> dict[str, str]:
+    """Of torch, transformers and CUDA, and of those of `more` that are installed."""
+    found = {"torch": torch.__version__, "transformers": transformers.__version__}
+    if torch.version.cuda is not None:
+        found["CUDA"] = torch.version.cuda
+    for name in more:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def about(processes: Processes, started: datetime.datetime, first_step: int, last_step: int) -> str:
     """A Markdown table of what ran where and for how long. `started`: with its time zone."""
     took_s = (datetime.datetime.now(datetime.timezone.utc) - started).total_seconds()
-    host = psutil.virtual_memory()
-    memory = f"{host.total / 2**30:.1f} GiB of memory"
-    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory}, {_devices(processes)}"
-    libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if processes.device.type == "cuda":
-        libraries["CUDA"] = torch.version.cuda
-    versions = ", ".join(f"{name} {version}" for name, version in libraries.items())
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     rows = {
         "command": f"`{without_secrets(_command())}`",
         "code": f"{code_version()}; Python {platform.python_version()}, {versions}",
-        "machine": f"{machine}; ranks: {processes.world_size}",
+        "machine": f"{hardware(processes.device)}; ranks: {processes.world_size}",
         "started": f"{started:%Y-%m-%d %H:%M:%S} UTC",
         "took": f"{duration(took_s)} for steps {first_step} to {last_step}, validations and the result",
     }
@@ -101,10 +119,10 @@ def _command() -> str:
     return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _devices(processes: Processes) -> str:
-    if processes.device.type != "cuda":
+def _gpus(device: torch.device) -> str:
+    if device.type != "cuda":
         return "no GPU used"
-    properties = torch.cuda.get_device_properties(processes.device)
+    properties = torch.cuda.get_device_properties(device)
     return f"{torch.cuda.device_count()} x {properties.name} of {properties.total_memory / 2**30:.1f} GiB"
 
 

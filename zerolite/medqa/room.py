@@ -130,7 +130,7 @@ def check(
     if lacking := _lacking(need, device, host, drive):
         raise ValueError(f"{lacking}; {_ways(options, sizes, device, host)}")
     num_checkpoints = num_steps // options.save_steps + (not options.export)
-    kept = getattr(options, "save_total_limit", None) or num_checkpoints
+    kept = options.save_total_limit or num_checkpoints
     least = checkpoint * min(1, num_checkpoints) + (result if options.export else 0)
     most = checkpoint * min(kept, num_checkpoints) + (result if options.export else 0)
     if least > disk:
