@@ -194,6 +194,31 @@ def test_a_row_that_is_no_question_is_named_by_its_line(row, reason, tmp_path, c
     assert not (tmp_path / "a.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("q.txt", "感冒了？\n".encode("gb18030"), "q.txt, line 1: not UTF-8"),
+        ("q.txt", b"\n \n", "no question"),
+        ("q.csv", b"question\nFever?\n", "expected .jsonl"),
+        ("a.jsonl", b"", "a.jsonl: no question"),
+    ],
+)
+def test_a_file_that_holds_no_questions_is_named(name, content, reason, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    assert ask(tmp_path, "--questions", tmp_path / name, "--answers", tmp_path / "answers.jsonl") == 2
+    assert reason in capsys.readouterr().err and not (tmp_path / "answers.jsonl").exists()
+    (tmp_path / "q.txt").write_text("Fever?\n")
+    assert ask(tmp_path, "--questions", tmp_path / "q.txt", "--answers", tmp_path) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_options_may_stand_between_the_model_and_the_question(base, adapter, capsys):
+    assert ask(adapter, QUESTIONS[1], "--base", base) == 0
+    told = capsys.readouterr().out
+    assert ask(adapter, "--base", base, QUESTIONS[1]) == 0 and capsys.readouterr().out == told
+    assert ask("--base", base, adapter, QUESTIONS[1]) == 0 and capsys.readouterr().out == told
+
+
 def test_ctrl_c_ends_with_130_and_unknown_commands_with_2(base, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

@@ -24,7 +24,7 @@ def ask(argv: list[str]) -> None:
     parser.add_argument("--questions", type=Path, metavar="FILE", help="JSONL, a JSON array, or a question a line")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="JSONL; what is answered there is not asked again")
     parser.add_argument("--batch_size", type=int, default=8, help="questions of a file asked at once (default: 8)")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)  # options may stand between model and question
     if (given.questions is None) != (given.answers is None) or (given.question is None) == (given.questions is None):
         raise ValueError("expected a question, or --questions FILE and --answers FILE")
     if given.batch_size < 1:

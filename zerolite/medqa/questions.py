@@ -21,6 +21,7 @@ from zerolite.medqa.data import Conversation
 from zerolite.medqa.generation import Reply, Settings, replies
 from zerolite.medqa.opening import Opened
 
+TABLES = (".csv", ".tsv", ".xlsx", ".parquet", ".arrow", ".xml", ".gz")  # read as lines, their markup would be asked
 UNUSED = ("tools", "functions", "images", "audios", "videos")  # what a question may mean by them is not asked
 
 
@@ -29,6 +30,8 @@ def read_questions(file: Path, system: str) -> list[Conversation]:
 
     Raises DataError with file and line for the first row that is no question.
     """
+    if file.suffix.lower() in TABLES:
+        raise DataError(f"{file}: expected .jsonl, .json, or a text with a question a line; got {file.suffix}")
     rows = json_rows.rows(file) if file.suffix in (".json", ".jsonl") else _lines(file)
     found = []
     for line, value in rows:
@@ -46,7 +49,7 @@ def _lines(file: Path) -> Iterator[tuple[int, object]]:
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
+            raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line); save it as UTF-8") from None
 
     try:
         content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -122,6 +125,8 @@ class AnswersFile:
         self.num_bytes = 0  # of whole rows: what a kill left behind them is no row
         if not file.parent.is_dir():
             raise ValueError(f"--answers {file}: there is no folder {file.parent}")
+        if file.is_dir():
+            raise ValueError(f"--answers {file}: is a folder, expected a file")
         if file.exists():
             self._read()
 
