@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import threading
@@ -14,7 +15,7 @@ import torch
 from medqa_runs import tiny_llama, to_flags
 
 import train_medqa
-from zerolite.medqa import divergence, trackers
+from zerolite.medqa import divergence, processes, trackers
 from zerolite.medqa.arguments import CORPUS, Options, parse
 from zerolite.medqa.processes import Processes
 from zerolite.medqa.progress import METRICS, read_metrics
@@ -49,6 +50,8 @@ def stopped_and_resumed(argv: list[str], environment: dict[str, str]) -> list[in
         first = train_medqa.train(train_medqa.prepare(parse(argv)))
         divergence.Divergence.add = add
         checkpoint = Path(parse(argv).output_dir) / "checkpoint-2"  # not the newest: step 3 is done again
+        if processes.environment_rank() == 0:
+            shutil.rmtree(checkpoint.with_name("checkpoint-3"))
         return [first, train_medqa.train(train_medqa.prepare(parse([*argv, "--resume", str(checkpoint)])))]
     finally:
         divergence.Divergence.add = add

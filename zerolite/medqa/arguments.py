@@ -5,7 +5,6 @@ Names are LLaMA-Factory's where it has one. The command line wins over the file,
 
 import argparse
 import dataclasses
-import difflib
 import operator
 import re
 from dataclasses import dataclass
@@ -231,11 +230,11 @@ class Options:
 
     def check_evaluations(self) -> None:
         """ValueError for options that need evaluations between the first step and the last, where there are none."""
+        has_rows = not self.train_file or self.validation_file or self.val_size
+        lacking = "--validation_file or --val_size" if not has_rows else "--eval_steps above 0, got 0"
         for name in ("load_best_model_at_end", "early_stopping_patience"):
-            if getattr(self, name) and not self.eval_steps:
-                raise ValueError(f"--{name} chooses by validation losses: expected --eval_steps above 0, got 0")
-            if getattr(self, name) and self.train_file and not (self.validation_file or self.val_size):
-                raise ValueError(f"--{name} chooses by validation losses: expected --validation_file or --val_size")
+            if getattr(self, name) and not (has_rows and self.eval_steps):
+                raise ValueError(f"--{name} chooses by validation losses: expected {lacking}")
         if self.load_best_model_at_end and not self.export:
             raise ValueError("--load_best_model_at_end writes the best model as the result: expected --export")
 
@@ -293,7 +292,7 @@ def parse(argv: list[str]) -> Options:
         parser.add_argument(f"--{name}", help=help_text, default=argparse.SUPPRESS, **shape)
     known, unknown = parser.parse_known_args(names.ours_on_command_line(argv, [*FIELDS, "config"]))
     if unknown:
-        raise ValueError(_unknown(unknown[0], [f"--{name}" for name in (*FIELDS, "config")]))
+        raise ValueError(names.unknown(unknown[0], [f"--{name}" for name in (*FIELDS, "config")]))
     given = vars(known)
     values: dict = {}
     if "config" in given:
@@ -322,14 +321,6 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}: see --help")
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    hint = names.HINTS.get(name.lstrip("-").split("=")[0].replace("-", "_"))
-    if hint is not None:
-        return f"unknown option {name!r}: {hint}"
-    near = difflib.get_close_matches(name.split("=")[0], known, n=3, cutoff=0.6)
-    return f"unknown option {name!r}: " + (f"did you mean {' or '.join(near)}?" if near else "--help lists all")
-
-
 def options_file(resumed: Path) -> Path | None:
     """The options of the run that left this output folder or checkpoint; None where it has none beside it."""
     parents = [resumed.resolve().parent] if re.fullmatch(r"checkpoint-\d+", resumed.resolve().name) else []
@@ -349,7 +340,7 @@ def read_config(path: str | Path) -> dict:
     values = names.ours_in_file(values, FIELDS, f"--config {path}")
     for name in values:
         if name not in FIELDS:
-            raise ValueError(f"--config {path}: {_unknown(str(name), list(FIELDS))}")
+            raise ValueError(f"--config {path}: {names.unknown(str(name), list(FIELDS))}")
     return {name: _check(f"{path}: {name}", FIELDS[name], value) for name, value in values.items()}
 
 

@@ -3,6 +3,7 @@
 Mostly LLaMA-Factory's and transformers'. An alias means the same here; whatever does not is refused with what to do.
 """
 
+import difflib
 import re
 from collections.abc import Collection, Iterable
 
@@ -169,3 +170,12 @@ def targets(given: tuple[str, ...]) -> tuple[str, ...]:
         is_list = all(re.fullmatch(r"[\w.-]+", name) for name in names)  # else a regular expression
         found += names if is_list else [one]
     return ("all-linear",) if found == ["all"] else tuple(found)
+
+
+def unknown(name: str, known: list[str]) -> str:
+    """What is said of an option that is not ours: the hint for another program's, else what is near it."""
+    hint = HINTS.get(name.lstrip("-").split("=")[0].replace("-", "_"))
+    if hint is not None:
+        return f"unknown option {name!r}: {hint}"
+    near = difflib.get_close_matches(name.split("=")[0], known, n=3, cutoff=0.6)
+    return f"unknown option {name!r}: " + (f"did you mean {' or '.join(near)}?" if near else "--help lists all")
