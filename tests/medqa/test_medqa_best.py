@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train_medqa
 import zerolite
-from zerolite.medqa import answers, best, divergence, resume
+from zerolite.medqa import answers, best, claim, divergence, resume
 from zerolite.medqa.arguments import CORPUS, Options, parse
 from zerolite.medqa.loss import ALL
 from zerolite.medqa.processes import Processes, join
@@ -168,7 +168,8 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_complete_ones_only(tmp_path
         with pytest.raises(KeyboardInterrupt):
             watched.remove_oldest(tmp_path / "checkpoint-4")
     assert names(tmp_path) == [".checkpoint-2.tmp-removed", "checkpoint-4"]
-    resume.claim_output(tmp_path, is_resumed=True)
+    claim.claim_output(Options(output_dir=str(tmp_path), resume=str(tmp_path)))
+    claim.release(tmp_path)
     assert names(tmp_path) == ["checkpoint-4"]
 
 

@@ -31,7 +31,8 @@ def told(tmp_path_factory) -> tuple[Path, str]:
     base = write_talker(folder / "base")
     sizes = {"cutoff_len": 64, "max_samples": 6, "max_steps": STEPS, "logging_steps": 1, "eval_steps": 2}
     argv = to_flags({"model_name_or_path": base, "output_dir": folder / "out", "learning_rate": 1e-3, **sizes})
-    argv += ["--train_file", *map(str, sorted(CORPUS.glob("train.*.jsonl")))]
+    for name in ("train", "validation"):
+        argv += [f"--{name}_file", *map(str, sorted(CORPUS.glob(f"{name}.*.jsonl")))]
     command = ["/x/train_medqa.py", *argv, "--validation_file", "https://me:hunter2@host/v?token=hunter3&x=1"]
     out, before = io.StringIO(), sys.argv
     sys.argv = command
