@@ -217,7 +217,7 @@ def test_a_packed_run_goes_on_where_it_stopped_and_takes_fewer_steps(ranks, tmp_
     (straight, summary), _ = ranks(2).run(trained, arguments(tmp_path / "tiny", tmp_path / "a", **options))
     (told,) = [line for line in summary.splitlines() if line.startswith("packed: ")]
     num_rows, num_sequences = (int(told.split()[index]) for index in (1, 4))
-    assert num_rows == 40 and num_sequences < 40 and "without --packing" in told
+    assert num_rows == 60 and num_sequences < 60 and "without --packing" in told
     options["resume"] = tmp_path / "a" / "checkpoint-2"
     (resumed, _), _ = ranks(2).run(trained, arguments(tmp_path / "tiny", tmp_path / "b", **options))
     assert_same_bits(resumed, straight)
