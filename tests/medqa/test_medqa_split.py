@@ -157,7 +157,7 @@ def test_options_say_what_is_validated_on(tmp_path):
     assert len(shipped.validation) == 4 and sorted(shipped.validation_by_language) == ["en", "zh"]
     for argv, reason in [
         (["--train_file", path, "--validation_file", path], "--val_size and --validation_file: expected one of them"),
-        ([], "--val_size is about rows of yours"),
+        ([], "--val_size: is of rows of yours"),
     ]:
         with pytest.raises(ValueError, match=reason):
             parse([*argv, "--val_size", "0.1"])

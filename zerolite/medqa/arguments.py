@@ -200,7 +200,7 @@ class Options:
             if self.validation_file:
                 raise ValueError("--val_size and --validation_file: expected one of them")
             if not self.train_file:
-                raise ValueError("--val_size is about rows of yours, and the shipped ones have others to validate on")
+                raise ValueError("--val_size: is of rows of yours (--train_file); the shipped ones have others")
             check_size(self.val_size)
         if self.packing and self.is_adapter and self.finetuning_type != "lora":
             raise ValueError(
