@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from medqa_runs import needs_shared, tiny_llama, to_flags
+from medqa_runs import needs_shared, to_flags
 from models import assert_same_bits
 from paths import SHARED
 from safetensors.torch import load_file
@@ -21,13 +21,6 @@ from zerolite.medqa.batches import collate
 from zerolite.medqa.prompts import encode
 
 METHODS = ("lora", "prompt", "prefix", "p-tuning", "p-tuning-v2")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
-    return folder
 
 
 def arguments(base: Path, output: Path, **options) -> list[str]:

@@ -22,13 +22,6 @@ from zerolite.medqa.processes import Processes, join
 from zerolite.medqa.progress import METRICS, read_metrics
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
-    return folder
-
-
 def arguments(base: Path, output: Path, **options) -> list[str]:
     named = {"model_name_or_path": base, "tokenizer_name_or_path": CORPUS / "tokenizer", "output_dir": output}
     sizes = {"cutoff_len": 32, "max_samples": 4, "max_steps": 8, "logging_steps": 1, "eval_steps": 1, "save_steps": 1}

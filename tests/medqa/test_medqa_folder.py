@@ -8,20 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from medqa_runs import tiny_llama, to_flags
+from medqa_runs import to_flags
 
 import train_medqa
 import zerolite
 from zerolite.medqa import claim, ending, resume
 from zerolite.medqa.arguments import CORPUS, OPTIONS, parse
 from zerolite.medqa.claim import LOCK
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
-    return folder
 
 
 def arguments(base: Path, output: Path, **options) -> list[str]:

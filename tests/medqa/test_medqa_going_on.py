@@ -19,13 +19,6 @@ from zerolite.medqa.progress import METRICS, read_metrics
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def run(base, tmp_path_factory) -> Path:
     """What a LoRA run of four steps left, with checkpoints of the second and the fourth."""
     folder = tmp_path_factory.mktemp("runs") / "lora"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from medqa_runs import tiny_llama, to_flags
+from medqa_runs import to_flags
 
 import train_medqa
 import zerolite
@@ -17,13 +17,6 @@ from zerolite.medqa.arguments import CORPUS, parse
 
 MIB = 2.0**20
 BIG = 1e18
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
-    return folder
 
 
 def arguments(base: Path, output: Path, **options) -> list[str]:

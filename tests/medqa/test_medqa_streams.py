@@ -9,20 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from medqa_runs import tiny_llama, to_flags
+from medqa_runs import to_flags
 
 import train_medqa
 from zerolite.medqa import base as real_base
 from zerolite.medqa import prepare, resume
 from zerolite.medqa.arguments import CORPUS
 from zerolite.medqa.streams import lasting
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
-    return folder
 
 
 def run(monkeypatch, base: Path, output: Path) -> int:

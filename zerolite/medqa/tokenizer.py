@@ -1,4 +1,4 @@
-"""The shipped tokenizer: a byte-level BPE trained on the shipped training rows.
+"""The shipped tokenizer: a byte-level BPE trained on the first shipped training rows.
 
     python -m zerolite.medqa.tokenizer
 
@@ -16,8 +16,6 @@ from zerolite.medqa.arguments import CORPUS
 FOLDER = CORPUS / "tokenizer"
 NUM_PIECES = 4096
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
-
-
 # Not train.en_more.jsonl, which came later: the ids of a text are those of every model that was trained here.
 LEARNED_FROM = [CORPUS / "train.en.jsonl", CORPUS / "train.zh.jsonl"]
 
