@@ -57,7 +57,8 @@ class Best:
     @property
     def num_since(self) -> int:
         """Evaluations since the best one."""
-        return sum(step > (self.step or 0) for step in self.losses)
+        best = self.step or 0
+        return sum(step > best for step in self.losses)
 
     @property
     def is_exhausted(self) -> bool:

@@ -219,20 +219,11 @@ def write(found: record.Evaluation, folder: Path) -> None:
     terminal.say(f"written: {', '.join(str(folder / name) for name in WRITTEN)}")
 
 
-# --- where numbers come from ----------------------------------------------------------------------------------------
-
-
 def _command(arguments: list[str], ranks: Processes) -> str:
     program = ["zerolite", "evaluate"]
     if "LOCAL_WORLD_SIZE" in os.environ:
-        program = [
-            "torchrun",
-            "--standalone",
-            "--nproc-per-node",
-            str(ranks.world_size),
-            "-m",
-            "zerolite.medqa.evaluate",
-        ]
+        program = ["torchrun", "--standalone", "--nproc-per-node", str(ranks.world_size)]
+        program += ["-m", "zerolite.medqa.evaluate"]
     return processes.without_secrets(shlex.join([*program, *arguments]))
 
 

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 import zerolite
 from zerolite.medqa import model as models
 from zerolite.medqa import processes, resume, template, tuning
-from zerolite.medqa.arguments import parse
+from zerolite.medqa.arguments import OPTIONS, parse
 
-CONFIG, ADAPTER, MANIFEST, OPTIONS = "config.json", "adapter_config.json", "manifest.json", "options.yaml"
+CONFIG, ADAPTER, MANIFEST = "config.json", "adapter_config.json", "manifest.json"
 EXPECTED = (
     "a Hugging Face folder (config.json), an adapter (adapter_config.json), or an output folder of train_medqa.py"
 )

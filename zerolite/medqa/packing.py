@@ -78,7 +78,7 @@ def _padding(examples: Sequence[Example], batch_rows: int, seed: int) -> float:
 
 @torch.no_grad()
 def check(model: nn.Module) -> None:
-    """Ask the model whether it keeps the rows of a sequence apart: three forward passes over a few tokens.
+    """Ask the model whether it keeps the rows of a sequence apart: four forward passes over a few tokens.
 
     Raises ValueError where its losses of a row depend on what stands before it. Every rank must call it.
     """

@@ -141,10 +141,10 @@ def card(counts: Counts, title: str) -> str:
     lines = [f"# {title}", "", "No medical advice: for learning and research alone.", "", f"{counts}.", ""]
     lines += ["| file | read | kept | dropped |", "|---|---|---|---|"]
     for file, read in counts.read.items():
-        lines.append(f"| {_cell(file)} | {read} | {counts.kept[file]} | {read - counts.kept[file]} |")
+        lines.append(f"| {cell(file)} | {read} | {counts.kept[file]} | {read - counts.kept[file]} |")
     lines += ["", "| source | licence | language | rows |", "|---|---|---|---|"]
     for (source, licence, language), number in sorted(counts.rows_of.items()):
-        lines.append(f"| {_cell(source)} | {_cell(licence)} | {_cell(language)} | {number} |")
+        lines.append(f"| {cell(source)} | {cell(licence)} | {cell(language)} | {number} |")
     lines += [
         "",
         f"Kept rows that share something are of one group: {counts.groups}.",
@@ -153,21 +153,22 @@ def card(counts: Counts, title: str) -> str:
         "|---|---|---|",
     ]
     for file, languages in counts.written.items():
-        lines += [f"| {_cell(file)} | {_cell(language)} | {number} |" for language, number in sorted(languages.items())]
+        lines += [f"| {cell(file)} | {cell(language)} | {number} |" for language, number in sorted(languages.items())]
     if counts.dropped:
         lines += ["", "| file | dropped because a row | rows |", "|---|---|---|"]
         for (file, reason), number in sorted(counts.dropped.items()):
-            lines.append(f"| {_cell(file)} | {_cell(reason)} | {number} |")
+            lines.append(f"| {cell(file)} | {cell(reason)} | {number} |")
     for title, found in (("Personal numbers, which were left in", counts.personal), ("Keys not used", counts.ignored)):
         if found:
-            rows = ", ".join(f"{_cell(key)} in {number} rows" for key, number in found.most_common(50))
+            rows = ", ".join(f"{cell(key)} in {number} rows" for key, number in found.most_common(50))
             lines += ["", f"{title}: {rows}."]
     if any(licence == UNKNOWN for _, licence, _ in counts.rows_of):
         lines += ["", "Rows of an unknown licence: `--licence` names it where the files do not."]
     return "\n".join(lines) + "\n"
 
 
-def _cell(value: str) -> str:
+def cell(value: str) -> str:
+    """A text as a cell of a Markdown table."""
     return re.sub(r"[|\r\n`<]", " ", value.encode("utf-8", "replace").decode())
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from zerolite.medqa.generate.ledger import Ledger
 from zerolite.medqa.generate.plan import Plan, Request
 from zerolite.medqa.generate.replies import Item
 from zerolite.medqa.generate.runner import check_of
-from zerolite.medqa.prepare import Prepared
+from zerolite.medqa.prepare import Prepared, cell
 
 ROWS, CARD, REJECTED = "rows.jsonl", "card.md", "rejected.jsonl"
 NOT_CHECKED = "its check has no usable answer"
@@ -129,29 +128,25 @@ def card(
     lines += [
         f"{answered} of {len(requests)} requests answered, {result.items.total()} items, {len(result.rows)} kept."
     ]
-    lines += ["", told, "", f"Model {_cell(model)}, seed {plan.seed}. {ledger}."]
+    lines += ["", told, "", f"Model {cell(model)}, seed {plan.seed}. {ledger}."]
     if journal.num_interrupted:
         lines += ["", f"{journal.num_interrupted} requests were in flight when a run ended; they count in full."]
     lines += ["", "| kind | language | source | licence | rows |", "|---|---|---|---|---|"]
     for key, number in sorted(result.kept.items()):
-        lines.append(f"| {' | '.join(map(_cell, key))} | {number} |")
+        lines.append(f"| {' | '.join(map(cell, key))} | {number} |")
     if result.dropped:
         lines += ["", "| dropped | because | number |", "|---|---|---|"]
         for (what, reason), number in sorted(result.dropped.items(), key=lambda one: (-one[1], one[0])):
-            lines.append(f"| {what} | {_cell(reason)} | {number} |")
+            lines.append(f"| {what} | {cell(reason)} | {number} |")
     lost = Counter(error for name, error in journal.lost.items() if name not in journal.answers)
     if lost:
         lines += ["", "| requests without an answer, last error | number |", "|---|---|"]
-        lines += [f"| {_cell(error)} | {number} |" for error, number in lost.most_common(20)]
+        lines += [f"| {cell(error)} | {number} |" for error, number in lost.most_common(20)]
     used = {(request.prompt.name, request.prompt.digest) for request in requests}
     lines += [
         "",
         "| prompt | SHA-256 |",
         "|---|---|",
-        *(f"| {_cell(name)} | {digest} |" for name, digest in sorted(used)),
+        *(f"| {cell(name)} | {digest} |" for name, digest in sorted(used)),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _cell(value: str) -> str:
-    return re.sub(r"[|\r\n`<]", " ", value.encode("utf-8", "replace").decode())
