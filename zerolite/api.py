@@ -1,6 +1,7 @@
 """What users call on a model: shard, no_sync, full_params."""
 
 import contextlib
+from collections.abc import Sequence
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,6 +12,7 @@ from zerolite.engine.engine import Engine, engine_of, info_of
 from zerolite.engine.prefetch import gather_all, release_all
 from zerolite.runtime import device as devices
 from zerolite.runtime.mesh import mesh_of
+from zerolite.shards.dtensors import groups_of
 from zerolite.shards.layout import Partition
 from zerolite.shards.units import UnitRule
 
@@ -22,16 +24,26 @@ def shard(
     offload: Offload | str | None = None,
     precision: Precision | None = None,
     units: UnitRule | None = None,
+    norm_over: Sequence[DeviceMesh] = (),
 ) -> nn.Module:
     """Partition a model's training state over ranks, in place, and return it. Collective.
 
     stage: 0 nothing is sharded (as DDP), 1 optimizer states, 2 also gradients, 3 also parameters.
-    mesh: 1-D (shard) or 2-D (replicate x shard) over all ranks; None: the whole world shards.
+    mesh: 1-D (shard) or 2-D (replicate x shard) over all ranks, or the slice of a larger mesh whose ranks have other
+        data; None: the whole world shards.
     offload: "cpu" or an `Offload`: gradients and optimizer states in host memory, stepped by worker processes.
         `optimizer.step` then returns before they are done. Between `step` and its next use a parameter reads as NaN:
         its unit's next forward, `model.parameters()`, `state_dict`, `full_params`, `save` and `export` fetch it.
     precision: dtypes; None: parameters keep theirs, 16-bit ones are reduced in fp32 and stepped on an fp32 master.
     units: module classes, or a predicate over modules, gathered and freed as one; None: the repeated block class.
+    norm_over: slices of the same mesh over pipeline stages: their gradients count in one norm, and Inf or NaN in one
+        stage skips the step of all.
+
+    Beside other parallelisms: mesh = init_device_mesh("cuda", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp")), first
+    parallelize_module(stage, mesh["tp"], plan), then shard(stage, 3, mesh=mesh["dp"], norm_over=(mesh["pp"],)).
+    DTensor parameters keep their placements, and norms count split and whole ones once. Several stages of one rank
+    (interleaved schedules) are one model: shard(nn.ModuleList(stages), ...). Weights that stages share are not kept
+    equal: give each stage its own.
 
     A model on a GPU trains there. One on the CPU goes to this rank's GPU, by LOCAL_RANK, a unit at a time, so it may be
     larger than the GPU; it stays where no GPU is visible (CUDA_VISIBLE_DEVICES=""), the mesh is of the CPU, or the
@@ -56,10 +68,12 @@ def shard(
     a parameter (`p.detach()`) that is kept has no memory once its unit is left: keep `p`, or a clone.
     An average that is kept beside the model reads parameters inside `full_params`.
 
-    Raises TypeError for a model, mesh, precision or units of another type. Raises ValueError for a stage, mesh, offload
-    or units that cannot be, for a model that is sharded already or lies on several GPUs, for a LOCAL_RANK beyond the
-    visible GPUs, for a process group without NCCL of a model on a GPU, and for a parameter that is complex, trainable
-    in an integer or float8 dtype, over the memory of another one, or on the meta device and initialised by nothing.
+    Raises TypeError for a model, mesh, norm_over, precision or units of another type. Raises ValueError for a stage,
+    mesh, offload or units that cannot be, for a model that is sharded already or lies on several GPUs, for a LOCAL_RANK
+    beyond the visible GPUs, for a process group without NCCL of a model on a GPU, and for a parameter that is complex,
+    trainable in an integer or float8 dtype, over the memory of another one, or on the meta device and initialised by
+    nothing. Beside other parallelisms: for dimensions of a mesh that overlap or are left out, for a DTensor that is
+    partial or has no values, for adapters, and for weights that transformers ties over pipeline stages.
     Raises ZeroliteError where the machine has not the memory that offload needs, and, on every rank with both values,
     where ranks give unlike models or arguments. Raises WorkerError where a worker does not start.
     """
@@ -69,7 +83,8 @@ def shard(
     if any(info_of(parameter) is not None for parameter in model.parameters()):
         raise ValueError("the model, or a part of it, is sharded already: build a new one to shard it in another way")
     device = devices.target(model, mesh)
-    engine = Engine(model, Partition(stage), mesh_of(mesh, device), device, precision)
+    ranks = mesh_of(mesh, device, groups_of(model), norm_over)
+    engine = Engine(model, Partition(stage), ranks, device, precision)
     build.build(engine, units, offload, meta_init.materialize, has_values=True)
     build.finish(engine)
     return model

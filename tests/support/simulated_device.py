@@ -254,7 +254,7 @@ def simulated(shards: int = 1, replicas: int = 1) -> Iterator[Order]:
     def group(name: str, size: int) -> collectives.Group:
         return collectives.NcclGroup(MirroredGroup(name, size)) if size > 1 else collectives.Group()  # type: ignore[arg-type]
 
-    def mesh_of(mesh, torch_device) -> RankMesh:
+    def mesh_of(mesh, torch_device, tensor=(), norm_over=()) -> RankMesh:
         return RankMesh(group("NCCL of shards", shards), group("NCCL of replicas", replicas))
 
     allocate, submit, wait = Arena.allocate, Pool.submit, Pool.wait

@@ -7,16 +7,19 @@ import torch
 from torch import nn
 
 from zerolite.checkpoint.arguments import check_optimizer, model_and_folder
+from zerolite.checkpoint.descriptions import describe, describe_pipeline, steps_here
 from zerolite.checkpoint.extra_state import unpack
 from zerolite.checkpoint.saved_files import SavedFolder
-from zerolite.checkpoint.slices import buffers_of, entries_of
+from zerolite.checkpoint.slices import buffers_of, entries_of, saved_names
 from zerolite.checkpoint.structure import is_number
 from zerolite.checkpoint.verify import verify
-from zerolite.engine.engine import Engine, engine_of
+from zerolite.engine.engine import Engine, all_ranks, engine_of
 from zerolite.errors import CheckpointError
 from zerolite.optim.base import ShardedOptimizer
 from zerolite.runtime import atomic_dir as files
 from zerolite.runtime.rank_errors import on_all_ranks
+from zerolite.shards.blocks import Block, copy, whole
+from zerolite.shards.dtensors import local_of
 from zerolite.shards.layout import Range
 
 
@@ -38,52 +41,61 @@ def load(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None):
     check_optimizer(engine, optimizer)
     if engine.full_depth > 0:
         raise ValueError("load changes what full_params has gathered: call it outside of `with zerolite.full_params`")
-    together = partial(on_all_ranks, engine, f"loading {folder}", CheckpointError)
-    together(lambda: files.restore(folder) if engine.mesh.rank == 0 else None)
+    ranks = all_ranks(engine)
+    place = ranks.place()
+    together = partial(on_all_ranks, ranks, f"loading {folder}", CheckpointError)
+    together(lambda: files.restore(folder) if place[0] == 0 else None)
     with SavedFolder(folder) as saved:
         if len(set(together(saved.open))) > 1:
             raise CheckpointError(f"ranks see different checkpoints at {folder}: it was replaced meanwhile; load again")
+        of_pipeline = describe_pipeline(engine, optimizer)
         extras: list[Any] = []
 
         def check() -> None:
-            verify(engine, optimizer, saved)
-            extras.append(unpack(*saved.extra_of_rank(engine.mesh.rank)))
+            verify(engine, optimizer, saved, of_pipeline or describe(engine, optimizer), place)
+            extras.append(unpack(*saved.extra_of_rank(place[0])))
 
         together(check)
         engine.before_step()
-        filling = partial(on_all_ranks, engine, f"{folder} is loaded in part, load again: reading it", CheckpointError)
-        filling(lambda: _fill(engine, optimizer, saved))
+        filling = partial(on_all_ranks, ranks, f"{folder} is loaded in part, load again: reading it", CheckpointError)
+        filling(lambda: _fill(engine, optimizer, saved, place[0]))
     for unit in engine.units:
         for bucket in unit.buckets:
             bucket.shard.publish()
             bucket.parameters.wait()
     if optimizer is not None:
-        _restore_optimizer(optimizer, saved.manifest["optimizer"])
+        described = saved.manifest["optimizer"]
+        _restore_optimizer(optimizer, {**described, "steps": steps_here(engine, described["steps"])})
     if engine.loss_scale is not None and saved.manifest["loss_scale"] is not None:
         engine.loss_scale.load_state_dict(saved.manifest["loss_scale"])
     return extras[0]
 
 
 @torch.no_grad()
-def _fill(engine: Engine, optimizer: ShardedOptimizer | None, saved: SavedFolder) -> None:
+def _fill(engine: Engine, optimizer: ShardedOptimizer | None, saved: SavedFolder, rank: int) -> None:
     """Read this rank's ranges and buffers; what other ranks' ranges are gathered into is still the old."""
+    names = saved_names(engine)
     for bucket, kind, slots, read, write in entries_of(engine, optimizer, saved.manifest.get("frozen", True)):
         owned, values = bucket.shard.range, read()
         for slot in slots:
             part = slot.range.intersect(owned)
             if part.numel > 0:
-                _read(saved, f"{kind}/{slot.name}", part.relative_to(slot.range), part.of(values, owned))
+                block = slot.block or whole(slot.shape)
+                key = f"{kind}/{names[slot.name]}"
+                _read(saved, key, block, part.relative_to(slot.range), part.of(values, owned))
         write(values)
-    handle = saved.of_rank(engine.mesh.rank)
     for name, buffer in buffers_of(engine.model).items():
-        buffer.copy_(handle.get_tensor(f"buffer/{name}"))
+        handle = saved.of_buffer(rank, names[name])
+        local_of(buffer).copy_(handle.get_tensor(f"buffer/{names[name]}"))
 
 
-def _read(saved: SavedFolder, key: str, wanted: Range, out: torch.Tensor) -> None:
-    """out (numel,) = the wanted elements of a flat parameter or state, in out's dtype."""
-    for elements, handle in saved.slices[key]:
+def _read(saved: SavedFolder, key: str, block: Block, wanted: Range, out: torch.Tensor) -> None:
+    """out (numel,) = the wanted elements of a flattened block of a parameter or state, in out's dtype."""
+    for (saved_block, elements), handle in saved.slices[key]:
         part = wanted.intersect(elements)
-        if part.numel > 0:
+        if saved_block != block and saved_block.intersect(block) is not None:
+            copy(out, (block, wanted), handle.get_slice(key)[:], (saved_block, elements))
+        elif saved_block == block and part.numel > 0:
             part.of(out, wanted).copy_(part.of(handle.get_slice(key), elements))
 
 

@@ -9,7 +9,8 @@ from zerolite.runtime import atomic_dir as files
 
 MANIFEST = "manifest.json"
 FORMAT = "zerolite-checkpoint"
-VERSION = 1
+VERSION = 2
+PLAIN_VERSION = 1  # of a checkpoint without blocks and stages, which older releases read too
 NO_DIGEST = b"0" * 64  # stands in the manifest for its own hash while that is taken
 
 
@@ -36,7 +37,8 @@ def parse_manifest(data: bytes, path: Path) -> dict:
 
 def write_manifest(folder: Path, content: dict) -> None:
     """Write manifest.json of `content` in `folder`, with the format, the version and its own hash."""
-    manifest = {"format": FORMAT, "version": VERSION, **content, "sha256": NO_DIGEST.decode()}
+    version = VERSION if "mesh" in content else PLAIN_VERSION
+    manifest = {"format": FORMAT, "version": version, **content, "sha256": NO_DIGEST.decode()}
     data = json.dumps(manifest, indent=1).encode()
     path = folder / MANIFEST
     path.write_bytes(data.replace(NO_DIGEST, hashlib.sha256(data).hexdigest().encode()))

@@ -2,9 +2,11 @@
 
     manifest.json            what the model is, how it was trained, size and hash of every file, and its own hash
     rank-00000.safetensors   1D slices "parameter/<name>", "exp_avg/<name>", ...; the rank's buffers and extra tensors
-                             metadata: [start, stop) of every slice in its flat parameter; the rank's extra values
+                             metadata: [start, stop) of every slice in its flat parameter; the rank's extra values;
+                             the block (offsets, shape) of the whole tensor that a slice is of, where ranks of tensor
+                             parallelism have one each
 
-Slices are addressed by parameter, not by bucket or rank, so a checkpoint loads at any stage and world size. It is
+Slices are addressed by parameter, not by bucket or rank, so a checkpoint loads at any stage, mesh and world size. It is
 written beside its place, synced, and appears by one rename; every decision to fail is taken by all ranks together.
 No pickle is written or read.
 """
@@ -21,21 +23,24 @@ import torch
 from torch import nn
 
 from zerolite.checkpoint.arguments import check_optimizer, model_and_folder
+from zerolite.checkpoint.descriptions import describe, describe_pipeline
 from zerolite.checkpoint.extra_state import pack
 from zerolite.checkpoint.manifest import is_complete, write_manifest
-from zerolite.checkpoint.slices import buffers_of, shapes_of, slices_of
-from zerolite.engine.engine import Engine, engine_of
+from zerolite.checkpoint.slices import buffers_of, saved_names, slices_of
+from zerolite.engine.engine import Engine, all_ranks, engine_of
 from zerolite.errors import CheckpointError
 from zerolite.optim.base import ShardedOptimizer
 from zerolite.runtime import atomic_dir as files
 from zerolite.runtime import safetensors_file
 from zerolite.runtime.rank_errors import on_all_ranks
+from zerolite.shards.dtensors import local_of
 
 
 def save(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None, extra=None, frozen: bool = True) -> None:
     """Write parameters, persistent buffers, optimizer states and `extra` to `folder`. Collective.
 
     A checkpoint that stands there is replaced. The folder is one that all ranks see. Gradients are not saved.
+    Beside other parallelisms it is one checkpoint of all ranks, which loads on another mesh, and on one process.
     extra: this rank's own values: nested dicts, lists and tuples of JSON values and tensors (scheduler, RNG, position
         in the data).
     frozen: False leaves frozen parameters out, which are most of a model with an adapter. `load` then keeps those that
@@ -53,23 +58,32 @@ def save(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None, ex
     model, folder = model_and_folder("save", model, folder)
     engine = engine_of(model)
     check_optimizer(engine, optimizer)
-    together = partial(on_all_ranks, engine, f"saving {folder}", CheckpointError)
-    token = together(lambda: _prepare(engine, folder))[0]
+    ranks = all_ranks(engine)
+    rank, _ = ranks.place()
+    of_pipeline = describe_pipeline(engine, optimizer)
+    together = partial(on_all_ranks, ranks, f"saving {folder}", CheckpointError)
+    token = together(lambda: _prepare(engine, rank, folder))[0]
     written = files.beside(folder, token)
     try:
-        path = written / f"rank-{engine.mesh.rank:05d}.safetensors"
+        path = written / f"rank-{rank:05d}.safetensors"
         written_files = together(lambda: _write_rank(engine, optimizer, extra, frozen, path))
-        together(lambda: _commit(engine, optimizer, written_files, frozen, written, folder))
+
+        def commit() -> None:
+            if rank == 0:
+                description = of_pipeline or describe(engine, optimizer)
+                _commit(engine, {"frozen": frozen, **description}, written_files, written, folder)
+
+        together(commit)
     except BaseException:  # Ctrl-C, and another rank that is gone, too
-        if engine.mesh.rank == 0:
+        if rank == 0:
             shutil.rmtree(written, ignore_errors=True)
         raise
 
 
-def _prepare(engine: Engine, folder: Path) -> str:
+def _prepare(engine: Engine, rank: int, folder: Path) -> str:
     engine.guard.check()
     token = uuid.uuid4().hex[:12]
-    if engine.mesh.rank == 0:
+    if rank == 0:
         if folder.exists() and not is_complete(folder) and any(folder.iterdir()):
             raise CheckpointError(f"{folder} exists and is no checkpoint: name a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,16 +96,22 @@ def _prepare(engine: Engine, folder: Path) -> str:
 def _write_rank(engine: Engine, optimizer: ShardedOptimizer | None, extra, frozen: bool, path: Path) -> str:
     """Stream this rank's file: what is decoded or copied from the device is held a bucket at a time."""
     slices: dict[str, list[int]] = {}
+    blocks: dict[str, tuple] = {}
     entries: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     reads: list[Callable[[], torch.Tensor]] = []
-    for key, elements, dtype, read in slices_of(engine, optimizer, frozen):
+    for key, slot, elements, dtype, read in slices_of(engine, optimizer, frozen):
         slices[key] = [elements.start, elements.stop]
+        if slot.block is not None:
+            blocks[key] = slot.block
         entries.append((key, dtype, (elements.numel,)))
         reads.append(read)
     tensors: dict[str, torch.Tensor] = {}
+    names = saved_names(engine)
     for name, buffer in buffers_of(engine.model).items():
-        tensors[f"buffer/{name}"] = buffer
+        tensors[f"buffer/{names[name]}"] = local_of(buffer)
     metadata = {"slices": json.dumps(slices), "extra": json.dumps(pack(extra, "extra", tensors))}
+    if blocks:
+        metadata["blocks"] = json.dumps(blocks)
     entries += [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
     reads += [tensor.detach for tensor in tensors.values()]
     with _kept(path.parent):
@@ -112,29 +132,25 @@ def _kept(written: Path) -> Iterator[None]:
         ) from error
 
 
-def _commit(
-    engine: Engine,
-    optimizer: ShardedOptimizer | None,
-    written_files: list[str],
-    frozen: bool,
-    written: Path,
-    folder: Path,
-) -> None:
-    if engine.mesh.rank != 0:
-        return
+def _commit(engine: Engine, content: dict, written_files: list[str], written: Path, folder: Path) -> None:
     entries = {}
     for rank, size_and_digest in enumerate(written_files):
         size, digest = size_and_digest.split()
         entries[f"rank-{rank:05d}.safetensors"] = {"bytes": int(size), "sha256": digest}
+    mesh = engine.mesh
     content = {
         "stage": engine.partition.stage,
         "world_size": len(written_files),
-        "frozen": frozen,
         "files": entries,
-        **shapes_of(engine),
-        "optimizer": optimizer.describe() if optimizer is not None else None,
+        **content,
         "loss_scale": engine.loss_scale.state_dict() if engine.loss_scale is not None else None,
     }
+    if mesh.tensor or mesh.pipeline:
+        content["mesh"] = {
+            "data": [mesh.replicas.size, mesh.shard.size],
+            "tensor": [one.group.size for one in mesh.tensor],
+            "pipeline": [group.size for group in mesh.pipeline],
+        }
     with _kept(written):
         write_manifest(written, content)
         files.commit_folder(written, folder)

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from zerolite.checkpoint import structure
 from zerolite.checkpoint.manifest import MANIFEST, parse_manifest
+from zerolite.checkpoint.structure import SavedSlice
 from zerolite.errors import CheckpointError
 from zerolite.runtime import atomic_dir as files
-from zerolite.shards.layout import Range
 
 
 class SavedFolder:
@@ -27,7 +27,7 @@ class SavedFolder:
 
     manifest: dict[str, Any]
     digest: str  # of the manifest, so of all that it has hashes of
-    slices: dict[str, list[tuple[Range, Any]]]  # by key, in order; each with its file's handle
+    slices: dict[str, list[tuple[SavedSlice, Any]]]  # by key, in order; each with its file's handle
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -63,7 +63,7 @@ class SavedFolder:
 
         CheckpointError for a file that is missing, no plain file, altered, or not of the structure that `save` writes.
         """
-        found: dict[str, list[tuple[Range, Any]]] = {}
+        found: dict[str, list[tuple[SavedSlice, Any]]] = {}
         for index, (name, entry) in enumerate(sorted(self.manifest["files"].items())):
             path = self.folder / name
             try:
@@ -75,14 +75,22 @@ class SavedFolder:
             except SafetensorError as error:
                 raise CheckpointError(f"{path} is no safetensors file ({error}): use another checkpoint") from error
             self._handles.append(handle)
-            for key, elements in structure.slices_of_file(handle, path, self.manifest).items():
-                found.setdefault(key, []).append((elements, handle))
+            for key, part in structure.slices_of_file(handle, path, self.manifest).items():
+                found.setdefault(key, []).append((part, handle))
         self.slices = {key: sorted(parts, key=lambda part: part[0]) for key, parts in found.items()}
         structure.check_cover({key: [part[0] for part in parts] for key, parts in self.slices.items()}, self.manifest)
 
     def of_rank(self, rank: int):
         """The handle of a rank's own file, or of rank 0's for one beyond the saved world."""
         return self._handles[rank if rank < len(self._handles) else 0]
+
+    def of_buffer(self, rank: int, name: str):
+        """The handle of the file that has a rank's buffer: its own or, of another pipeline stage, the first with it."""
+        key = f"buffer/{name}"
+        for handle in (self.of_rank(rank), *self._handles):
+            if key in handle.keys():
+                return handle
+        raise CheckpointError(f"{self.folder} holds no {key}: the checkpoint is incomplete, use another one")
 
     def extra_of_rank(self, rank: int) -> tuple[Any, Any]:
         """What a rank saved as `extra`, packed as JSON, and the handle that has its tensors."""

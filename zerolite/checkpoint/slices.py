@@ -27,7 +27,8 @@ class Slice(NamedTuple):
     """Part of one parameter, or of one state of it, that this rank saves."""
 
     key: str  # "<kind>/<parameter>"
-    elements: Range  # of the flat parameter
+    slot: Slot
+    elements: Range  # of the slot
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]  # 1D
 
@@ -51,14 +52,17 @@ def slices_of(engine: Engine, optimizer: ShardedOptimizer | None, frozen: bool) 
     """Everything that this rank is the one to save: its shard, also where it owns all."""
     if engine.mesh.replicas.rank != 0:
         return
+    names = saved_names(engine)
     for bucket, kind, slots, read, _ in entries_of(engine, optimizer, frozen):
+        if any(one.group.rank != 0 and not one.splits(bucket.group.splits) for one in engine.mesh.tensor):
+            continue  # the first rank of tensor parallelism saves what all have whole
         spec = bucket.shard.spec
         parts = [(slot, slot.range.intersect(spec.shard_range)) for slot in slots]
         parts = [(slot, part) for slot, part in parts if part.numel > 0]
         read_part = _read_once(read, spec.range, len(parts))
         for slot, part in parts:
             elements = part.relative_to(slot.range)
-            yield Slice(f"{kind}/{slot.name}", elements, spec.stepped_dtype, partial(read_part, part))
+            yield Slice(f"{kind}/{names[slot.name]}", slot, elements, spec.stepped_dtype, partial(read_part, part))
 
 
 def _read_once(read: Callable[[], torch.Tensor], owned: Range, num_parts: int) -> Callable[[Range], torch.Tensor]:
@@ -88,9 +92,16 @@ def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def shapes_of(engine: Engine) -> dict[str, dict[str, list[int]]]:
-    slots = [slot for unit in engine.units for bucket in unit.buckets for slot in bucket.layout.slots]
-    return {
-        "parameters": {slot.name: list(slot.shape) for slot in slots},
-        "buffers": {name: list(buffer.shape) for name, buffer in buffers_of(engine.model).items()},
-    }
+def slots_of(engine: Engine) -> list[Slot]:
+    return [slot for unit in engine.units for bucket in unit.buckets for slot in bucket.layout.slots]
+
+
+def saved_names(engine: Engine) -> dict[str, str]:
+    """Parameters and buffers, by their names in the model, as a checkpoint has them.
+
+    Several pipeline stages of one rank are in a list, whose numbers are of this rank alone: names go without them.
+    """
+    own = [*(slot.name for slot in slots_of(engine)), *buffers_of(engine.model)]
+    if not (engine.mesh.pipeline and isinstance(engine.model, nn.ModuleList)):
+        return {name: name for name in own}
+    return {name: name.partition(".")[2] for name in own}

@@ -9,9 +9,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from zerolite.errors import CheckpointError
+from zerolite.shards.blocks import Block, whole
 from zerolite.shards.layout import Range
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # which are read into each other
@@ -48,6 +49,7 @@ def check_manifest(manifest: dict) -> None:
         digest = entry.get("sha256")
         expect(isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None, f"a SHA-256 of {name}")
     expect(isinstance(manifest.get("frozen", True), bool), "`frozen` is a bool")
+    expect(isinstance(manifest.get("mesh", {}), dict), "`mesh` is a dict")
     for what in ("parameters", "buffers"):
         shapes = manifest.get(what)
         expect(isinstance(shapes, dict), f"`{what}` is a dict of shapes")
@@ -95,8 +97,15 @@ def check_hyperparameters(groups: Sequence[Mapping], defaults: Mapping) -> None:
                 expect(is_number(value) and value >= 0, f"{where} is a number of at least 0, got {_short(value)}")
 
 
-def slices_of_file(handle, path: Path, manifest: dict) -> dict[str, Range]:
-    """Key -> elements of the flat parameter that a rank's file holds. CheckpointError for other tensors than `save`'s.
+class SavedSlice(NamedTuple):
+    """What a file holds of one parameter or state."""
+
+    block: Block  # of the whole tensor
+    elements: Range  # of the flattened block
+
+
+def slices_of_file(handle, path: Path, manifest: dict) -> dict[str, SavedSlice]:
+    """Key -> what a rank's file holds of it. CheckpointError for other tensors than `save`'s.
 
     handle: the file, as safetensors opens it.
     """
@@ -104,7 +113,9 @@ def slices_of_file(handle, path: Path, manifest: dict) -> dict[str, Range]:
     said = parse_json(metadata.get("slices"), f"{path.name}'s slices")
     expect(isinstance(said, dict), f"{path.name} has a dict of slices")
     expect(isinstance(metadata.get("extra"), str), f"{path.name} has an extra")
-    found: dict[str, Range] = {}
+    blocks = parse_json(metadata.get("blocks", "{}"), f"{path.name}'s blocks")
+    expect(isinstance(blocks, dict), f"{path.name} has a dict of blocks")
+    found: dict[str, SavedSlice] = {}
     buffers = set(manifest["buffers"])
     for key in handle.keys():
         tensor = handle.get_slice(key)
@@ -124,23 +135,40 @@ def slices_of_file(handle, path: Path, manifest: dict) -> dict[str, Range]:
         expect(tensor.get_shape() == length, f"{key} in {path.name} has {length} elements, got {tensor.get_shape()}")
         is_float = tensor.get_dtype() in FLOATS
         expect(kind == "parameter" or is_float, f"{key} in {path.name} holds floats, got {tensor.get_dtype()}")
-        found[key] = Range(*ends)
+        expect(name in manifest["parameters"], f"slices are of the model's parameters, got {_short(key)}")
+        shape = tuple(manifest["parameters"][name])
+        block = _block(key, blocks[key], shape) if key in blocks else whole(shape)
+        found[key] = SavedSlice(block, Range(*ends))
     expect(not said, f"{path.name} holds {_some(said)}, which its slices name")
-    expect(not buffers, f"{path.name} holds the buffers {_some(buffers)}")
+    is_whole = "mesh" not in manifest  # else a pipeline stage has its own alone
+    expect(not buffers or not is_whole, f"{path.name} holds the buffers {_some(buffers)}")
     return found
 
 
-def check_cover(slices: Mapping[str, Sequence[Range]], manifest: dict) -> None:
-    """CheckpointError where sorted slices of a key overlap, leave a gap, or are of no parameter."""
+def _block(key: str, said: Any, shape: tuple[int, ...]) -> Block:
+    is_pair = isinstance(said, list) and len(said) == 2 and all(isinstance(part, list) for part in said)
+    expect(is_pair and all(map(is_count, [*said[0], *said[1]])), f"{key}'s block is two lists of counts")
+    block = Block(*map(tuple, said))
+    expect(block.is_inside(shape), f"{key}'s block {block} lies in its shape {shape}")
+    return block
+
+
+def check_cover(slices: Mapping[str, Sequence[SavedSlice]], manifest: dict) -> None:
+    """CheckpointError where sorted slices of a key overlap or leave a gap."""
     for key, parts in slices.items():
-        name = key.partition("/")[2]
-        expect(name in manifest["parameters"], f"slices are of the model's parameters, got {_short(key)}")
-        end = 0
-        for part in parts:
+        ends: dict[Block, int] = {}
+        for block, part in parts:
+            end = ends.get(block, 0)
             expect(part.start == end, f"the slices of {key} cover it once, [{part.start}, {part.stop}) follows {end}")
-            end = part.stop
-        numel = math.prod(manifest["parameters"][name])
-        expect(end == numel, f"the slices of {key} end at {numel}, got {end}")
+            ends[block] = part.stop
+        for block, end in ends.items():
+            expect(end == block.numel, f"the slices of {key} end at {block.numel}, got {end}")
+        numel = math.prod(manifest["parameters"][key.partition("/")[2]])
+        total, blocks = sum(ends.values()), list(ends)
+        expect(total == numel, f"the blocks of {key} have its {numel} elements, got {total}")
+        for index, block in enumerate(blocks):
+            alone = all(block.intersect(other) is None for other in blocks[:index])
+            expect(alone, f"the blocks of {key} have no element in common, {block} has")
 
 
 def parse_json(text: Any, what: str) -> Any:

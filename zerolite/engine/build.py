@@ -8,6 +8,7 @@ from torch import nn
 from zerolite.config import Offload, Precision, reduce_dtype
 from zerolite.engine import hooks, model_methods
 from zerolite.engine.data_reads import note_data_reads
+from zerolite.engine.distributed import check_parallel, note_distributed_reads
 from zerolite.engine.engine import Engine, ParameterInfo
 from zerolite.engine.entries import Entries
 from zerolite.engine.extensions import extensions_of
@@ -16,8 +17,9 @@ from zerolite.engine.shard_settings import compare_shards
 from zerolite.engine.shardable import check_parameters, is_computed_in
 from zerolite.offload.placement import Policy, place
 from zerolite.shards.bucket import Bucket, TrainableBucket, Unit
+from zerolite.shards.dtensors import cast, local_of
 from zerolite.shards.gradients import FlatGradients
-from zerolite.shards.layout import BucketLayout, Partition
+from zerolite.shards.layout import Partition
 from zerolite.shards.parameters import FlatParameters
 from zerolite.shards.shard import BucketSpec
 from zerolite.shards.units import ParameterGroup, UnitPlan, UnitRule, layouts_of, plan_units
@@ -50,6 +52,9 @@ def build(
         return precision.param if precision is not None and is_computed_in(parameter.dtype) else parameter.dtype
 
     check_parameters(model)
+    check_parallel(model, engine.mesh)
+    for parameter in model.parameters():
+        cast(parameter, dtype_of(parameter))
     stays_unsharded = [p for extension in extensions_of(model) for p in extension.stays_unsharded(model)]
     plans = plan_units(model, rule, dtype_of, stays_unsharded)
     compare_shards(engine, plans, offload, dtype_of, has_values)
@@ -77,6 +82,8 @@ def build(
     model._zerolite = engine
     refuse_foreign_steps()
     note_data_reads()
+    if engine.has_dtensors:
+        note_distributed_reads()
     model_methods.adapt(engine)
 
 
@@ -86,8 +93,11 @@ def finish(engine: Engine) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer = buffer.to(engine.device.device).contiguous()  # NCCL takes no other
-                engine.mesh.replicas.broadcast(buffer)
-                engine.mesh.shard.broadcast(buffer)
+                local = local_of(buffer)
+                engine.mesh.replicas.broadcast(local)
+                engine.mesh.shard.broadcast(local)
+                for one in engine.mesh.tensor:
+                    one.group.broadcast(local)
     for extension in extensions_of(engine.model):
         extension.after_sharding(engine.model)
     engine.guard.watch()
@@ -108,7 +118,7 @@ def _buckets(
         tensors = [by_name[slot.name] for slot in layout.slots]
         owned = partition.owned_range(layout, mesh.shard.rank)
         spec = BucketSpec(layout, unit.name, owned, dtype, gradient_dtype, engine.device, mesh)
-        staging = _staging(spec, layout, tensors if has_values or not group.is_on_meta else None)
+        staging = _staging(spec, group, tensors if has_values or not group.is_on_meta else None)
         shard, unsharded = placement.new_shard(unit.index, group, spec, staging, stays_unsharded)
         parameters = FlatParameters(spec, tensors, unsharded, shard, stays_unsharded)
         if group.is_trainable:
@@ -120,15 +130,18 @@ def _buckets(
         position += len(tensors)
 
 
-def _staging(spec: BucketSpec, layout: BucketLayout, tensors: list[nn.Parameter] | None) -> torch.Tensor:
+def _staging(spec: BucketSpec, group: ParameterGroup, tensors: list[nn.Parameter] | None) -> torch.Tensor:
     """The bucket's values in `spec.stepped_dtype`, rank 0's on every rank; zeros where there are none yet. Collective.
 
     Parameters may be of any dtype and on any device.
     """
-    staging = torch.zeros(layout.numel, dtype=spec.stepped_dtype, device=spec.device.device)
+    staging = torch.zeros(spec.layout.numel, dtype=spec.stepped_dtype, device=spec.device.device)
     if tensors is not None:
-        for slot, parameter in zip(layout.slots, tensors, strict=True):
-            slot.range.of(staging).view(slot.shape).copy_(parameter.detach())
+        for slot, parameter in zip(spec.layout.slots, tensors, strict=True):
+            slot.range.of(staging).view(slot.shape).copy_(local_of(parameter).detach())
         spec.mesh.replicas.broadcast(staging)  # as DDP does: every rank starts from rank 0's values
         spec.mesh.shard.broadcast(staging)
+        for one in spec.mesh.tensor:
+            if not one.splits(group.splits):
+                one.group.broadcast(staging)
     return staging

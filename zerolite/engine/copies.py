@@ -37,6 +37,11 @@ def adapt(engine: Engine) -> None:
 def plain_copy(engine: Engine, memo: dict) -> nn.Module:
     """An unsharded copy of the engine's model. ZeroliteError where its values are not on this rank."""
     model = engine.model
+    if engine.has_dtensors:
+        raise ZeroliteError(
+            "a model with DTensor parameters is not copied or pickled: its tensors belong to a mesh of processes; take "
+            "state_dict(), or zerolite.save, or zerolite.export, which writes whole tensors"
+        )
     expect_whole(engine, model, "a copy of the model")
     own = {name: model.__dict__.pop(name) for name in (*METHODS, DDP_ATTRIBUTE) if name in model.__dict__}
     try:

@@ -17,10 +17,10 @@ _DATA = torch._C.TensorBase.data
 @functools.cache
 def note_data_reads() -> None:
     """For every parameter of this process, from now on."""
-    nn.Parameter.data = property(_read, _DATA.__set__, doc=_DATA.__doc__)
+    nn.Parameter.data = property(read, _DATA.__set__, doc=_DATA.__doc__)
 
 
-def _read(parameter: nn.Parameter) -> torch.Tensor:
+def read(parameter: nn.Parameter) -> torch.Tensor:
     info = parameter.__dict__.get("_zerolite_info")
     if info is not None and not info.is_gone:
         info.bucket.parameters.note_data_read(info.index)

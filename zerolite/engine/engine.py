@@ -8,8 +8,8 @@
     step       optimizer.step                  the rule runs on the shard, here or in a worker: optim/
     fetch      before a unit's next forward    H2D of what workers stepped, then all-gather: offload/fetch.py
 
-What FSDP2 has and this has not: DTensor parameters and tensor parallelism, per-parameter sharding with dim-0 shards,
-a choice per module to keep parameters after forward, torch.compile of the hooks, meta-device deferred load by DCP.
+What FSDP2 has and this has not: per-parameter sharding with dim-0 shards, a choice per module to keep parameters after
+forward, torch.compile of the hooks, meta-device deferred load by DCP.
 What DeepSpeed has and this has not: an engine object with its own training loop, quantised communication (ZeRO++),
 a recorded trace for prefetching, persistence thresholds for small parameters, expert parallelism.
 """
@@ -33,8 +33,9 @@ from zerolite.errors import ZeroliteError
 from zerolite.offload.placement import Placement
 from zerolite.runtime import abort, trace
 from zerolite.runtime import device as devices
-from zerolite.runtime.mesh import RankMesh
+from zerolite.runtime.mesh import ModelRanks, RankMesh
 from zerolite.shards.bucket import Bucket, TrainableBucket, Unit
+from zerolite.shards.dtensors import is_distributed, local_gradient
 from zerolite.shards.layout import Partition
 
 
@@ -54,6 +55,7 @@ class Engine:
         self.mesh = mesh
         self.device = devices.of(device)
         self.precision = precision
+        self.has_dtensors = any(map(is_distributed, model.parameters()))
         self.units: list[Unit] = []  # the root first
         self.guard = ParameterGuard(model, self.units)  # watches from `build.finish` on
         self.reducer = Reducer(self.device)
@@ -77,7 +79,7 @@ class Engine:
         )
 
     def all_gather_scalars(self, scalars: torch.Tensor) -> torch.Tensor:
-        """Every rank's few fp64 numbers (n,) as (replicas, shards, n) on the host. Collective.
+        """Few fp64 numbers (n,) of every rank with other data, as (replicas, shards, n) on the host. Collective.
 
         Fetches come first: one rank may have started some of them alone, by reading parameters.
         """
@@ -206,6 +208,7 @@ class Engine:
         assert gradient is not None, "autograd calls this when the gradient is complete"
         if not self._is_backward_open:
             self.open_backward()
+        gradient = local_gradient(parameter, gradient) if self.has_dtensors else gradient
         if gradient.layout != torch.strided:
             raise ValueError(
                 f"{bucket.layout.slots[index].name} has a sparse gradient; zerolite reduces dense ones: "
@@ -353,6 +356,16 @@ def engine_of(model: nn.Module) -> Engine:
     if engine is None:
         raise ValueError(f"this {type(model).__name__} is not sharded: call zerolite.shard(model, stage=...) first")
     return engine
+
+
+def stage_ranks(engine: Engine) -> ModelRanks:
+    """All ranks of this pipeline stage."""
+    return engine.mesh.stage_ranks(engine.device.device, engine.fetch)
+
+
+def all_ranks(engine: Engine) -> ModelRanks:
+    """All ranks that have a part of the model."""
+    return engine.mesh.all_ranks(engine.device.device, engine.fetch)
 
 
 def find_engine(model: nn.Module) -> Engine | None:

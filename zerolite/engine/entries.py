@@ -31,6 +31,7 @@ from zerolite.engine.graph_task import is_in_backward
 from zerolite.engine.trees import map_tree, tensors_of
 from zerolite.errors import ZeroliteError
 from zerolite.shards.bucket import Bucket, Unit
+from zerolite.shards.dtensors import is_distributed, local_of
 from zerolite.shards.states import ParameterState
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Entries:
             self._by_storage[nan] = len(self._buckets)
             self._nan_storages.add(nan)
             self._buckets.append(weakref.ref(bucket))
+            if any(map(is_distributed, bucket.parameters.tensors)):
+                self._hooks = (self.pack_distributed, self.unpack)
         if buckets:
             kept_parameters.watch(self)
         if unit.is_root:
@@ -126,6 +129,14 @@ class Entries:
             return kept if version == 0 else (kept, version)
         self.index_of(tensor)  # raises for one that reads as NaN
         return _SavedParameter(index, kept.detach(), version)
+
+    def pack_distributed(self, tensor: torch.Tensor) -> Any:
+        """`pack`, of a model with DTensors: those have a storage of their own, without memory."""
+        if not is_distributed(tensor):
+            return self.pack(tensor)
+        index = self.index_of(tensor)
+        kept, version = tensor if tensor.grad_fn is None else tensor.detach(), tensor._version
+        return (kept, version) if index is None else _SavedParameter(index, kept.detach(), version)
 
     def unpack(self, packed: Any) -> torch.Tensor:
         kind = type(packed)
@@ -238,6 +249,6 @@ class _Parameters(dict):
 def _storage_of(tensor: torch.Tensor) -> int:
     """A number of the tensor's memory; NO_STORAGE for sparse ones and wrappers: none of ours."""
     try:
-        return tensor.untyped_storage()._cdata
+        return local_of(tensor).untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return NO_STORAGE

@@ -127,7 +127,7 @@ class GradHandles:
 
     def place(self) -> None:
         """A backward has ended. See [Note: handles on all ranks]."""
-        on_all_ranks = self._engine.mesh.world_size > 1
+        on_all_ranks = not self._engine.mesh.is_alone
         cleared: dict[Bucket, list[int]] = {}
         for parameter, slot, bucket in self._slots:
             if (on_all_ranks or bucket.gradients.was_used[slot.index]) and parameter.grad is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from zerolite.engine import step_header
+from zerolite.engine import norm_over, step_header
 from zerolite.engine.step_header import Told
 from zerolite.shards.bucket import Bucket, TrainableBucket
 from zerolite.shards.grad_norm import exact_sum_of_squares
@@ -22,14 +22,21 @@ class GradStats:
 
     squares: list[float]  # a bucket, summed over ranks in rank order; of the gradients as they lie, loss scale included
     was_used: list[list[bool]]  # a bucket and slot: some rank has a gradient of it
+    of_all_stages: float | None = None  # squares, where there are other pipeline stages: norm_over.py
+
+    @property
+    def total(self) -> float:
+        """Squares of this rank's pipeline stage; Inf or NaN where one of them is."""
+        total = sum(self.squares)
+        return math.fsum(self.squares) if math.isfinite(total) else total
 
     @property
     def norm(self) -> float:
-        return math.sqrt(math.fsum(self.squares))
+        return math.sqrt(self.total if self.of_all_stages is None else self.of_all_stages)
 
     @property
     def is_finite(self) -> bool:
-        return math.isfinite(sum(self.squares))
+        return math.isfinite(sum(self.squares) if self.of_all_stages is None else self.of_all_stages)
 
 
 class BucketStats(NamedTuple):
@@ -59,6 +66,7 @@ def reduce_grad_stats(engine: "Engine", counts: Sequence[Sequence[bool | None]],
     ZeroliteError on every rank where that differs, where ranks have gathered other units since the last step, or in
     another order, and where they have scaled gradients by other factors.
     """
+    header = step_header.numbers_of(engine, told) if engine.mesh.tensor else []
     stats, unreduced = _exchange(engine, counts, told, is_exact=False)
     if any(unreduced):
         _reduce_late(engine, unreduced)
@@ -66,7 +74,7 @@ def reduce_grad_stats(engine: "Engine", counts: Sequence[Sequence[bool | None]],
     total = sum(stats.squares)
     if total == 0 or not math.isfinite(total):
         stats, _ = _exchange(engine, counts, told, is_exact=True)
-    return stats
+    return norm_over.over_parts(engine, stats, header, told) if engine.mesh.tensor else stats
 
 
 def _exchange(
@@ -122,13 +130,15 @@ def slot_squares(engine: "Engine") -> dict[Bucket, list[float]]:
     if any(unreduced):
         _reduce_late(engine, unreduced)
         rows, _ = _exchange_slots(engine)
-    squares: dict[Bucket, list[float]] = {}
+    found: list[list[float]] = []
     column = 0
     for bucket in buckets:
         end = column + len(bucket.layout.slots)
-        squares[bucket] = [sum(terms) for terms in zip(*(row[column:end] for row in rows), strict=True)]
+        found.append([sum(terms) for terms in zip(*(row[column:end] for row in rows), strict=True)])
         column = end
-    return squares
+    if engine.mesh.tensor:
+        found = norm_over.over_tensor_groups(engine, buckets, found)
+    return dict(zip(buckets, found, strict=True))
 
 
 def _exchange_slots(engine: "Engine") -> tuple[list[list[float]], list[bool]]:

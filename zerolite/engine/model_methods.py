@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from zerolite.engine import copies
+from zerolite.engine.distributed import apply_to_others
 from zerolite.engine.engine import Engine, info_of
 from zerolite.engine.parameter_guard import guard_apply
 from zerolite.errors import ZeroliteError
@@ -29,6 +30,8 @@ def adapt(engine: Engine) -> None:
         buckets = (bucket for unit in engine.units for bucket in unit.buckets)
         return {bucket.shard.spec.dtype: bucket.layout.slots[0].name for bucket in buckets}
 
+    if engine.has_dtensors:
+        model._apply = functools.partial(apply_to_others, model, engine.device.device)
     guard_apply(model, engine.guard, dtypes, lambda: copies.expect_whole(engine, model, "a change of all values"))
     copies.adapt(engine)
     _read_parts(engine)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import stateless
 
 from zerolite.shards.bucket import Bucket, Unit
+from zerolite.shards.dtensors import is_distributed, local_of
 
 BEFORE = "do it before zerolite.shard"
 WHOLE = "do it inside zerolite.full_params(model, writeback=True), on every rank"
@@ -228,8 +229,13 @@ def _refuse_unfrozen(bucket: Bucket) -> None:
 def _store_data(bucket: Bucket) -> None:
     """Store what was given as `p.data`."""
     parameters = bucket.parameters
-    given = [(index, parameters.tensors[index].detach()) for index in parameters.rebound_slots()]
+    given = [(index, local_of(parameters.tensors[index]).detach()) for index in parameters.rebound_slots()]
     for index, values in given:
+        if not hasattr(parameters.tensors[index], "_zerolite_info"):  # its hooks are gone, too
+            raise ValueError(
+                f"{_name(bucket, index)}, a DTensor, was exchanged for another one after zerolite.shard (a part of the "
+                f"model was moved or cast, torch.utils.swap_tensors): {BEFORE}"
+            )
         why = _why_unlike(bucket, index, values)
         if why is not None:
             raise ValueError(
@@ -278,6 +284,8 @@ def _why_unlike(bucket: Bucket, index: int, other: torch.Tensor) -> str | None:
     """Why `other` cannot hold a slot's values; None where it can."""
     spec, slot = bucket.shard.spec, bucket.layout.slots[index]
     device = bucket.parameters.unsharded.device
+    if is_distributed(other):
+        return "a DTensor, whose part on this rank zerolite cannot tell from its own"
     if tuple(other.shape) != slot.shape:
         return f"shape {tuple(other.shape)}, not {slot.shape}"
     if other.dtype != spec.dtype:

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from zerolite.config import Offload, parse_bytes
-from zerolite.engine.engine import Engine
+from zerolite.engine.engine import Engine, all_ranks, stage_ranks
 from zerolite.offload.placement import DtypeOf
 from zerolite.runtime.rank_settings import compare_settings
+from zerolite.shards.dtensors import placed
 from zerolite.shards.units import ParameterGroup, UnitPlan
 
 
@@ -33,9 +34,13 @@ def compare_shards(
         for index, group in enumerate(plan.groups):
             for name, parameter in zip(group.names, group.parameters, strict=True):
                 where = f"in group {index} of unit {plan.name}{_kind(group, has_values)}"
-                settings[f"parameter {name}"] = f"{_tensor(parameter, dtype_of(parameter))} {where}"
+                settings[f"parameter {name}"] = f"{_tensor(parameter, dtype_of(parameter))} {where}{placed(parameter)}"
     settings |= {f"buffer {name}": _tensor(buffer, buffer.dtype) for name, buffer in engine.model.named_buffers()}
-    compare_settings(engine, "what zerolite.shard or zerolite.load_pretrained was given", settings)
+    what = "what zerolite.shard or zerolite.load_pretrained was given"
+    compare_settings(stage_ranks(engine), what, settings)
+    if mesh.pipeline:
+        alike = {name: settings[name] for name in ("version of torch", "scaler", "offload")}
+        compare_settings(all_ranks(engine), f"{what}, over pipeline stages", alike)
 
 
 def _offload(offload: Offload | None) -> str:

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from zerolite.config import LOW_PRECISION
+from zerolite.shards.dtensors import local_of
 
 STEPPED = (torch.float64, torch.float32, *LOW_PRECISION)
 
@@ -38,6 +39,7 @@ def _refuse_shared_memory(model: nn.Module) -> None:
     """Two parameters over one memory would get two shards, and part at the first step."""
     regions: dict[tuple, list[tuple[int, int, str]]] = {}
     for name, parameter in model.named_parameters():
+        parameter = local_of(parameter)
         if parameter.is_meta or parameter.numel() == 0 or parameter.layout != torch.strided:
             continue
         last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from zerolite.errors import ZeroliteError
+from zerolite.runtime.rank_errors import Ranks
 from zerolite.runtime.rank_settings import difference
 
 if TYPE_CHECKING:
@@ -31,8 +32,18 @@ def header_of(engine: Engine, told: Told | None) -> list[float | torch.Tensor]:
     return [float(engine.gather_order_hash), engine.handles.digest(), *of_optimizer]
 
 
-def compare_headers(engine: Engine, told: Told | None, headers: Sequence[Sequence[float]]) -> None:
-    """ZeroliteError on every rank, naming both values, where the ranks' headers differ. Collective."""
+def numbers_of(engine: Engine, told: Told | None) -> list[float]:
+    """`header_of` on the host, which waits for the device where a number lies there."""
+    return [float(number) for number in header_of(engine, told)]
+
+
+def compare_headers(
+    engine: Engine, told: Told | None, headers: Sequence[Sequence[float]], ranks: Ranks | None = None
+) -> None:
+    """ZeroliteError on every rank, naming both values, where the ranks' headers differ. Collective.
+
+    ranks: that the headers are of; None: those of other data.
+    """
     columns = [{str(number) for number in column} for column in zip(*headers, strict=True)]  # NaN is NaN
     gathers, scales, *of_optimizer = (len(column) > 1 for column in columns)
     engine.gather_order_hash = 0
@@ -47,4 +58,5 @@ def compare_headers(engine: Engine, told: Told | None, headers: Sequence[Sequenc
             "multiply the same parameters' .grad by the same numbers, or none"
         )
     if any(of_optimizer):
-        raise difference(engine, "the optimizer", told.in_words() if told is not None else {"optimizer": "none"})
+        words = told.in_words() if told is not None else {"optimizer": "none"}
+        raise difference(ranks or engine, "the optimizer", words)

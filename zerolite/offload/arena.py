@@ -3,6 +3,7 @@
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -101,7 +102,18 @@ def check_available(needed_bytes: int, num_local_ranks: int, what: str) -> None:
 
 def available_bytes() -> int:
     """Memory that can be taken now without swapping: the machine's or, where it is less, the control group's."""
-    available = psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *_bytes_of_group()])
+
+
+def memory_group() -> str:
+    """What tells processes apart that have a limit of memory of their own; "" where the machine's memory is all."""
+    if not any(True for _ in _bytes_of_group()):
+        return ""
+    return f"{os.stat('/proc/self/ns/cgroup').st_ino} {_lines('/proc/self/cgroup')}"
+
+
+def _bytes_of_group() -> Iterator[int]:
+    """What the control group leaves, where it has a limit."""
     for line in _lines("/proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -114,8 +126,7 @@ def available_bytes() -> int:
         values = [_lines(folder / name)[:1] for name in (limit, used)]
         if all(value and value[0].isdigit() for value in values):
             cached = dict(line.split() for line in _lines(folder / "memory.stat")).get("inactive_file", 0)
-            available = min(available, int(values[0][0]) - int(values[1][0]) + int(cached))
-    return available
+            yield int(values[0][0]) - int(values[1][0]) + int(cached)
 
 
 def _lines(path) -> list[str]:

@@ -6,6 +6,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from zerolite_kernels import cpu
@@ -21,6 +22,15 @@ from zerolite.offload.system import needed
 from zerolite.runtime.device import Device
 
 
+class LocalRanks(NamedTuple):
+    """Ranks of the model on this machine."""
+
+    number: int  # this rank's, for errors
+    local_rank: int  # this rank's, among those that may run on the same cores
+    num_sharing_cores: int
+    num_sharing_memory: int
+
+
 class Host:
     """Arena and workers of this rank; they end with the engine that holds it."""
 
@@ -28,12 +38,11 @@ class Host:
         self,
         offload: Offload,
         device: Device,
-        local_rank: int,
-        num_local_ranks: int,
+        local: LocalRanks,
         name: str,
         on_failure: Callable[[str], None],
     ):
-        """local_rank: among the `num_local_ranks` of this machine; `name` of the rank, for errors."""
+        """name: of the rank, for errors."""
         if cpu.path() is None:
             if offload.path is not None or offload.states != "fp32":
                 raise ValueError(
@@ -46,7 +55,7 @@ class Host:
                 stacklevel=2,
             )
         self.offload, self.device = offload, device
-        self.num_local_ranks = num_local_ranks
+        self.num_local_ranks = local.num_sharing_memory
         self.d2h_stream, self.h2d_stream = device.new_stream(), device.new_stream()
         self.arena = Arena(device)
         # Memory of optimizers that are gone, for the next one.
@@ -60,9 +69,9 @@ class Host:
         num_workers = offload.workers or 1
         num_threads = None if offload.threads is None else offload.threads * num_workers
         with needed(f"{name}: which cores this machine has"):
-            cores = cores_of(local_rank, num_local_ranks, num_threads)
+            cores = cores_of(local.local_rank, local.num_sharing_cores, num_threads)
             if len(cores) < num_workers:
-                cores = cores_of(local_rank, num_local_ranks, num_workers)
+                cores = cores_of(local.local_rank, local.num_sharing_cores, num_workers)
         self.fetch_queue = queue = FetchQueue()
 
         def fail(message: str) -> None:

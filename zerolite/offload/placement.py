@@ -1,6 +1,6 @@
 """Which units' shards lie on the host, what that costs, and the start of the workers that step them."""
 
-import zlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from zerolite.config import Offload, Precision, master_dtype, parse_bytes, reduce_dtype
+from zerolite.offload.arena import memory_group
 from zerolite.offload.fetch import FetchQueue
-from zerolite.offload.host import Host
+from zerolite.offload.host import Host, LocalRanks
 from zerolite.offload.host_shard import HostShard
 from zerolite.offload.shard_memory import rounded
 from zerolite.runtime import abort
 from zerolite.runtime.device import Device
 from zerolite.runtime.mesh import RankMesh
+from zerolite.runtime.rank_settings import digest_of
 from zerolite.shards.layout import Partition
 from zerolite.shards.shard import BucketSpec, DeviceShard, Shard
 from zerolite.shards.units import ParameterGroup, UnitPlan, layouts_of
@@ -89,9 +91,10 @@ def place(
     if offload is None:
         return Placement()
     units = choose_host_units(plans, policy, offload)
+    local = local_ranks(mesh, device)  # of every rank, one whose pipeline stage fits its device, too
     if not units:
         return Placement()
-    host = _start_host(offload, device, mesh)
+    host = Host(offload, device, local, f"rank {local.number}", abort.publish)
     needed = sum(host_bytes(plans[index], policy, offload) for index in units)
     host.check_memory(needed, "offloading gradients and parameters")
     return Placement(host, units, host.fetch_queue)
@@ -151,10 +154,17 @@ def host_bytes(plan: UnitPlan, policy: Policy, offload: Offload) -> int:
     return total
 
 
-def _start_host(offload: Offload, device: Device, mesh: RankMesh) -> Host:
-    """This rank's arena and workers, with its share of the cores of this machine. Collective."""
+def local_ranks(mesh: RankMesh, device: Device) -> LocalRanks:
+    """Who shares this machine with this rank, of all ranks of the model, whatever they shard. Collective.
+
+    Containers of one machine (pods) have one boot_id, and may have cores and a limit of memory of their own.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    machine = torch.tensor([float(zlib.crc32(boot.encode()))], dtype=torch.float64, device=device.device)
-    machines = mesh.all_gather_scalars(machine).view(-1).tolist()
-    here = [rank for rank, other in enumerate(machines) if other == machines[mesh.rank]]
-    return Host(offload, device, here.index(mesh.rank), len(here), f"rank {mesh.rank}", abort.publish)
+    keys = (f"{boot} {sorted(os.sched_getaffinity(0))}", f"{boot} {memory_group()}")
+    own = [digest_of(key) for key in keys]
+    ranks = mesh.all_ranks(device.device)
+    number, _ = ranks.place()
+    rows = ranks.all_gather_scalars(torch.tensor(own, dtype=torch.float64)).tolist()
+    sharing_cores = [rank for rank, row in enumerate(rows) if row[0] == own[0]]
+    sharing_memory = [rank for rank, row in enumerate(rows) if row[1] == own[1]]
+    return LocalRanks(number, sharing_cores.index(number), len(sharing_cores), len(sharing_memory))

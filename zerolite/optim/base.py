@@ -22,6 +22,7 @@ import torch
 
 from zerolite.engine.engine import Engine, sharded_info
 from zerolite.engine.grad_stats import GradStats, reduce_grad_stats
+from zerolite.engine.norm_over import over_stages
 from zerolite.errors import ZeroliteError
 from zerolite.optim.groups import Groups
 from zerolite.optim.hyperparameters import check_options
@@ -224,8 +225,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._stats is None or self._stats[0] != (reducer.version, handles.num_scalings_by_hand):
             stats = reduce_grad_stats(self._engine, counts, self._settings)  # it may reduce, which is a new version
             self._stats = ((reducer.version, handles.num_scalings_by_hand), stats)
-        stats = self._stats[1]
-        return handles.scaled(stats, counts), handles.scaled_before_clip(stats, counts)
+        found = handles.scaled(self._stats[1], counts), handles.scaled_before_clip(self._stats[1], counts)
+        return over_stages(self._engine, *found) if self._engine.mesh.pipeline else found
 
     def _unscaled_norm(self, stats: GradStats) -> float:
         return stats.norm / (self._engine.loss_scale.value if self._engine.loss_scale is not None else 1.0)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from zerolite.engine.norm_over import over_tensor_groups
 from zerolite.optim.base import ShardedOptimizer, Work
 from zerolite.optim.hyperparameters import check_hyperparameters
 from zerolite.optim.rules import LambRule, trust_ratio
@@ -41,5 +42,10 @@ class Lamb(ShardedOptimizer):
         if not all(bucket.shard.spec.owns_all for bucket, _, _ in work):
             # A shard's row is zero on all ranks but its owner's.
             flat = self._engine.mesh.shard.all_gather_scalars(flat).sum(dim=0)
-        parts = flat.cpu().split([rows.numel() for rows in squares])
+        parts = list(flat.cpu().split([rows.numel() for rows in squares]))
+        if self._engine.mesh.tensor:
+            # A shard's row is of other elements on a rank with another part: only sums over shards are added.
+            sums = [part.view(rows.shape).sum(dim=0).view(-1) for part, rows in zip(parts, squares, strict=True)]
+            added = over_tensor_groups(self._engine, [bucket for bucket, _, _ in work], [one.tolist() for one in sums])
+            return [torch.tensor(one).view(1, *rows.shape[1:]) for one, rows in zip(added, squares, strict=True)]
         return [part.view(rows.shape) for part, rows in zip(parts, squares, strict=True)]

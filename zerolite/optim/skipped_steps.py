@@ -22,7 +22,8 @@ def report_skipped(names: list[str], loss_scale: LossScale | None, drop_gradient
     At the floor no lower scale would help: ZeroliteError, with scale, steps and units. The gradients are dropped then,
     so that whoever goes on does not add to them.
     """
-    where = f"gradients of {', '.join(names[:4])}{' and others' if len(names) > 4 else ''} hold Inf or NaN"
+    units = ", ".join(names[:4]) if names else "another pipeline stage"
+    where = f"gradients of {units}{' and others' if len(names) > 4 else ''} hold Inf or NaN"
     if loss_scale is None:
         warnings.warn(f"step skipped on every rank, nothing changed: {where}", stacklevel=4)
     elif loss_scale.value <= loss_scale.floor:

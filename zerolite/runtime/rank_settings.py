@@ -31,11 +31,7 @@ def compare_settings(ranks: Ranks, what: str, settings: Settings) -> None:
 
 def difference(ranks: Ranks, what: str, settings: Settings) -> ZeroliteError:
     """The error that names what differs, the same on every rank, for those whose digests differed. Collective."""
-    text = json.dumps(dict(settings)).encode()
-    lengths = ranks.all_gather_scalars(torch.tensor([float(len(text))], dtype=torch.float64)).view(-1)
-    padded = text.ljust(int(lengths.max()))
-    rows = ranks.all_gather_scalars(torch.tensor(list(padded), dtype=torch.float64)).view(len(lengths), -1)
-    everyone = [json.loads(bytes(map(int, row))) for row in rows.tolist()]
+    everyone = [json.loads(text) for text in gather_texts(ranks, json.dumps(dict(settings)))]
     names = dict.fromkeys(name for one in everyone for name in one)
     different = [name for name in names if len({one.get(name) for one in everyone}) > 1]
     said = [f"{name} is {_by_rank([one.get(name, 'absent') for one in everyone])}" for name in different[:NUM_NAMED]]
@@ -47,6 +43,15 @@ def difference(ranks: Ranks, what: str, settings: Settings) -> ZeroliteError:
             f"their order: number {place} is {_by_rank(at)} (the order of a set, or of a folder's files, is no order)"
         ]
     return ZeroliteError(f"ranks differ in {what}: {'; '.join(said)}. Give every rank the same")
+
+
+def gather_texts(ranks: Ranks, text: str) -> list[str]:
+    """Every rank's text, without spaces at its end, in the order of the ranks' rows. Collective."""
+    encoded = text.encode()
+    lengths = ranks.all_gather_scalars(torch.tensor([float(len(encoded))], dtype=torch.float64)).view(-1)
+    padded = encoded.ljust(int(lengths.max()))
+    rows = ranks.all_gather_scalars(torch.tensor(list(padded), dtype=torch.float64)).view(len(lengths), -1)
+    return [bytes(map(int, row)).decode().rstrip(" ") for row in rows.tolist()]
 
 
 def _by_rank(values: Sequence[str]) -> str:

@@ -10,9 +10,12 @@ of it so that collectives are. A `Partition` turns the stage into the range that
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from zerolite.shards.blocks import Block
 
 ALIGNMENT_NUMEL = 128  # 256 bytes of bf16; a block of int8 states, so that no block belongs to two parameters
 
@@ -50,6 +53,8 @@ class Slot:
     shape: tuple[int, ...]
     numel: int
     offset: int
+    block: "Block | None" = None  # of the whole parameter, where other ranks have other parts of it
+    whole_shape: tuple[int, ...] | None = None  # then
 
     @cached_property
     def range(self) -> Range:
@@ -174,25 +179,38 @@ def align(numel: int, multiple: int = ALIGNMENT_NUMEL) -> int:
     return -(-numel // multiple) * multiple
 
 
-def pack(parameters: Sequence[tuple[str, tuple[int, ...]]], world_size: int, bucket_numel: int) -> list[BucketLayout]:
-    """Pack (name, shape) in order into buckets of at most `bucket_numel`; a larger parameter has one to itself."""
+class Packed(NamedTuple):
+    """One parameter that `pack` is given."""
+
+    name: str
+    shape: tuple[int, ...]  # of this rank's part
+    block: "Block | None" = None  # as of a Slot, with `whole_shape`
+    whole_shape: tuple[int, ...] | None = None
+    largest_numel: int = 0  # that any rank has of it: buckets are cut alike where parts differ
+
+
+def pack(parameters: Sequence[tuple], world_size: int, bucket_numel: int) -> list[BucketLayout]:
+    """Pack `Packed`, or (name, shape), in order into buckets of at most `bucket_numel`.
+
+    A parameter that is larger has one to itself.
+    """
     buckets: list[BucketLayout] = []
     slots: list[Slot] = []
-    end = 0
+    end = largest_end = 0
 
     def close() -> None:
-        nonlocal slots, end
+        nonlocal slots, end, largest_end
         if slots:
             buckets.append(BucketLayout(tuple(slots), align(end, ALIGNMENT_NUMEL * world_size), world_size))
-        slots, end = [], 0
+        slots, end, largest_end = [], 0, 0
 
-    for name, shape in parameters:
+    for name, shape, block, whole_shape, largest in (Packed(*parameter) for parameter in parameters):
         numel = 1
         for length in shape:
             numel *= length
-        if slots and end + numel > bucket_numel:
+        if slots and largest_end + max(numel, largest) > bucket_numel:
             close()
-        slots.append(Slot(name, tuple(shape), numel, end))
-        end = align(end + numel)
+        slots.append(Slot(name, tuple(shape), numel, end, block, whole_shape))
+        end, largest_end = align(end + numel), align(largest_end + max(numel, largest))
     close()
     return buckets

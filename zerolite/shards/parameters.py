@@ -27,11 +27,13 @@ from torch import nn
 
 from zerolite.runtime import trace
 from zerolite.runtime.collectives import Pending
+from zerolite.shards.dtensors import is_distributed, local_of, own_local
 from zerolite.shards.shard import BucketSpec, Shard
 from zerolite.shards.states import LEGAL, ParameterState, illegal
 
 _VERSION, _REQUIRES_GRAD = attrgetter("_version"), attrgetter("requires_grad")
 _ADDRESS = torch.Tensor.data_ptr
+_NO_ADDRESS = -1
 
 
 class FlatParameters:
@@ -50,6 +52,9 @@ class FlatParameters:
         stays_unsharded: bool,
     ):
         self.layout, self.unit_name, self.tensors = spec.layout, spec.unit_name, list(tensors)
+        # What is bound: the parameters or, of DTensors, the plain tensors inside, whose `data` is theirs.
+        self._locals = list(map(own_local, tensors))
+        self._address_of = self._address_inside if any(map(is_distributed, tensors)) else _ADDRESS
         self.unsharded, self.shard = unsharded, shard
         self.stays_unsharded = stays_unsharded
         self.is_frozen = spec.gradient_dtype is None
@@ -132,7 +137,7 @@ class FlatParameters:
         # Every step asks this of every bucket: `map` over what is written in C makes no Python call a parameter.
         return (
             list(map(_VERSION, self.tensors)) == self._versions
-            and list(map(_ADDRESS, self.tensors)) == self._addresses()
+            and list(map(self._address_of, self.tensors)) == self._addresses()
             and not self._read_slots
             and not (self.is_frozen and any(map(_REQUIRES_GRAD, self.tensors)))
         )
@@ -144,7 +149,7 @@ class FlatParameters:
     def rebound_slots(self) -> list[int]:
         """Slots whose parameter was given other memory."""
         addresses = enumerate(zip(self.tensors, self._addresses(), strict=True))
-        return [index for index, (parameter, address) in addresses if parameter.data_ptr() != address]
+        return [index for index, (parameter, address) in addresses if self._address_of(parameter) != address]
 
     def note_data_read(self, index: int) -> None:
         """Somebody has got the slot's memory, and may write there without being seen."""
@@ -175,7 +180,9 @@ class FlatParameters:
 
     def rebind(self, index: int) -> None:
         """Give a parameter its own memory again."""
-        self.tensors[index].data = self._views[index] if self._is_bound else self._nan_views[index]
+        if is_distributed(self.tensors[index]):
+            self.tensors[index]._local_tensor = self._locals[index]
+        self._locals[index].data = self._views[index] if self._is_bound else self._nan_views[index]
 
     def restore_nan(self) -> None:
         """A parameter of one element can be written while it reads as NaN, and all share that element."""
@@ -202,6 +209,11 @@ class FlatParameters:
             own.copy_(given)
             self.shard.set_values(stored)
         self.rebind(index)
+
+    def _address_inside(self, parameter: torch.Tensor) -> int:
+        """Of a DTensor's memory; none where another tensor than the bound one is inside."""
+        local = local_of(parameter)
+        return local.data_ptr() if any(local is own for own in self._locals) else _NO_ADDRESS
 
     def _addresses(self) -> list[int]:
         return list(map(_ADDRESS, self._views)) if self._is_bound else self._nan_addresses
@@ -232,11 +244,11 @@ class FlatParameters:
         self.state = after
 
     def _place_nan(self) -> None:
-        for parameter, view in zip(self.tensors, self._nan_views, strict=True):
-            parameter.data = view
+        for local, view in zip(self._locals, self._nan_views, strict=True):
+            local.data = view
         self._is_bound = False
 
     def _bind(self) -> None:
-        for parameter, view in zip(self.tensors, self._views, strict=True):
-            parameter.data = view
+        for local, view in zip(self._locals, self._views, strict=True):
+            local.data = view
         self._is_bound = True

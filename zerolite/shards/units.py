@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from zerolite.shards.layout import BucketLayout, pack
+from zerolite.shards.dtensors import Ranks, block_of, largest_numel, local_shape, splits_of
+from zerolite.shards.layout import BucketLayout, Packed, pack
 
 # Buckets of this many elements: 64 MiB in bf16. A transformer block of LLaMA-7B has six, a small one is one.
 BUCKET_NUMEL = 32 * 1024 * 1024
@@ -25,6 +26,7 @@ class ParameterGroup:
     is_trainable: bool
     stays_unsharded: bool  # at stage 3 too: adapters are too small to be worth a gather
     is_on_meta: bool  # without values when it was planned
+    splits: tuple[Ranks, ...] = ()  # over which other ranks have other parts of all of them: dtensors.py
 
 
 @dataclass
@@ -117,7 +119,7 @@ def plan_units(
             open_groups.clear()
             last_unit = unit
         plan = plans.setdefault(unit, UnitPlan(names[unit] or "(root)", chosen[unit], []))
-        kind = (parameter.requires_grad, id(parameter) in unsharded, parameter.is_meta)
+        kind = (parameter.requires_grad, id(parameter) in unsharded, parameter.is_meta, splits_of(parameter))
         key = (dtype_of(parameter), *kind)
         if key not in open_groups:
             open_groups[key] = ParameterGroup([], [], position, *kind)
@@ -131,4 +133,10 @@ def layouts_of(group: ParameterGroup, world_size: int) -> list[BucketLayout]:
     """The buckets of one group, cut for `world_size` ranks."""
     parameters = zip(group.names, group.parameters, strict=True)
     bucket_numel = BUCKET_NUMEL if group.is_trainable else FROZEN_BUCKET_NUMEL
-    return pack([(name, tuple(parameter.shape)) for name, parameter in parameters], world_size, bucket_numel)
+    return pack([_packed(name, parameter) for name, parameter in parameters], world_size, bucket_numel)
+
+
+def _packed(name: str, parameter: nn.Parameter) -> Packed:
+    block = block_of(parameter)
+    whole_shape = tuple(parameter.shape) if block is not None else None
+    return Packed(name, local_shape(parameter), block, whole_shape, largest_numel(parameter))
