@@ -39,7 +39,7 @@ from zerolite.medqa import (
 from zerolite.medqa.arguments import Options, parse
 from zerolite.medqa.batches import Order, collate, fingerprint, micro_batches
 from zerolite.medqa.best import Best
-from zerolite.medqa.claim import begin, claim_output, claimed
+from zerolite.medqa.claim import begin, check_shared, claim_output, claimed
 from zerolite.medqa.corpus import Corpus
 from zerolite.medqa.divergence import Diverged, Divergence
 from zerolite.medqa.ending import NotWritten, result_or_checkpoint
@@ -86,6 +86,7 @@ def prepare(options: Options) -> Run:
     data = packing.pack(data, options) if options.packing else data
 
     ranks = processes.join()
+    check_shared(folder, ranks)
     options = options.resolved(ranks.device.type)
     stage, why_stage = tuning.stage_of(options, config, ranks)
     options = dataclasses.replace(options, stage=stage)

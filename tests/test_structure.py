@@ -32,8 +32,8 @@ LEVELS = [
 
 PUBLIC_NAMES = {
     "Adam", "AdamW", "CheckpointError", "DataError", "Lamb", "Lion", "Offload", "Precision", "Usage", "WorkerError",
-    "ZeroliteError", "adapters", "export", "full_params", "like", "load", "load_pretrained", "measure", "no_sync",
-    "save", "shard",
+    "ZeroliteError", "adapters", "compile", "export", "full_params", "like", "load", "load_pretrained", "measure",
+    "no_sync", "save", "shard",
 }  # fmt: skip
 
 FLAGS = {

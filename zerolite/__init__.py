@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from zerolite.api import full_params, no_sync, shard
+from zerolite.api import compile, full_params, no_sync, shard
 from zerolite.checkpoint.load import load
 from zerolite.checkpoint.save import save
 from zerolite.config import Offload, Precision
@@ -35,6 +35,7 @@ __all__ = [
     "WorkerError",
     "ZeroliteError",
     "adapters",
+    "compile",
     "export",
     "full_params",
     "like",

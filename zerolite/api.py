@@ -1,4 +1,4 @@
-"""What users call on a model: shard, no_sync, full_params."""
+"""What users call on a model: shard, compile, no_sync, full_params."""
 
 import contextlib
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from zerolite.config import Offload, Precision
-from zerolite.engine import build, meta_init
+from zerolite.engine import build, compiled, meta_init
 from zerolite.engine.engine import Engine, engine_of, info_of
 from zerolite.engine.prefetch import gather_all, release_all
 from zerolite.runtime import device as devices
@@ -87,6 +87,20 @@ def shard(
     engine = Engine(model, Partition(stage), ranks, device, precision)
     build.build(engine, units, offload, meta_init.materialize, has_values=True)
     build.finish(engine)
+    return model
+
+
+def compile(model: nn.Module, **options) -> nn.Module:
+    """Compile the forward of every unit of a sharded model by `torch.compile(forward, **options)`; the same model.
+
+    Each unit is one graph with its hooks outside; at stage 3, too, nothing is compiled again. Units of a class share
+    what is compiled; `torch._dynamo.config.recompile_limit` is raised where they could differ by a number. A unit that
+    contains others, as the root does, runs as it is written. Copies of the model are not compiled.
+
+    Call it after `shard`, and after adapters were added. Raises ValueError for a model that is not sharded, for one
+    whose only unit is itself, and for a unit whose graph would break, since it shares a parameter with another one.
+    """
+    compiled.compile_units(engine_of(model), options)
     return model
 
 

@@ -69,13 +69,30 @@ def test_a_model_on_the_cpu_goes_where_its_ranks_are(machine, num_gpus, local_ra
     assert devices.target(torch.nn.Linear(1, 1), None) == torch.device(expected)
 
 
-@pytest.mark.parametrize("choose", [devices.default, processes._device])
+@pytest.mark.parametrize("choose", [devices.default, processes.join])
 def test_more_ranks_than_gpus_are_refused_by_both_numbers(machine, choose):
     machine(2, local_rank=5)
     with pytest.raises(ValueError, match="LOCAL_RANK is 5 and 2 GPUs are visible"):
         choose()
     machine(1, local_rank=5)
-    assert choose() == torch.device("cuda", 0)
+    assert devices.default() == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "local_rank", "told", "expected"),
+    [
+        (4, 1, "cuda:2", "cuda:2"),  # workers of two GPUs each: the second one's first
+        (1, 3, "cuda:0", "cuda:0"),  # one GPU visible to each actor
+        (2, 1, "cpu", "cpu"),  # ScalingConfig(use_gpu=False)
+        (0, 1, "cpu", "cpu"),
+        (4, 3, "cuda", "cuda:3"),  # says nothing
+    ],
+)
+def test_a_worker_of_ray_train_has_the_gpu_that_ray_gave_it(machine, monkeypatch, num_gpus, local_rank, told, expected):
+    """Every worker sees those of all workers of its machine, in the order of their numbers."""
+    machine(num_gpus, local_rank)
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", told)
+    assert devices.target(torch.nn.Linear(1, 1), None) == torch.device(expected)
 
 
 def test_a_model_on_a_gpu_needs_nccl(machine):

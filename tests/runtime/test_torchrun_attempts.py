@@ -1,7 +1,11 @@
-"""Does an attempt of torchrun --max-restarts find only its own names in the store, which outlives the ranks?"""
+"""Does an attempt of torchrun --max-restarts find only its own names in the store, which outlives the ranks?
+
+On several machines too, each of which counts its attempts alone.
+"""
 
 from __future__ import annotations
 
+import datetime
 import os
 import time
 from types import SimpleNamespace
@@ -14,7 +18,7 @@ from zerolite_kernels import cpu
 
 import zerolite
 from zerolite.medqa import processes
-from zerolite.runtime import abort
+from zerolite.runtime import abort, attempts
 
 LATE_S = 0.7  # of rank 1 in the second attempt: rank 0 would read where the first one's rank 1 listened
 
@@ -24,8 +28,11 @@ def attempt(port: int, number: int, joins: bool) -> float:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     rank = store.add(f"rank of attempt {number}", 1) - 1
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "1"}
-    environment["TORCHELASTIC_RESTART_COUNT"] = str(number)
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": str(rank)}
+    environment["TORCHELASTIC_RESTART_COUNT"] = str(number * (1 - rank))  # rank 1's machine has joined anew
+    if number == 0:  # what an attempt left that ended before it had begun: a rank that asked, and one that was about to
+        store.set(f"{attempts.QUESTIONS}/{store.add(attempts.QUESTIONS, 1)}", "of one that has died")
+        store.add(attempts.QUESTIONS, 1)
     with mock.patch.dict(os.environ, environment), mock.patch.object(abort, "distributed_c10d"):
         # Those who join by themselves have no names of an attempt's own.
         abort.distributed_c10d = SimpleNamespace(
@@ -56,3 +63,9 @@ def test_an_attempt_neither_joins_nor_hears_the_one_before(ranks, joins, monkeyp
     team = ranks(2, distributed=False, timeout=20.0)
     first, second = (team.run(attempt, store.port, number, joins) for number in range(2))
     assert first == second and second[0] > 0
+
+
+def test_a_rank_that_does_not_come_is_an_error_of_rank_0():
+    store = dist.HashStore()
+    with pytest.raises(zerolite.ZeroliteError, match="2 of 3 ranks did not start in 0 s"):
+        attempts._give_name(store, 3, datetime.timedelta(milliseconds=30))

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import hosts
 import torch.distributed.run
 from limits import load, until
 from paths import ROOT
@@ -34,9 +35,18 @@ class Program:
     """A program that runs, in a session of its own, with the methods of a text-mode `subprocess.Popen` with pipes."""
 
     def __init__(
-        self, script: Path, arguments: Sequence[str], ranks: int | None, environment: Mapping[str, str], log=None
+        self,
+        script: Path,
+        arguments: Sequence[str],
+        ranks: int | Sequence[str] | None,
+        environment: Mapping[str, str],
+        log=None,
+        network: int | None = None,
     ):
-        """ranks: started by torchrun on so many; None: by python. log: a file for what it prints; None: pipes."""
+        """ranks: started by torchrun on so many, or with these options; None: by python.
+
+        log: a file for what it prints; None: pipes. network: a process whose network it has; None: this one's.
+        """
         ours, theirs = socket.socketpair()
         if log is None:
             (self.stdout, out), (self.stderr, err) = _pipe(), _pipe()
@@ -44,7 +54,7 @@ class Program:
             out, err = os.dup(log.fileno()), os.dup(log.fileno())
         with ours, theirs:
             self._process = zygote().start(
-                _become, theirs, str(script), list(arguments), ranks, dict(environment), out=out, err=err
+                _become, theirs, str(script), list(arguments), ranks, dict(environment), network, out=out, err=err
             )
         os.close(out)
         os.close(err)
@@ -95,16 +105,25 @@ def run(script: Path, arguments: Sequence[str], environment: Mapping[str, str] |
     return out
 
 
-def _become(connection: int, script: str, arguments: list[str], ranks: int | None, environment: dict) -> None:
+def _become(
+    connection: int,
+    script: str,
+    arguments: list[str],
+    ranks: int | Sequence[str] | None,
+    environment: dict,
+    network: int | None,
+) -> None:
     os.close(connection)
     os.setsid()
+    if network is not None:
+        hosts.enter(network)
     os.environ.update(environment)
     _print_to_descriptors()
     SubprocessHandler._popen = _popen
     if ranks is None:
         _end_with(lambda: _run_script(script, arguments))
-    torchrun = ["--standalone", "--nproc-per-node", str(ranks), script, *arguments]
-    _end_with(lambda: torch.distributed.run.main(torchrun))
+    options = ["--standalone", "--nproc-per-node", str(ranks)] if isinstance(ranks, int) else ranks
+    _end_with(lambda: torch.distributed.run.main([*options, script, *arguments]))
 
 
 def _print_to_descriptors() -> None:

@@ -120,7 +120,8 @@ class LoraLayer(nn.Module):
         low_rank = self.lora[adapter.name]
         if low_rank.magnitude is not None:
             return self._directed(x, low_rank)
-        if not _serves_kernel(self, low_rank):
+        # A compiler writes kernels of its own for plain torch, and would stop at ours.
+        if torch.compiler.is_compiling() or not _serves_kernel(self, low_rank):
             result = super().forward(x)
             return (result + low_rank.term(_dropped(self, low_rank, x))).to(result.dtype)
         if low_rank.together is not None:

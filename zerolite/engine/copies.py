@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from zerolite.engine.compiled import compiled_forwards
 from zerolite.engine.engine import Engine
 from zerolite.errors import ZeroliteError
 
@@ -44,6 +45,7 @@ def plain_copy(engine: Engine, memo: dict) -> nn.Module:
         )
     expect_whole(engine, model, "a copy of the model")
     own = {name: model.__dict__.pop(name) for name in (*METHODS, DDP_ATTRIBUTE) if name in model.__dict__}
+    compiled = [(module, module.__dict__.pop("forward")) for module in [*compiled_forwards(model)]]
     try:
         for module in model.modules():
             for *_, hook in _hooks_of_engine(module):
@@ -51,6 +53,8 @@ def plain_copy(engine: Engine, memo: dict) -> nn.Module:
         twin = copy.deepcopy(model, memo)
     finally:
         model.__dict__.update(own)
+        for module, forward in compiled:
+            module.forward = forward
     for original, duplicate in zip(model.modules(), twin.modules(), strict=True):
         for hooks, identity, _ in _hooks_of_engine(original):
             getattr(duplicate, hooks).pop(identity, None)

@@ -27,7 +27,7 @@ def install(engine: Engine, unit: Unit, entries: Entries) -> None:
     """Hook one unit's module and its trainable parameters."""
     uses: list[_Use] = []
     entries.add(unit)
-    for module in _entrances(unit):
+    for module in entrances(unit):
         module.register_forward_pre_hook(_BeforeForward(engine, unit, uses, entries), with_kwargs=True, prepend=True)
         module.register_forward_hook(_AfterForward(engine, unit, uses, entries), always_call=True)
     for bucket in unit.buckets:
@@ -36,7 +36,7 @@ def install(engine: Engine, unit: Unit, entries: Entries) -> None:
                 parameter.register_post_accumulate_grad_hook(_AfterGradient(engine, bucket, index))
 
 
-def _entrances(unit: Unit) -> list[nn.Module]:
+def entrances(unit: Unit) -> list[nn.Module]:
     """The unit's module and, for the root, every module that owns some of its parameters.
 
     Those may be called from outside the root's forward: `generate` of an encoder-decoder calls the encoder alone.

@@ -1,6 +1,7 @@
 """An output folder belongs to one run: locked while it works, refused where it holds another run's result.
 
-What the end of a run would not be able to write is found here, before any work. On rank 0 alone, which writes.
+What the end of a run would not be able to write is found here, before any work. On rank 0 alone, which writes; but the
+shards of a checkpoint come from all ranks, so all must see one folder.
 """
 
 import contextlib
@@ -9,14 +10,17 @@ import errno
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from zerolite.medqa import resume
 from zerolite.medqa.arguments import OPTIONS, Options
+from zerolite.medqa.processes import Processes
 
 LOCK = "run.lock"
 RESULTS = ("model", "adapter")  # folders that the end of a run replaces
@@ -27,6 +31,8 @@ SIDE_FILES = (
 )
 # Of a file system that has no locks; NFS has them from version 4 on, or with its lock daemon.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+SEEN_S = 10.0  # for what another machine has written to be seen on this one: a network's file system keeps answers
 
 _locks: dict[Path, int] = {}  # descriptors of this process, which is one run at a time
 
@@ -55,6 +61,44 @@ def claim_output(options: Options) -> str | None:
         _check_free(folder, options)
     _check_writable(folder)
     return told
+
+
+def check_shared(folder: Path, ranks: Processes) -> None:
+    """See that every rank reads and writes the output folder that rank 0 has claimed. Every rank must call it.
+
+    ValueError on every rank where one of them does not: another machine's disk, another working directory, no right.
+    """
+    if ranks.world_size == 1:
+        return
+    token = folder / f".shared-{secrets.token_hex(8)}"
+    if ranks.rank == 0:
+        token.touch()
+    token = folder / ranks.gather_texts(token.name)[0]
+    own = f"{folder.resolve()} on {socket.gethostname()}"
+    problems = ranks.gather_texts("" if _serves(token) else own)
+    if ranks.rank == 0:
+        token.unlink(missing_ok=True)
+    found = [f"rank {rank} ({text})" for rank, text in enumerate(problems) if text]
+    if found:
+        raise ValueError(
+            f"--output_dir {folder}: {', '.join(found[:4])} cannot write there, or does not see what rank 0 writes: "
+            "expected one folder that all machines share, under one path"
+        )
+
+
+def _serves(token: Path) -> bool:
+    deadline = time.monotonic() + SEEN_S
+    try:
+        while not token.exists():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+            with contextlib.suppress(OSError):
+                os.listdir(token.parent)  # has NFS ask the server again
+        with tempfile.TemporaryFile(dir=token.parent):
+            return True
+    except OSError:
+        return False
 
 
 def begin(options: Options) -> str | None:

@@ -38,5 +38,6 @@ def result_or_checkpoint(
         rest = f"the newest checkpoint is {older[-1]}" if older else "there is no checkpoint"
         raise NotWritten(f"the result cannot be written: {why}; nor can a checkpoint: {error}; {rest}") from failure
     raise NotWritten(
-        f"the result cannot be written: {why}; the training is kept in {kept}: when that is mended, {again} writes it"
+        f"the result cannot be written: {why}; the training is kept in {kept}: when that is mended, write it with: "
+        f"{again}"
     ) from failure

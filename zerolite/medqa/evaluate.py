@@ -171,7 +171,7 @@ def evaluate(prepared: Prepared, ranks: Processes, arguments: list[str]) -> None
     if ranks.rank != 0:
         return
     run = {
-        "command": _command(arguments, ranks),
+        "command": _command(arguments),
         "date": date,
         "duration_s": time.perf_counter() - started_s,
         "machine": machine.hardware(ranks.device),
@@ -219,12 +219,12 @@ def write(found: record.Evaluation, folder: Path) -> None:
     terminal.say(f"written: {', '.join(str(folder / name) for name in WRITTEN)}")
 
 
-def _command(arguments: list[str], ranks: Processes) -> str:
-    program = ["zerolite", "evaluate"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        program = ["torchrun", "--standalone", "--nproc-per-node", str(ranks.world_size)]
-        program += ["-m", "zerolite.medqa.evaluate"]
-    return processes.without_secrets(shlex.join([*program, *arguments]))
+def _command(arguments: list[str]) -> str:
+    if "WORLD_SIZE" in os.environ:
+        text = processes.launched("-m", "zerolite.medqa.evaluate", *arguments)
+    else:
+        text = shlex.join(["zerolite", "evaluate", *arguments])
+    return processes.without_secrets(text)
 
 
 if __name__ == "__main__":

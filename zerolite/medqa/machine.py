@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import os
 import platform
-import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -15,6 +14,7 @@ import torch
 import transformers
 
 import zerolite
+from zerolite.medqa import processes
 from zerolite.medqa.processes import Processes, without_secrets
 
 GIT_S = 5.0
@@ -113,10 +113,7 @@ def about(processes: Processes, started: datetime.datetime, first_step: int, las
 
 
 def _command() -> str:
-    launcher = ["python"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-    return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
+    return processes.launched(Path(sys.argv[0]).name, *sys.argv[1:])
 
 
 def _gpus(device: torch.device) -> str:

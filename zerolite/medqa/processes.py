@@ -12,16 +12,13 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import zerolite
 
-# Finite, so that no rank waits for ever; long enough for rank 0 to write what the others wait for.
-TIMEOUT = timedelta(minutes=10)
 # What a collective raises when another rank is gone, or had the process group aborted because it ends. That rank prints
 # the cause, so this one keeps it short.
 PEER_FAILURES = (
@@ -41,7 +38,7 @@ PATIENCE_S = 1.0
 # rank 0 comes to it whenever its imports are done.
 SAME_S = 2.0
 SAME_BEFORE_JOIN_S = 10.0
-MISTAKE_BYTES = 512
+TEXT_BYTES = 512
 PR_SET_PDEATHSIG = 1
 
 
@@ -66,6 +63,11 @@ class Processes:
         dist.all_gather(list(rows), mine)
         return rows.tolist()  # one wait for the device
 
+    def gather_texts(self, text: str) -> list[str]:
+        """Of each rank a text, of which TEXT_BYTES travel, in rank order. Every rank must call it."""
+        rows = self.gather(*text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0"))
+        return [bytes(map(int, row)).rstrip(b"\0").decode(errors="replace") for row in rows]
+
     def print(self, text: str | None) -> None:
         """Print on rank 0 only; None: nothing."""
         if self.rank == 0 and text is not None:
@@ -88,49 +90,16 @@ def join(mistake: str = "") -> Processes:
 
     Every rank must call it, one that cannot go on with its `mistake`: ValueError on every rank then, which names it.
     """
-    device = _device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
-        return Processes(0, 1, device)
+    probe = nn.Module()  # goes where a model would go, and has the process group started as a model has
+    probe.register_buffer("place", torch.zeros(()))
+    device = zerolite.shard(probe, stage=0).place.device
     if not dist.is_initialized():
-        if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **_own_names())
-        else:
-            dist.init_process_group("gloo", timeout=TIMEOUT, **_own_names())
+        return Processes(0, 1, device)
     ranks = Processes(dist.get_rank(), dist.get_world_size(), device)
-    rows = ranks.gather(*mistake.encode()[:MISTAKE_BYTES].ljust(MISTAKE_BYTES, b"\0"))
-    texts = [bytes(map(int, row)).rstrip(b"\0").decode(errors="replace") for row in rows]
-    found = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(ranks.gather_texts(mistake)) if text]
     if found:
         raise ValueError("; ".join(found[:4]))
     return ranks
-
-
-def _own_names() -> dict[str, Any]:
-    """Of `init_process_group`: names of this attempt's own in the store of a torchrun that starts ranks again.
-
-    The store is the same for every attempt, and torch's names in it are too: a rank would read where one of the last
-    attempt listened, and wait for it. Machines may count attempts unlike; on several of them torch's names are left.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return {}
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    return {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": world_size}
-
-
-def _device() -> torch.device:
-    """This process's GPU by LOCAL_RANK, the only one where one is visible; the CPU where none is."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    index, num_visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if index >= num_visible > 1:
-        raise ValueError(
-            f"LOCAL_RANK is {index} and {num_visible} GPUs are visible: start at most {num_visible} processes on this "
-            "machine, or show each of them its own GPU by CUDA_VISIBLE_DEVICES"
-        )
-    return torch.device("cuda", index if num_visible > 1 else 0)
 
 
 class StopSignals:
@@ -273,10 +242,29 @@ def leave(status: int) -> None:
 
 
 def command(*arguments: str, num_ranks: int | None = None) -> str:
-    """A shell command that runs this program again with other arguments, on as many local ranks or on `num_ranks`."""
-    program = ["python"]
-    if num_ranks is None:
-        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    if num_ranks > 1 or "LOCAL_WORLD_SIZE" in os.environ:
-        program = ["torchrun", "--standalone", "--nproc-per-node", str(num_ranks)]
-    return shlex.join([*program, sys.argv[0], *arguments])
+    """`launched` of this program with other arguments."""
+    return launched(sys.argv[0], *arguments, num_ranks=num_ranks)
+
+
+def launched(*program: str, num_ranks: int | None = None) -> str:
+    """A shell command that runs a program on as many ranks as this one, or on `num_ranks`, on the same machines.
+
+    Of several machines it is the first one's; what the others change stands behind it, as a shell's comment.
+    """
+    world_size, local_size = (int(os.environ.get(name, "0")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    num_machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    is_same = num_ranks in (None, world_size)
+    num_ranks = num_ranks or world_size
+    if num_machines > 1 and (is_same or num_ranks % num_machines == 0):
+        local = local_size if is_same else num_ranks // num_machines
+        where = ["--master-addr", os.environ["MASTER_ADDR"], "--master-port", os.environ["MASTER_PORT"]]
+        launcher = ["torchrun", "--nnodes", str(num_machines), "--nproc-per-node", str(local), "--node-rank", "0"]
+        note = "machine: --node-rank 1" if num_machines == 2 else f"machines: --node-rank 1 to {num_machines - 1}"
+        if local * num_machines != num_ranks:
+            note += ", and --nproc-per-node as it was there"
+        return f"{shlex.join([*launcher, *where, *program])}  # on the other {note}"
+    if is_same and world_size > max(local_size, 1):  # without torchrun: by hand, or srun, on machines nobody told of
+        return f"{shlex.join(['python', *program])}  # on {world_size} ranks, launched as these were"
+    if num_ranks > 1 or local_size:
+        return shlex.join(["torchrun", "--standalone", "--nproc-per-node", str(num_ranks), *program])
+    return shlex.join(["python", *program])

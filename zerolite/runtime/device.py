@@ -134,11 +134,15 @@ def _reason(code: int) -> str:
 def default() -> torch.device:
     """This rank's device where the model does not tell: its GPU by LOCAL_RANK, else the CPU.
 
-    Where one GPU is visible, it is this rank's: SLURM binds one to each task. ValueError where LOCAL_RANK is beyond
-    several.
+    ACCELERATE_TORCH_DEVICE goes before: Ray Train says there which one is this worker's, where each has several, and
+    all see those of the machine. Where one GPU is visible, it is this rank's: SLURM and Ray bind one to each task.
+    ValueError where LOCAL_RANK is beyond several.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    told = torch.device(os.environ.get("ACCELERATE_TORCH_DEVICE", "cuda"))
+    if told.type != "cuda" or told.index is not None:
+        return told
     num_visible = torch.cuda.device_count()
     index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())) if num_visible > 1 else 0
     if index >= num_visible:

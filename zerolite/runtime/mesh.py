@@ -16,7 +16,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from zerolite.runtime import abort
 from zerolite.runtime import device as devices
+from zerolite.runtime.attempts import own_names
 from zerolite.runtime.collectives import Group, group_of
 
 # A collective that waits longer than this on a rank that is gone or stuck ends this rank with an error.
@@ -174,7 +175,7 @@ def _mesh_of(mesh: DeviceMesh | None, device: torch.device, own: devices.Device)
     """Collective, where the process group is started here."""
     if mesh is None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group(own.backend, timeout=TIMEOUT, device_id=own.bound, **_own_names())
+            dist.init_process_group(own.backend, timeout=TIMEOUT, device_id=own.bound, **own_names(TIMEOUT))
         return RankMesh(group_of(dist.group.WORLD if dist.is_initialized() else None, device), Group())
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh= takes a torch.distributed.DeviceMesh, got {type(mesh).__name__}")
@@ -239,16 +240,3 @@ def _number_of_attempt() -> float:
     """For ranks that are a part of the world: the others may not be here, so all know it without an exchange."""
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
     return float(zlib.crc32(repr([os.environ.get(name) for name in names]).encode()))
-
-
-def _own_names() -> dict[str, Any]:
-    """Of `init_process_group`: names of this attempt's own in the store of a torchrun that starts ranks again.
-
-    The store is the same for every attempt, and torch's names in it are too: a rank would read where one of the last
-    attempt listened, and wait for it. Machines may count attempts unlike; on several of them torch's names are left.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return {}
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    return {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": world_size}
