@@ -25,6 +25,7 @@ from zerolite.engine.engine import find_engine
 from zerolite.integrations.transformers import ZeroMixin, ZeroTrainer
 
 ROWS, EVAL_ROWS, STEPS = 16, 4, 4
+MAX_NORMS = {"trainer": 0.5, "seq2seq": 0.5, "sft": 0.5, "sft-lora": 0.5, "dpo": 0.5, "dpo-lora": 0.05}
 LOGGED = ("loss", "grad_norm", "eval_loss", "learning_rate", "eval_sum", "epoch", "rewards/margins")
 
 
@@ -113,7 +114,7 @@ def model_of(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn
 def arguments_of(kind: str, folder: Path, **given):
     defaults = dict(
         output_dir=str(folder), use_cpu=True, report_to=[], max_steps=STEPS, per_device_train_batch_size=2,
-        per_device_eval_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.5, learning_rate=1e-2,
+        per_device_eval_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=MAX_NORMS[kind], learning_rate=1e-2,
         weight_decay=0.1, warmup_steps=1, logging_steps=1, eval_strategy="steps", eval_steps=2, save_strategy="no",
         disable_tqdm=True, seed=3,
     )  # fmt: skip

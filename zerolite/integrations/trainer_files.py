@@ -1,7 +1,8 @@
 """What a Trainer writes of a sharded model: a Hugging Face folder of whole weights, or PEFT's adapter files."""
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from zerolite.checkpoint.weight_files import INDEX, SINGLE
 from zerolite.engine.engine import engine_of
 from zerolite.errors import ZeroliteError
 from zerolite.runtime.rank_errors import on_all_ranks
+from zerolite.shards.bucket import Unit
 
 WriteRest = Callable[[dict[str, torch.Tensor] | None], None]
 
@@ -43,13 +45,14 @@ def write_model(model: nn.Module, folder: Path, write_rest: WriteRest) -> None:
         export(model, whole)
         together(lambda: _move_weights(whole, folder, write_rest) if is_first else None)
         return
-    names = _adapter_names(model)
-    if names is None:
-        with full_params(model):
-            together(lambda: write_rest(None) if is_first else None)
-        return
-    state = _gather(model, names)
-    together(lambda: write_rest(state) if is_first else None)
+    with _copied_modules(model) as gathered:
+        names = _adapter_names(model)
+        if names is not None:
+            state = _gather(model, names, gathered)
+            together(lambda: write_rest(state) if is_first else None)
+            return
+    with full_params(model):
+        together(lambda: write_rest(None) if is_first else None)
 
 
 def _move_weights(whole: Path, folder: Path, write_rest: WriteRest) -> None:
@@ -61,6 +64,28 @@ def _move_weights(whole: Path, folder: Path, write_rest: WriteRest) -> None:
     for path in sorted(whole.iterdir()):
         path.replace(folder / path.name)
     shutil.rmtree(whole)
+
+
+@contextlib.contextmanager
+def _copied_modules(model: nn.Module) -> Iterator[list[Unit]]:
+    """Inside, the units that own whole modules of an adapter (modules_to_save) are gathered. Collective.
+
+    PEFT asks such a module for its own state dict, though it needs the names alone.
+    """
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    engine = engine_of(model)
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    owned = {id(parameter) for wrapper in wrappers for parameter in wrapper.parameters()}
+    units = [unit for unit in engine.units if any(id(p) in owned for b in unit.buckets for _, p in b.slots())]
+    for unit in units:
+        engine.unshard(unit)
+        unit.wait()
+    try:
+        yield units
+    finally:
+        for unit in units:
+            engine.free(unit)
 
 
 def _adapter_names(model: nn.Module) -> set[str] | None:
@@ -85,8 +110,11 @@ def _adapter_names(model: nn.Module) -> set[str] | None:
 
 
 @torch.no_grad()
-def _gather(model: nn.Module, names: set[str]) -> dict[str, torch.Tensor]:
-    """On rank 0 copies on the host of the named parameters and buffers; a unit is gathered at a time. Collective."""
+def _gather(model: nn.Module, names: set[str], gathered: Collection[Unit]) -> dict[str, torch.Tensor]:
+    """On rank 0 copies on the host of the named parameters and buffers; a unit is gathered at a time. Collective.
+
+    gathered: units that stay so.
+    """
     engine = engine_of(model)
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -102,5 +130,6 @@ def _gather(model: nn.Module, names: set[str]) -> dict[str, torch.Tensor]:
         if engine.mesh.rank == 0:
             for parameter in parameters:
                 state.update(dict.fromkeys(aliases[id(parameter)], parameter.detach().to("cpu", copy=True)))
-        engine.free(unit)
+        if unit not in gathered:
+            engine.free(unit)
     return state
