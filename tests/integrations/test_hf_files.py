@@ -1,4 +1,4 @@
-"""Are a sharded trainer's files those of the trainer itself: the hub's layout, the best model, adapters, checkpoints?"""
+"""Are a sharded trainer's files those of the trainer itself: the hub's layout, the best model, adapters?"""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ def test_the_best_model_is_loaded_and_old_checkpoints_are_removed(ranks, tmp_pat
 
 def saved(kind: str, stage: int, folder: str, options: dict) -> Trained:
     """A run whose checkpoints and whose model go to one folder; each is written twice."""
+    given = dict(options=options, save_strategy="steps", save_steps=4)
     for _ in range(2):
-        trainer = trainer_of(kind, Path(folder), dict(stage=stage), options=options, save_strategy="steps", save_steps=4)
+        trainer = trainer_of(kind, Path(folder), dict(stage=stage), **given)
         trainer.train()
         trainer.save_model()
     return result_of(trainer)

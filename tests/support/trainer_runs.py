@@ -103,7 +103,6 @@ def mean_loss(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / count
 
 
-
 def model_of(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     model = drawn(t5 if kind == "seq2seq" else llama, seed).to(dtype)
     if kind == "seq2seq":

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 
 from zerolite.config import Offload, Precision
+from zerolite.shards.layout import Partition
 
 AUTO = "auto"
 
-_ZERO = "zero_optimization."
+_SECTION = "zero_optimization."
 _TUNING = "zerolite chooses it"
 _NOT_NEEDED = {
     **dict.fromkeys(
         [
-            *(_ZERO + name for name in (
+            *(_SECTION + name for name in (
                 "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm",
                 "reduce_bucket_size", "reduce_scatter", "round_robin_gradients", "sub_group_size",
                 "use_multi_rank_bucket_allreduce", "stage3_max_live_parameters", "stage3_max_reuse_distance",
@@ -30,18 +31,18 @@ _NOT_NEEDED = {
                 "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
                 "stage3_use_all_reduce_for_fetch_params", "memory_efficient_linear", "log_trace_cache_warnings",
             )),
-            *(f"{_ZERO}offload_{kind}.{name}" for kind in ("optimizer", "param") for name in (
+            *(f"{_SECTION}offload_{kind}.{name}" for kind in ("optimizer", "param") for name in (
                 "pin_memory", "buffer_count", "buffer_size", "fast_init", "pipeline", "pipeline_read",
                 "pipeline_write", "max_in_cpu", "cpuadam_cores_perc",
             )),
-            _ZERO + "cpu_offload_use_pin_memory", "aio", "gradient_predivide_factor", "prescale_gradients",
+            _SECTION + "cpu_offload_use_pin_memory", "aio", "gradient_predivide_factor", "prescale_gradients",
             "disable_allgather",
         ],
         _TUNING,
     ),
     **dict.fromkeys(
         [
-            *(_ZERO + name for name in (
+            *(_SECTION + name for name in (
                 "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
                 "load_from_fp32_weights", "elastic_checkpoint", "legacy_stage1", "pipeline_loading_checkpoint",
             )),
@@ -49,8 +50,8 @@ _NOT_NEEDED = {
         ],
         "save_model always writes whole weights, and a checkpoint loads at any stage and world size",
     ),
-    _ZERO + "ignore_unused_parameters": "parameters without a gradient are left alone at every stage",
-    _ZERO + "override_module_apply": "there is no zero.Init: load_pretrained reads straight into shards",
+    _SECTION + "ignore_unused_parameters": "parameters without a gradient are left alone at every stage",
+    _SECTION + "override_module_apply": "there is no zero.Init: load_pretrained reads straight into shards",
     "zero_allow_untested_optimizer": "optimizers are zerolite's",
     "zero_force_ds_cpu_optimizer": "optimizers are zerolite's",
     "fp16.hysteresis": "the loss scale is halved at every overflow",
@@ -62,16 +63,16 @@ _NOT_NEEDED = {
 
 # Refused where they are on.
 _REFUSED = {
-    _ZERO + "zero_hpz_partition_size": 'a 2-D mesh replicates shards: zero=dict(mesh=...); or set it to 1',
-    _ZERO + "mics_shard_size": "a 2-D mesh replicates shards: zero=dict(mesh=...); or set it to -1",
-    _ZERO + "mics_hierarchical_params_gather": "set it to false",
+    _SECTION + "zero_hpz_partition_size": 'a 2-D mesh replicates shards: zero=dict(mesh=...); or set it to 1',
+    _SECTION + "mics_shard_size": "a 2-D mesh replicates shards: zero=dict(mesh=...); or set it to -1",
+    _SECTION + "mics_hierarchical_params_gather": "set it to false",
     **dict.fromkeys(
-        [_ZERO + name for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights",
+        [_SECTION + name for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights",
                                    "zero_quantized_gradients")],
         "collectives are not quantised: set it to false",
     ),
-    _ZERO + "zenflow": "remove it",
-    _ZERO + "offload_optimizer.super_offload": "set it to false",
+    _SECTION + "zenflow": "remove it",
+    _SECTION + "offload_optimizer.super_offload": "set it to false",
     "amp": "apex is not used: enable bf16 or fp16",
     "sparse_gradients": "set it to false, and build embeddings with sparse=False",
     "dataloader_drop_last": "TrainingArguments(dataloader_drop_last=True)",
@@ -84,7 +85,7 @@ _REFUSED = {
         "remove it",
     ),
 }  # fmt: skip
-_OFF = {_ZERO + "zero_hpz_partition_size": 1, _ZERO + "mics_shard_size": -1}
+_OFF = {_SECTION + "zero_hpz_partition_size": 1, _SECTION + "mics_shard_size": -1}
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "bfp16": torch.bfloat16}
 _OPTIMIZERS = ("Adam", "AdamW", "Lamb", "Lion")
@@ -129,7 +130,7 @@ class _Reading:
         self.refused: list[str] = []
 
     def result(self) -> DeepSpeedConfig:
-        self._read_zero()
+        self._read_stage()
         self._read_precision()
         self._read_optimizer()
         self._read_scheduler()
@@ -151,8 +152,11 @@ class _Reading:
         self.found.keys[key] = f'TrainingArguments: {became} ("auto")' if value == AUTO else f"used: {became}"
         return default if value is None else value
 
-    def refuse(self, key: str, value: Any, way_out: str) -> None:
+    def refuse(self, key: str, value: Any, way_out: str, section: str | None = None) -> None:
+        """section: the keys that go with it, which need no word of their own."""
         self.refused.append(f"{key}={json.dumps(value, default=str)}: {way_out}")
+        if section is not None:
+            self.values = {name: value for name, value in self.values.items() if not name.startswith(section)}
 
     def expect(self, key: str, name: str, convert: Callable[[Any], Any]) -> None:
         """The file tells a value of TrainingArguments."""
@@ -163,6 +167,9 @@ class _Reading:
     def _account(self, key: str) -> None:
         """A key that nobody asked for."""
         value = self.values[key]
+        if value == {}:
+            self.found.keys[key] = "not needed: it is empty"
+            return
         for known, why in _NOT_NEEDED.items():
             if key == known or key.startswith(known + "."):
                 self.found.keys[key] = f"not needed: {why}"
@@ -182,31 +189,31 @@ class _Reading:
             return bool(value) and value not in (AUTO, _OFF.get(known, False))
         return bool(self.values.get(f"{known}.enabled", True))
 
-    def _read_zero(self) -> None:
+    def _read_stage(self) -> None:
         found = self.found
-        found.stage = int(self.use(_ZERO + "stage", "stage", 0))
-        device = self.use(_ZERO + "offload_optimizer.device", "offload", "none")
-        path = self.use(_ZERO + "offload_optimizer.nvme_path", "Offload(path=...)")
-        if self.use(_ZERO + "cpu_offload", "offload", False):
+        found.stage = int(self.use(_SECTION + "stage", "stage", 0))
+        device = self.use(_SECTION + "offload_optimizer.device", "offload", "none")
+        path = self.use(_SECTION + "offload_optimizer.nvme_path", "Offload(path=...)")
+        if self.use(_SECTION + "cpu_offload", "offload", False):
             device = "cpu"
-        parameters = self.use(_ZERO + "offload_param.device", "Offload(parameters=True)", "none")
-        if self.use(_ZERO + "cpu_offload_params", "Offload(parameters=True)", False):
+        parameters = self.use(_SECTION + "offload_param.device", "Offload(parameters=True)", "none")
+        if self.use(_SECTION + "cpu_offload_params", "Offload(parameters=True)", False):
             parameters = "cpu"
-        self.use(_ZERO + "offload_param.nvme_path", "nothing, unless offload_param.device is nvme")
-        ratio = self.use(_ZERO + "offload_optimizer.ratio", "offload", 1.0)
+        self.use(_SECTION + "offload_param.nvme_path", "nothing, unless offload_param.device is nvme")
+        ratio = self.use(_SECTION + "offload_optimizer.ratio", "offload", 1.0)
         if ratio != 1.0:
             way_out = 'say how much may stay on the device: zero=dict(offload=zerolite.Offload(budget="20GiB"))'
-            self.refuse(_ZERO + "offload_optimizer.ratio", ratio, way_out)
+            self.refuse(_SECTION + "offload_optimizer.ratio", ratio, way_out)
         if parameters == "nvme":
-            self.refuse(_ZERO + "offload_param.device", parameters, 'parameters can leave for the host: "cpu"')
+            self.refuse(_SECTION + "offload_param.device", parameters, 'parameters can leave for the host: "cpu"')
         elif parameters not in (None, "none") and device in (None, "none"):
             way_out = "parameters leave with their optimizer states: set offload_optimizer.device, too"
-            self.refuse(_ZERO + "offload_param.device", parameters, way_out)
-        elif parameters not in (None, "none") and found.stage != 3:
-            self.refuse(_ZERO + "offload_param.device", parameters, 'parameters leave the device at "stage": 3')
+            self.refuse(_SECTION + "offload_param.device", parameters, way_out)
+        elif parameters not in (None, "none") and not Partition(found.stage).shards_parameters:
+            self.refuse(_SECTION + "offload_param.device", parameters, 'parameters leave the device at "stage": 3')
         elif device not in (None, "none"):
             if device == "nvme" and path is None:
-                self.refuse(_ZERO + "offload_optimizer.device", device, "name its nvme_path")
+                self.refuse(_SECTION + "offload_optimizer.device", device, "name its nvme_path")
             found.offload = Offload(
                 parameters=parameters not in (None, "none"), path=str(path) if device == "nvme" and path else None
             )
@@ -247,7 +254,7 @@ class _Reading:
             return
         name = {one.lower(): one for one in _OPTIMIZERS}.get(str(kind).lower())
         if name is None:
-            self.refuse("optimizer.type", kind, f"one of {', '.join(_OPTIMIZERS)}")
+            self.refuse("optimizer.type", kind, f"one of {', '.join(_OPTIMIZERS)}", "optimizer.")
             return
         decouples = self.use("optimizer.params.adam_w_mode", "Adam or AdamW", True)
         if name == "Adam" and decouples:
@@ -267,7 +274,8 @@ class _Reading:
         if kind is None:
             return
         if kind not in _SCHEDULERS:
-            self.refuse("scheduler.type", kind, "remove the scheduler, and set TrainingArguments(lr_scheduler_type=...)")
+            way_out = "remove the scheduler, and set TrainingArguments(lr_scheduler_type=...)"
+            self.refuse("scheduler.type", kind, way_out, "scheduler.")
             return
         shape = self.use("scheduler.params.warmup_type", "a linear warm-up", "log")
         if shape != "linear":

@@ -95,7 +95,7 @@ def _adapter_names(model: nn.Module) -> set[str] | None:
     """
     from peft import get_peft_model_state_dict
 
-    configs: dict = model.peft_config  # type: ignore[assignment]
+    configs: dict = model.peft_config
     if any(config.is_prompt_learning for config in configs.values()):
         return None
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

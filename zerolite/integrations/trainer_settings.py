@@ -28,10 +28,11 @@ OPTIMS = {"adamw_torch": "AdamW", "adamw_torch_fused": "AdamW", "lion_32bit": "L
 
 
 def from_deepspeed(config: Mapping[str, Any] | str | os.PathLike) -> dict[str, Any]:
-    """`zero=` of a Trainer, from what was given as TrainingArguments(deepspeed=...): a dict, or the path of a JSON file.
+    """`zero=` of a Trainer from a DeepSpeed configuration, a dict or the path of a JSON file.
 
-    Every key is used, not needed, or refused by name. "Adam" there means AdamW. Values "auto" come from
-    TrainingArguments; others must be those of TrainingArguments, or the trainer raises ValueError with both.
+    It is what TrainingArguments(deepspeed=...) was given. Every key is used, not needed, or refused by name. "Adam"
+    there means AdamW. Values "auto" come from TrainingArguments; others must be those of TrainingArguments, or the
+    trainer raises ValueError with both.
 
     Raises ValueError that lists all keys without a counterpart.
     """
@@ -63,8 +64,8 @@ class ZeroSettings:
             return
         if not isinstance(zero, Mapping):
             raise TypeError(f"zero= takes a dict such as dict(stage=2), got {type(zero).__name__}")
-        unknown = sorted(set(zero) - set(_NAMES))
-        if unknown or "stage" not in zero:
+        unknown, missing = sorted(set(zero) - set(_NAMES)), {"stage"} - set(zero)
+        if unknown or missing:
             what = f"does not know {', '.join(unknown)}" if unknown else "needs a stage"
             raise ValueError(f"zero= {what}: its names are {', '.join(_NAMES)}")
         self.shard = {name: zero[name] for name in _SHARD if name in zero}

@@ -27,12 +27,15 @@ __all__ = ["ZeroMixin", "ZeroTrainer", "from_deepspeed"]
 
 STATES = "zerolite"  # the folder of zerolite.save inside a checkpoint of Trainer's
 
-# Methods of transformers.Trainer that `ZeroMixin` overrides and that its documentation does not promise.
-PRIVATE = (
-    "create_accelerator_and_postprocess", "_build_accelerator_args", "_move_model_to_device", "_wrap_model",
-    "_clip_grad_norm", "_get_grad_norm", "_save", "_save_optimizer_and_scheduler", "_load_from_checkpoint",
-    "_load_optimizer_and_scheduler", "_load_best_model",
-)  # fmt: skip
+# Methods that `ZeroMixin` overrides or calls and that no documentation promises, by the library that has them.
+PRIVATE = {
+    "transformers": (
+        "create_accelerator_and_postprocess", "_build_accelerator_args", "_move_model_to_device", "_wrap_model",
+        "_clip_grad_norm", "_get_grad_norm", "_save", "_save_optimizer_and_scheduler", "_load_from_checkpoint",
+        "_load_optimizer_and_scheduler", "_load_best_model",
+    ),
+    "trl": ("_precompute_ref_logps",),
+}  # fmt: skip
 
 # To a reader of types the mixin is a Trainer; at run time it stands before one.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -47,15 +50,15 @@ class ZeroMixin(_Base):
 
     Every rank must run it alike. bf16=True computes in Accelerate's autocast, and fp16=True is
     `precision=Precision(torch.float16)`; a precision in zero= casts the parameters instead, as DeepSpeed does.
-    A checkpoint holds whole weights as the hub has them, and in its folder "zerolite" what `zerolite.load` resumes from,
-    at any stage and world size. A reference model (DPO) is sharded as the model is.
+    A checkpoint holds whole weights as the hub has them, and in its folder "zerolite" what `zerolite.load` resumes
+    from, at any stage and world size. A reference model (DPO) is sharded as the model is.
 
     Raises ValueError for zero= and TrainingArguments that cannot stand together, and TypeError or ValueError for an
     optimizer that is not zerolite's and that `zerolite.like` does not know, before anything is trained.
     """
 
     def __init__(self, *args, zero: Mapping[str, Any] | None = None, **kwargs):
-        self._zero = ZeroSettings(zero)
+        self._shard_settings = ZeroSettings(zero)
         self._sharded: nn.Module | None = None  # the model that `_prepared` is
         self._prepared: nn.Module | None = None  # what the loop calls
         super().__init__(*args, **kwargs)
@@ -64,10 +67,10 @@ class ZeroMixin(_Base):
 
     def create_accelerator_and_postprocess(self) -> None:
         if self.model is not None:
-            self._zero.check_model(self.model)
-        elif self._zero.shard is None:
+            self._shard_settings.check_model(self.model)
+        elif self._shard_settings.shard is None:
             raise ValueError("model_init builds models that are not sharded: give zero=dict(stage=...)")
-        self._zero.check_arguments(self.args, self.model if self.model is not None else nn.Module())
+        self._shard_settings.check_arguments(self.args, self.model if self.model is not None else nn.Module())
         super().create_accelerator_and_postprocess()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             other = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
@@ -78,7 +81,7 @@ class ZeroMixin(_Base):
 
     def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**kwargs)
-        if self._zero.precision_of(self.args, self.model) is not None:
+        if self._shard_settings.precision_of(self.args, self.model) is not None:
             arguments["mixed_precision"] = "no"  # neither autocast nor a scaler: the parameters are cast
         return arguments
 
@@ -89,8 +92,8 @@ class ZeroMixin(_Base):
         """What the loop calls: the sharded model, in autocast or compiled. Collective where a model is used first."""
         if self._sharded is not self.model:
             if find_engine(self.model) is None:
-                precision = self._zero.precision_of(self.args, self.model)
-                zerolite.shard(self.model, precision=precision, **(self._zero.shard or {}))
+                precision = self._shard_settings.precision_of(self.args, self.model)
+                zerolite.shard(self.model, precision=precision, **(self._shard_settings.shard or {}))
             self.model._is_accelerate_prepared = False  # whoever said so put it in no autocast
             self._prepared = self._prepare_whole(self.model, device_placement=False, evaluation_mode=True)
             self._sharded = self.model
@@ -101,12 +104,12 @@ class ZeroMixin(_Base):
         """Accelerator.prepare_model: a model beside the trained one, DPO's reference, is frozen and sharded alike."""
         if model is self.model or find_engine(model) is not None:
             return self._prepare_whole(model, *args, **kwargs)
-        settings = dict(self._zero.shard or {})
+        settings = dict(self._shard_settings.shard or {})
         offload = Offload.of(settings.get("offload"))
         if offload is not None and not offload.parameters:
             settings["offload"] = None  # a frozen model has nothing else to offload
-        settings.setdefault("stage", self._zero.partition_of(self.model).stage)
-        precision = self._zero.precision_of(self.args, self.model)
+        settings.setdefault("stage", self._shard_settings.partition_of(self.model).stage)
+        precision = self._shard_settings.precision_of(self.args, self.model)
         zerolite.shard(model.requires_grad_(False), precision=precision, **settings)
         return self._prepare_whole(model, device_placement=False, evaluation_mode=True)
 
@@ -130,7 +133,7 @@ class ZeroMixin(_Base):
         return optimizer
 
     def get_optimizer_cls_and_kwargs(self, args, model=None) -> tuple[type[ShardedOptimizer], dict[str, Any]]:
-        return self._zero.optimizer_of(args)
+        return self._shard_settings.optimizer_of(args)
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
         return self.optimizer.clip_grad_norm_(self.args.max_grad_norm)
