@@ -71,13 +71,17 @@ def _read_parts(engine: Engine) -> None:
 def _generate_together(engine: Engine) -> None:
     """Ranks that finish early go on forwarding, so that every rank gathers as often as the longest one.
 
-    With whole parameters nothing is gathered, and one rank may generate while the others do not.
+    With whole parameters nothing is gathered, and one rank may generate while the others do not. Else a caller's
+    synced_gpus=False (Seq2SeqTrainer always says so) would leave ranks waiting for those that have finished.
     """
     own_generate: Callable = engine.model.generate
 
     @functools.wraps(own_generate)
     def generate(*args, **kwargs):
-        kwargs.setdefault("synced_gpus", engine.full_depth == 0)
+        if engine.full_depth == 0:
+            kwargs["synced_gpus"] = True
+        else:
+            kwargs.setdefault("synced_gpus", False)
         return own_generate(*args, **kwargs)
 
     engine.model.generate = generate
