@@ -9,6 +9,7 @@ from torch import nn
 
 from zerolite.engine import copies
 from zerolite.engine.engine import Engine, info_of
+from zerolite.engine.foreign_trainers import refuse_accelerate
 from zerolite.engine.parameter_guard import guard_apply
 from zerolite.errors import ZeroliteError
 
@@ -31,6 +32,7 @@ def adapt(engine: Engine) -> None:
 
     guard_apply(model, engine.guard, dtypes, lambda: copies.expect_whole(engine, model, "a change of all values"))
     copies.adapt(engine)
+    refuse_accelerate(model)
     _read_parts(engine)
     if engine.fetch_queue.shards:
         _fetch_when_read(engine)
