@@ -1,4 +1,4 @@
-"""A script with Accelerate's loop, run with `accelerate`'s own Accelerator and with zerolite's: see trainer_tasks.py."""
+"""A script with Accelerate's loop, run with its own Accelerator and with zerolite's: see trainer_tasks.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def accelerator_of(zero: dict[str, Any] | None, **options) -> accelerate.Acceler
     """A new one; Accelerate keeps its state in singletons."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    options.setdefault("gradient_accumulation_steps", 2)
+    if "gradient_accumulation_plugin" not in options:
+        options.setdefault("gradient_accumulation_steps", 2)
     return accelerate.Accelerator(**options) if zero is None else Accelerator(zero=zero, **options)
 
 

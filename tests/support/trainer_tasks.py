@@ -1,4 +1,4 @@
-"""One small task for other people's trainers: a float64 model, rows with uneven labels, torch's optimizer and scheduler.
+"""A small task for other people's trainers: a float64 model, uneven labels, torch's optimizer and scheduler.
 
 Losses are means over a rank's own labels, as users write them; which of them are left out differs from rank to rank.
 """
@@ -51,4 +51,4 @@ def scheduler_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.L
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
-    return max((one[name].double() - other[name].double()).abs().max().item() for name in other)
+    return max(((one[name].double() - other[name].double()).abs().max().item() for name in other), default=0.0)

@@ -27,6 +27,7 @@ from torch import nn
 import zerolite
 from zerolite.engine.engine import Engine, engine_of, find_engine
 from zerolite.integrations.sharding import (
+    check_scaler,
     engine_stepped_by,
     gather_state_dict,
     shard_arguments,
@@ -87,12 +88,6 @@ class Accelerator(PlainAccelerator):
             )
         if self.fp8_enabled:
             raise ValueError("zerolite computes in fp32, bf16 or fp16, got mixed_precision='fp8': use 'bf16'")
-        precision = self._zero.get("precision")
-        if self.scaler is not None and precision is not None and precision.param is torch.float16:
-            raise ValueError(
-                "zero= has Precision(torch.float16), which scales the loss itself, and mixed_precision='fp16' would "
-                "scale it again: keep one of them"
-            )
 
     # Preparation #
 
@@ -100,14 +95,17 @@ class Accelerator(PlainAccelerator):
         """As Accelerate's; models are sharded first, in whatever order objects come. Collective."""
         for model in args:
             if isinstance(model, nn.Module) and getattr(model, "_is_accelerate_prepared", False) is not True:
-                shard_on(model, self.device, self._zero)
+                self._shard(model)
         return super().prepare(*args, device_placement=device_placement)
+
+    def _shard(self, model: nn.Module) -> None:
+        check_scaler(shard_on(model, self.device, self._zero), self.scaler)
 
     def prepare_model(self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False):
         """As Accelerate's, autocast included. With evaluation_mode the model is not sharded. Collective."""
         if evaluation_mode:
             return super().prepare_model(model, device_placement, evaluation_mode=True)
-        shard_on(model, self.device, self._zero)
+        self._shard(model)
         # Accelerate wraps and moves what is trained; a sharded model is where it belongs.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
 

@@ -62,6 +62,15 @@ def shard_on(model: nn.Module, device: torch.device, arguments: Mapping[str, Any
     return engine
 
 
+def check_scaler(engine: Engine, scaler: torch.amp.GradScaler | None) -> None:
+    """ValueError where the trainer and the engine would both scale the loss."""
+    if scaler is not None and engine.loss_scale is not None:
+        raise ValueError(
+            "Precision(torch.float16) scales the loss itself, and the trainer's fp16 would scale it again: keep one of "
+            "them"
+        )
+
+
 def sharded_optimizer(optimizer: torch.optim.Optimizer, way_out: str) -> ShardedOptimizer:
     """zerolite's optimizer for one that a user has built, as `zerolite.like`; zerolite's own is returned.
 
@@ -110,10 +119,11 @@ def gather_state_dict(model: nn.Module) -> dict[str, Any]:
         engine.free(unit)
     if not is_writer:
         return {}
-    names = {name: whole[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in whole}
+    named = model.named_parameters(prefix="model", remove_duplicate=False)
+    values = {name: whole[id(parameter)] for name, parameter in named if id(parameter) in whole}
     engine.full_depth += 1  # what is read below is whole
     try:
-        state: dict[str, Any] = functional_call(_StateDict(model), {f"model.{name}": t for name, t in names.items()}, ())
+        state: dict[str, Any] = functional_call(_StateDict(model), values, ())
     finally:
         engine.full_depth -= 1
     return {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
