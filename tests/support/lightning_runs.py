@@ -66,11 +66,9 @@ class Module(pl.LightningModule):
 
 def trainer_of(strategy: Any, world: int, folder, **options) -> pl.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    options = {"enable_checkpointing": False, "max_epochs": 1, "val_check_interval": 4, **quiet, **options}
-    return pl.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy, default_root_dir=folder, accumulate_grad_batches=2,
-        gradient_clip_val=CLIP, **options,
-    )  # fmt: skip
+    usual = {"enable_checkpointing": False, "max_epochs": 1, "val_check_interval": 4}
+    usual |= {"accumulate_grad_batches": 2, "gradient_clip_val": CLIP, **quiet, **options}
+    return pl.Trainer(accelerator="cpu", devices=world, strategy=strategy, default_root_dir=folder, **usual)
 
 
 def fit(
