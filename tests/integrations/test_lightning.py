@@ -233,7 +233,7 @@ def test_strategies_are_registered_by_name():
         "zerolite", *(f"zerolite_stage_{stage}" for stage in range(4)),
         *(f"zerolite_stage_{stage}_offload" for stage in range(1, 4)),
     }  # fmt: skip
-    assert StrategyRegistry.get("zerolite_stage_3_offload")._zero["offload"] == "cpu"
+    assert StrategyRegistry.get("zerolite_stage_3_offload")._sharding["offload"] == "cpu"
 
 
 def test_the_methods_of_lightning_that_are_overridden_are_there():

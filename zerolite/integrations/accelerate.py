@@ -73,8 +73,11 @@ class Accelerator(PlainAccelerator):
     fp16 parameters together with mixed_precision="fp16", which would scale the loss twice.
     """
 
+    _models: list[nn.Module]
+    _optimizers: list[PreparedOptimizer]
+
     def __init__(self, *args, zero: Mapping[str, Any], **kwargs):
-        self._zero = shard_arguments(zero)
+        self._sharding = shard_arguments(zero)
         given = inspect.signature(PlainAccelerator.__init__).bind(self, *args, **kwargs).arguments
         for name in (*OTHER_PLUGINS, "parallelism_config"):
             if given.get(name) is not None:
@@ -99,7 +102,7 @@ class Accelerator(PlainAccelerator):
         return super().prepare(*args, device_placement=device_placement)
 
     def _shard(self, model: nn.Module) -> None:
-        check_scaler(shard_on(model, self.device, self._zero), self.scaler)
+        check_scaler(shard_on(model, self.device, self._sharding), self.scaler)
 
     def prepare_model(self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False):
         """As Accelerate's, autocast included. With evaluation_mode the model is not sharded. Collective."""

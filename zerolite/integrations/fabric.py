@@ -57,7 +57,7 @@ class FabricZeroStrategy(DDPStrategy):
                 f"units and {', '.join(sorted(OPTIONS))}"
             )
         super().__init__(**options)
-        self._zero = shard_arguments({"stage": stage, "offload": offload, "precision": precision, "units": units})
+        self._sharding = shard_arguments({"stage": stage, "offload": offload, "precision": precision, "units": units})
         self._backward_sync_control = _SyncControl()
 
     def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager:
@@ -72,7 +72,7 @@ class FabricZeroStrategy(DDPStrategy):
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Shard it. Collective."""
-        engine = shard_on(module, self.root_device, self._zero)
+        engine = shard_on(module, self.root_device, self._sharding)
         check_scaler(engine, getattr(self.precision, "scaler", None))
         module.to(self.root_device)  # metrics, and what a LightningModule says of its device
         return ForwardModule(module)

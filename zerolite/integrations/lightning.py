@@ -58,6 +58,9 @@ class ZeroStrategy(DDPStrategy):
     remote file systems or of another strategy.
     """
 
+    model: Any  # the LightningModule, once `setup` has sharded it
+    optimizers: list[torch.optim.Optimizer]
+
     def __init__(
         self,
         stage: int = DEFAULT_STAGE,
@@ -73,7 +76,7 @@ class ZeroStrategy(DDPStrategy):
                 f"and {', '.join(sorted(OPTIONS))}"
             )
         super().__init__(**options)
-        self._zero = shard_arguments({"stage": stage, "offload": offload, "precision": precision, "units": units})
+        self._sharding = shard_arguments({"stage": stage, "offload": offload, "precision": precision, "units": units})
 
     @property
     def checkpoint_io(self):
@@ -96,7 +99,7 @@ class ZeroStrategy(DDPStrategy):
             if is_fitting and self._layer_sync:
                 self.model = self._layer_sync.apply(self.model)
             self.model = self.precision_plugin.convert_module(self.model)
-        engine = shard_on(self.model, self.root_device, self._zero)
+        engine = shard_on(self.model, self.root_device, self._sharding)
         self.model_to_device()  # metrics, and what the module says of its device
         if is_fitting:
             _refuse_averages(engine, trainer.callbacks)

@@ -42,9 +42,11 @@ def shard_on(model: nn.Module, device: torch.device, arguments: Mapping[str, Any
     """
     partition = Partition(arguments["stage"])
     engine = find_engine(model)
+    marker = torch.zeros(1, device=device)
+    device = marker.device  # with the number of a GPU, which trainers leave out
     if engine is None:
         # A model of the host goes where any of its tensors lies; moved whole, it might not fit there.
-        model.register_buffer(_DEVICE_BUFFER, torch.zeros(1, device=device), persistent=False)
+        model.register_buffer(_DEVICE_BUFFER, marker, persistent=False)
         try:
             zerolite.shard(model, **arguments)
         finally:
