@@ -12,11 +12,12 @@ from torch import nn
 
 from zerolite.engine.compiled import compiled_forwards
 from zerolite.engine.engine import Engine
+from zerolite.engine.foreign_trainers import ACCELERATE_ATTRIBUTE
 from zerolite.errors import ZeroliteError
 
 # What `shard` sets on the model itself; a copy has the class's own.
 METHODS = ("zero_grad", "named_parameters", "generate", "_apply", "__deepcopy__", "__reduce_ex__", "_zerolite")
-DDP_ATTRIBUTE = "_ddp_params_and_buffers_to_ignore"
+ATTRIBUTES = ("_ddp_params_and_buffers_to_ignore", ACCELERATE_ATTRIBUTE)
 HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -44,7 +45,7 @@ def plain_copy(engine: Engine, memo: dict) -> nn.Module:
             "state_dict(), or zerolite.save, or zerolite.export, which writes whole tensors"
         )
     expect_whole(engine, model, "a copy of the model")
-    own = {name: model.__dict__.pop(name) for name in (*METHODS, DDP_ATTRIBUTE) if name in model.__dict__}
+    own = {name: model.__dict__.pop(name) for name in (*METHODS, *ATTRIBUTES) if name in model.__dict__}
     compiled = [(module, module.__dict__.pop("forward")) for module in [*compiled_forwards(model)]]
     try:
         for module in model.modules():

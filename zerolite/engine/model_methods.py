@@ -10,6 +10,7 @@ from torch import nn
 from zerolite.engine import copies
 from zerolite.engine.distributed import apply_to_others
 from zerolite.engine.engine import Engine, info_of
+from zerolite.engine.foreign_trainers import refuse_accelerate
 from zerolite.engine.parameter_guard import guard_apply
 from zerolite.errors import ZeroliteError
 
@@ -34,6 +35,7 @@ def adapt(engine: Engine) -> None:
         model._apply = functools.partial(apply_to_others, model, engine.device.device)
     guard_apply(model, engine.guard, dtypes, lambda: copies.expect_whole(engine, model, "a change of all values"))
     copies.adapt(engine)
+    refuse_accelerate(model)
     _read_parts(engine)
     if engine.fetch_queue.shards:
         _fetch_when_read(engine)
