@@ -26,7 +26,7 @@ LEVELS = [
     ["optim"],
     ["api", "checkpoint", "memory", "adapters", "parallel"],
     ["__init__"],
-    ["integrations", "cli"],
+    ["integrations", "commands", "cli"],
     ["medqa", "examples", "__main__"],
 ]
 
