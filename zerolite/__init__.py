@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from zerolite.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from zerolite import adapters
     from zerolite.api import full_params, no_sync, shard
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from zerolite.optim.lamb import Lamb
     from zerolite.optim.like import like
     from zerolite.optim.lion import Lion
-
-__version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = [
     "Adam",

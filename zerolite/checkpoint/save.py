@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from zerolite.checkpoint.about import about
 from zerolite.checkpoint.arguments import check_optimizer, model_and_folder
 from zerolite.checkpoint.extra_state import pack
 from zerolite.checkpoint.manifest import is_complete, write_manifest
@@ -132,6 +133,7 @@ def _commit(
         "frozen": frozen,
         "files": entries,
         **shapes_of(engine),
+        **about(engine),
         "optimizer": optimizer.describe() if optimizer is not None else None,
         "loss_scale": engine.loss_scale.state_dict() if engine.loss_scale is not None else None,
     }
