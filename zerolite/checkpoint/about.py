@@ -8,25 +8,34 @@ from torch import nn
 
 from zerolite.engine.engine import Engine
 from zerolite.runtime.safetensors_file import DTYPES
+from zerolite.shards.shard import Shard
 from zerolite.version import __version__
+
+
+HALF_WAY = 1 + 2.0**-8  # between two numbers of bf16, of which 1 is the even one
 
 
 def about(engine: Engine) -> dict[str, Any]:
     """Entries of the manifest; `load` reads none of them."""
-    slots = [
-        (slot, bucket.shard.spec.dtype)
-        for unit in engine.units
-        for bucket in unit.buckets
-        for slot in bucket.layout.slots
-    ]
+    shards = [bucket.shard for unit in engine.units for bucket in unit.buckets]
+    dtypes = {slot.name: DTYPES.get(s.spec.dtype, str(s.spec.dtype)) for s in shards for slot in s.spec.layout.slots}
+    away = [slot.name for shard in shards if _rounds_away(shard) for slot in shard.spec.layout.slots]
     return {
         "versions": {"zerolite": __version__, "torch": torch.__version__},
         "model": {
             "class": type(engine.model).__name__,
-            "dtypes": {slot.name: DTYPES.get(dtype, str(dtype)) for slot, dtype in slots},
+            "dtypes": dtypes,
+            **({"ties_away": away} if away else {}),
             **_configurations(engine.model),
         },
     }
+
+
+def _rounds_away(shard: Shard) -> bool:
+    """Whether a master half-way between two bf16 numbers is rounded away from zero, as steps in host memory do."""
+    if shard.spec.dtype != torch.bfloat16 or shard.spec.stepped_dtype != torch.float32:
+        return False
+    return shard.round(torch.tensor([HALF_WAY])).item() != 1
 
 
 def _configurations(model: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A checkpoint as a Hugging Face folder, on one process, with one parameter and one file in memory at a time.
 
 What is written is what `export` writes of the same model: the same names, also where transformers converts them, and
-the same bits, since a parameter of 16 bits is its fp32 master, rounded.
+the same bits, since a parameter of 16 bits is its fp32 master, rounded as its shard rounded it.
 """
 
 import itertools
@@ -21,6 +21,7 @@ from zerolite.checkpoint.empty_model import build_empty, cause_of
 from zerolite.checkpoint.export import FolderWriter
 from zerolite.checkpoint.saved_files import SavedFolder
 from zerolite.errors import CheckpointError
+from zerolite.offload.shard_memory import round_bf16
 from zerolite.runtime.safetensors_file import DTYPES
 from zerolite.shards.layout import Range
 
@@ -195,12 +196,15 @@ def _whole(saved: SavedFolder, name: str, dtype: torch.dtype) -> torch.Tensor:
     shape, key = saved.manifest["parameters"][name], f"parameter/{name}"
     found = torch.empty(shape, dtype=dtype)
     flat, everything = found.view(-1), Range(0, found.numel())
+    model = saved.manifest.get("model")
+    ties_away = model.get("ties_away") if isinstance(model, dict) else None
+    is_away = dtype == torch.bfloat16 and isinstance(ties_away, list) and name in ties_away
     for elements, handle in saved.slices.get(key, ()):
         part = elements.of(flat, everything)
         values = handle.get_slice(key)[:]
         if not (values.is_floating_point() or values.dtype == dtype):
             raise CheckpointError(f"{saved.folder}: {key} is of {values.dtype}, its model's of {dtype}")
-        part.copy_(values)
+        part.copy_(round_bf16(values) if is_away and values.dtype == torch.float32 else values)
     return found
 
 
