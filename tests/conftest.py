@@ -17,6 +17,8 @@ import torch._dynamo  # noqa: E402  # the first optimizer of a process loads it,
 from ranks import Pool  # noqa: E402
 from zygote import zygote  # noqa: E402
 
+from zerolite import Adam, Lamb, Lion, load, measure, save, shard  # noqa: E402, F401  # each loads when it is asked for
+
 torch.set_num_threads(1)
 
 

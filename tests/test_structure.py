@@ -18,7 +18,7 @@ from zerolite.medqa import arguments
 
 # A package imports from levels above its own line, never from one beside it. `api` and `__init__` are the face.
 LEVELS = [
-    ["errors", "config"],
+    ["errors", "config", "version"],
     ["runtime"],
     ["shards"],
     ["offload"],
@@ -26,7 +26,7 @@ LEVELS = [
     ["optim"],
     ["api", "checkpoint", "memory", "adapters", "parallel"],
     ["__init__"],
-    ["integrations", "cli"],
+    ["integrations", "commands", "cli"],
     ["medqa", "examples", "__main__"],
 ]
 

@@ -3,24 +3,23 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from zerolite.api import compile, full_params, no_sync, shard
-from zerolite.checkpoint.load import load
-from zerolite.checkpoint.save import save
-from zerolite.config import Offload, Precision
-from zerolite.errors import CheckpointError, DataError, WorkerError, ZeroliteError
-from zerolite.memory.measure import Usage, measure
-from zerolite.optim.adam import Adam
-from zerolite.optim.adamw import AdamW
-from zerolite.optim.lamb import Lamb
-from zerolite.optim.lion import Lion
+from zerolite.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from zerolite import adapters
+    from zerolite.api import compile, full_params, no_sync, shard
     from zerolite.checkpoint.export import export
+    from zerolite.checkpoint.load import load
     from zerolite.checkpoint.pretrained import load_pretrained
+    from zerolite.checkpoint.save import save
+    from zerolite.config import Offload, Precision
+    from zerolite.errors import CheckpointError, DataError, WorkerError, ZeroliteError
+    from zerolite.memory.measure import Usage, measure
+    from zerolite.optim.adam import Adam
+    from zerolite.optim.adamw import AdamW
+    from zerolite.optim.lamb import Lamb
     from zerolite.optim.like import like
-
-__version__ = "0.1.0"  # pyproject.toml reads it here
+    from zerolite.optim.lion import Lion
 
 __all__ = [
     "Adam",
@@ -47,12 +46,31 @@ __all__ = [
     "shard",
 ]
 
-# What imports transformers, which takes as long as torch does: it loads when it is asked for.
+# Each name's module is imported when the name is asked for: torch takes over a second and transformers as long again,
+# which a command that reads a file (`zerolite inspect`) does without.
 _LAZY = {
+    "Adam": "zerolite.optim.adam",
+    "AdamW": "zerolite.optim.adamw",
+    "CheckpointError": "zerolite.errors",
+    "DataError": "zerolite.errors",
+    "Lamb": "zerolite.optim.lamb",
+    "Lion": "zerolite.optim.lion",
+    "Offload": "zerolite.config",
+    "Precision": "zerolite.config",
+    "Usage": "zerolite.memory.measure",
+    "WorkerError": "zerolite.errors",
+    "ZeroliteError": "zerolite.errors",
     "adapters": "zerolite.adapters",
+    "compile": "zerolite.api",
     "export": "zerolite.checkpoint.export",
+    "full_params": "zerolite.api",
     "like": "zerolite.optim.like",
+    "load": "zerolite.checkpoint.load",
     "load_pretrained": "zerolite.checkpoint.pretrained",
+    "measure": "zerolite.memory.measure",
+    "no_sync": "zerolite.api",
+    "save": "zerolite.checkpoint.save",
+    "shard": "zerolite.api",
 }
 
 

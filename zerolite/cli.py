@@ -10,6 +10,9 @@ from importlib import import_module
 
 # Name: (module, one line). The module's `main(argv)` gives the exit status; it catches the mistakes of its users.
 COMMANDS = {
+    "inspect": ("zerolite.commands.inspect", "what a checkpoint, a model or an adapter holds, and whether it is whole"),
+    "consolidate": ("zerolite.commands.consolidate", "a checkpoint as a Hugging Face folder, without ranks or a GPU"),
+    "migrate": ("zerolite.commands.migrate", "a configuration of DeepSpeed, Accelerate or FSDP as lines to write"),
     "prepare": ("zerolite.medqa.prepare", "files of any layout as one file of rows to train on, with a card"),
     "generate": ("zerolite.medqa.generate.command", "rows of training data from a model behind an endpoint"),
     "evaluate": ("zerolite.medqa.evaluate", "how good a model is, alone or against its base"),

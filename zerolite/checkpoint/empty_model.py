@@ -19,16 +19,17 @@ def empty_model(folder: Path, weights: Weights) -> transformers.PreTrainedModel:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _check_layers(config, weights)
-        model = _build(config)
+        model = build_empty(config)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever a wrong value happens to hit
-        raise ValueError(f"{folder}: config.json cannot be used: {_cause(error)}") from error
+        raise ValueError(f"{folder}: config.json cannot be used: {cause_of(error)}") from error
     _check_shapes(model, weights)
     return model
 
 
-def _build(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+def build_empty(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """The model of a configuration, its parameters on the meta device. ValueError for an unknown class."""
     architectures = config.architectures or []
     cls: Any = getattr(transformers, architectures[0], None) if architectures else None
     is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
@@ -61,7 +62,8 @@ def _check_shapes(model: transformers.PreTrainedModel, weights: Weights) -> None
             )
 
 
-def _cause(error: Exception) -> str:
+def cause_of(error: Exception) -> str:
+    """What transformers means, on one line."""
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         return "it needs Python code of the folder (auto_map), which is never run here"
     return f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)

@@ -42,7 +42,7 @@ def export(model: nn.Module, folder) -> None:
         extension.before_export(model)
     folder = Path(folder).resolve()
     together = partial(on_all_ranks, engine, f"exporting to {folder}", ZeroliteError)
-    writer = _Writer(folder) if engine.mesh.rank == 0 else None
+    writer = FolderWriter(folder) if engine.mesh.rank == 0 else None
     engine.guard.check()
     together(lambda: writer.open() if writer is not None else None)
     buffers = buffers_of(model)
@@ -60,7 +60,7 @@ def export(model: nn.Module, folder) -> None:
         raise
 
 
-def _add(writer: "_Writer | None", model: nn.Module, unit: Unit) -> None:
+def _add(writer: "FolderWriter | None", model: nn.Module, unit: Unit) -> None:
     if writer is not None:
         writer.add(model, _unsharded(model, unit))
 
@@ -77,15 +77,15 @@ def _unsharded(model: nn.Module, unit: Unit) -> dict[str, torch.Tensor]:
     }
 
 
-class _Writer:
-    """Files of a folder that appears when it is whole."""
+class FolderWriter:
+    """A Hugging Face folder that appears when it is whole; tensors are held until they fill a file of FILE_BYTES."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.written = files.beside(folder, uuid.uuid4().hex[:12])
         self.pending: dict[str, torch.Tensor] = {}
         self.weight_map: dict[str, int] = {}
-        self.total_bytes = 0
+        self.pending_bytes = self.total_bytes = 0
         self.num_files = 0
 
     def open(self) -> None:
@@ -105,7 +105,8 @@ class _Writer:
         if isinstance(model, transformers.PreTrainedModel):
             tensors = revert_weight_conversion(model, tensors)
         self.pending.update({name: tensor.contiguous() for name, tensor in tensors.items()})
-        if sum(tensor.nbytes for tensor in self.pending.values()) >= FILE_BYTES:
+        self.pending_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        if self.pending_bytes >= FILE_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -120,7 +121,7 @@ class _Writer:
         files.sync_file(path)
         self.weight_map.update(dict.fromkeys(self.pending, self.num_files))
         self.total_bytes += sum(tensor.nbytes for tensor in self.pending.values())
-        self.pending = {}
+        self.pending, self.pending_bytes = {}, 0
 
     def finish(self, model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
         self.add(model, {name: buffer.cpu() for name, buffer in buffers.items()})

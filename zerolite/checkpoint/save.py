@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from zerolite.checkpoint.about import about
 from zerolite.checkpoint.arguments import check_optimizer, model_and_folder
 from zerolite.checkpoint.descriptions import describe, describe_pipeline
 from zerolite.checkpoint.extra_state import pack
@@ -143,6 +144,7 @@ def _commit(engine: Engine, content: dict, written_files: list[str], written: Pa
         "world_size": len(written_files),
         "files": entries,
         **content,
+        **about(engine),
         "loss_scale": engine.loss_scale.state_dict() if engine.loss_scale is not None else None,
     }
     if mesh.tensor or mesh.pipeline:

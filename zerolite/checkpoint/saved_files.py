@@ -29,9 +29,10 @@ class SavedFolder:
     digest: str  # of the manifest, so of all that it has hashes of
     slices: dict[str, list[tuple[SavedSlice, Any]]]  # by key, in order; each with its file's handle
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._handles: list[Any] = []  # by saved rank
+    def __init__(self, folder: Path, framework: str = "pt"):
+        """framework: of safetensors, in which tensors come; "numpy" reads what files hold without importing torch."""
+        self.folder, self.framework = folder, framework
+        self.handles: list[Any] = []  # by saved rank
         self._open = contextlib.ExitStack()
 
     def __enter__(self):
@@ -69,12 +70,12 @@ class SavedFolder:
             try:
                 with self._descriptor(name) as descriptor:
                     self._check_bytes(descriptor, path, entry, index % world_size == rank)
-                    handle = self._open.enter_context(safe_open(_path_of(descriptor), framework="pt"))
+                    handle = self._open.enter_context(safe_open(_path_of(descriptor), framework=self.framework))
             except FileNotFoundError as error:
                 raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, use another one") from error
             except SafetensorError as error:
                 raise CheckpointError(f"{path} is no safetensors file ({error}): use another checkpoint") from error
-            self._handles.append(handle)
+            self.handles.append(handle)
             for key, part in structure.slices_of_file(handle, path, self.manifest).items():
                 found.setdefault(key, []).append((part, handle))
         self.slices = {key: sorted(parts, key=lambda part: part[0]) for key, parts in found.items()}
@@ -82,12 +83,12 @@ class SavedFolder:
 
     def of_rank(self, rank: int):
         """The handle of a rank's own file, or of rank 0's for one beyond the saved world."""
-        return self._handles[rank if rank < len(self._handles) else 0]
+        return self.handles[rank if rank < len(self.handles) else 0]
 
     def of_buffer(self, rank: int, name: str):
         """The handle of the file that has a rank's buffer: its own or, of another pipeline stage, the first with it."""
         key = f"buffer/{name}"
-        for handle in (self.of_rank(rank), *self._handles):
+        for handle in (self.of_rank(rank), *self.handles):
             if key in handle.keys():
                 return handle
         raise CheckpointError(f"{self.folder} holds no {key}: the checkpoint is incomplete, use another one")

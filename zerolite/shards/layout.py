@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch  # for types alone: `zerolite inspect` answers without it
 
 if TYPE_CHECKING:
     from zerolite.shards.blocks import Block
@@ -39,7 +40,7 @@ class Range(NamedTuple):
         """The same elements, counted from the start of `origin`."""
         return Range(self.start - origin.start, self.stop - origin.start)
 
-    def of(self, tensor: torch.Tensor, within: "Range | None" = None) -> torch.Tensor:
+    def of(self, tensor: "torch.Tensor", within: "Range | None" = None) -> "torch.Tensor":
         """A view of these elements of a 1D tensor that holds the range `within` of the bucket; None: all of it."""
         origin = within.start if within is not None else 0
         return tensor[self.start - origin : self.stop - origin]
