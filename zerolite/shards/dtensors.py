@@ -116,6 +116,11 @@ def local_gradient(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Ten
     return gradient._local_tensor
 
 
+def whole_of(parameter: torch.Tensor) -> torch.Tensor:
+    """All elements of a DTensor. Collective over its mesh."""
+    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 def cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
     """Give a DTensor another dtype, which its wrapper has as well as its memory; the same object stays."""
     if isinstance(parameter, DTensor) and parameter.dtype != dtype:
