@@ -13,13 +13,14 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from zerolite.checkpoint.slices import buffers_of
 from zerolite.checkpoint.weight_files import INDEX, SINGLE
-from zerolite.engine.engine import engine_of
+from zerolite.engine.engine import all_ranks, engine_of
 from zerolite.engine.extensions import extensions_of
 from zerolite.errors import ZeroliteError
 from zerolite.runtime import atomic_dir as files
 from zerolite.runtime import safetensors_file
 from zerolite.runtime.rank_errors import on_all_ranks
 from zerolite.shards.bucket import Unit
+from zerolite.shards.dtensors import local_of, whole_of
 
 FILE_BYTES = 2 << 30  # a file of an export, and so the host memory that writing it takes
 
@@ -33,16 +34,25 @@ def export(model: nn.Module, folder) -> None:
     ties from. A model that is not of transformers gives its safetensors alone. An export that stands there is replaced;
     other files in the folder (a tokenizer) stay. Adapters are left out.
 
-    Raises ValueError for a model that is not sharded, and while an adapter is on and not merged, since the folder would
-    not be the model that runs. Raises ZeroliteError on every rank where rank 0 cannot write, or where the folder is a
-    file or holds folders; what stood there still stands then. Raises WorkerError where a worker failed.
+    Parameters that tensor parallelism splits are gathered whole, too, a unit at a time.
+
+    Raises ValueError for a model that is not sharded, for a stage of a pipeline, and while an adapter is on and not
+    merged, since the folder would not be the model that runs. Raises ZeroliteError on every rank where rank 0 cannot
+    write, or where the folder is a file or holds folders; what stood there still stands then. Raises WorkerError where
+    a worker failed.
     """
     engine = engine_of(model)
+    if engine.mesh.pipeline:
+        raise ValueError(
+            "an export is of a whole model, and this rank has a stage of a pipeline: zerolite.save all stages, "
+            "zerolite.load that into the whole model without a pipeline, on one process or more, and export it there"
+        )
     for extension in extensions_of(model):
         extension.before_export(model)
     folder = Path(folder).resolve()
-    together = partial(on_all_ranks, engine, f"exporting to {folder}", ZeroliteError)
-    writer = FolderWriter(folder) if engine.mesh.rank == 0 else None
+    ranks = all_ranks(engine)
+    together = partial(on_all_ranks, ranks, f"exporting to {folder}", ZeroliteError)
+    writer = FolderWriter(folder) if ranks.place()[0] == 0 else None
     engine.guard.check()
     together(lambda: writer.open() if writer is not None else None)
     buffers = buffers_of(model)
@@ -50,7 +60,8 @@ def export(model: nn.Module, folder) -> None:
         for unit in engine.units:
             engine.unshard(unit)
             unit.wait()
-            together(partial(_add, writer, model, unit))
+            whole = {slot.name: whole_of(p) for bucket in unit.buckets for slot, p in bucket.slots() if slot.block}
+            together(partial(_add, writer, model, unit, whole))
             engine.free(unit)
         together(lambda: writer.finish(model, buffers) if writer is not None else None)
     except ZeroliteError:
@@ -60,17 +71,20 @@ def export(model: nn.Module, folder) -> None:
         raise
 
 
-def _add(writer: "FolderWriter | None", model: nn.Module, unit: Unit) -> None:
+def _add(writer: "FolderWriter | None", model: nn.Module, unit: Unit, whole: dict[str, torch.Tensor]) -> None:
     if writer is not None:
-        writer.add(model, _unsharded(model, unit))
+        writer.add(model, _unsharded(model, unit, whole))
 
 
-def _unsharded(model: nn.Module, unit: Unit) -> dict[str, torch.Tensor]:
-    """Copies of the unit's parameters on the host, by the names that transformers ties from; without adapters'."""
+def _unsharded(model: nn.Module, unit: Unit, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of the unit's parameters on the host, by the names that transformers ties from; without adapters'.
+
+    whole: those that ranks of tensor parallelism have parts of.
+    """
     ties = getattr(model, "all_tied_weights_keys", {})
     added = {id(p) for extension in extensions_of(model) for p in extension.adds(model)}
     return {
-        ties.get(slot.name, slot.name): parameter.detach().to("cpu", copy=True)
+        ties.get(slot.name, slot.name): whole.get(slot.name, local_of(parameter)).detach().to("cpu", copy=True)
         for bucket in unit.buckets
         for slot, parameter in bucket.slots()
         if id(parameter) not in added
@@ -124,7 +138,7 @@ class FolderWriter:
         self.pending, self.pending_bytes = {}, 0
 
     def finish(self, model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
-        self.add(model, {name: buffer.cpu() for name, buffer in buffers.items()})
+        self.add(model, {name: local_of(buffer).cpu() for name, buffer in buffers.items()})
         self.flush()
         if self.num_files == 1:
             (self.written / "part-1").rename(self.written / SINGLE)

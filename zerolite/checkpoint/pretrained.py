@@ -20,6 +20,7 @@ from zerolite.runtime import device as devices
 from zerolite.runtime.mesh import RankMesh, mesh_of
 from zerolite.runtime.rank_errors import Ranks, on_all_ranks
 from zerolite.shards.bucket import Bucket
+from zerolite.shards.dtensors import is_distributed
 from zerolite.shards.layout import Partition
 from zerolite.shards.units import UnitRule
 
@@ -61,7 +62,13 @@ def load_pretrained(
 
         # A rank that cannot open the folder has no model that tells where it trains, and is waited for all the same.
         work = _Attempt(open_folder)
-        device = devices.target(opened[0][1] if opened else nn.Module(), mesh)
+        model = opened[0][1] if opened else nn.Module()
+        if any(map(is_distributed, model.parameters())):
+            raise ValueError(
+                "load_pretrained does not read into DTensor parameters: build the model with from_pretrained, call "
+                "parallelize_module on it, then zerolite.shard; or zerolite.load a checkpoint"
+            )
+        device = devices.target(model, mesh)
         ranks = mesh_of(mesh, device)
         if len(set(work.on_all_ranks(_RanksOf(ranks, device), folder))) > 1:
             raise CheckpointError(f"ranks see different folders at {folder}: give all of them the same files")

@@ -92,7 +92,7 @@ def check_distributed(model: nn.Module, mesh_ranks: Sequence[Ranks]) -> None:
         odd = [p for p in parameter.placements if type(p) not in (Shard, Replicate)]
         if odd:
             raise ValueError(
-                f"{name} is a DTensor placed as {odd[0]}: zerolite.shard takes Shard and Replicate, as torch's "
+                f"{name} is a DTensor placed as {odd[0]!r}: zerolite.shard takes Shard and Replicate, as torch's "
                 "parallelize_module makes them; do not apply FSDP2's fully_shard before"
             )
         if parameter.is_meta or local_of(parameter).is_meta:
@@ -114,6 +114,11 @@ def local_gradient(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Ten
     if tuple(gradient.placements) != tuple(parameter.placements):
         gradient = gradient.redistribute(placements=parameter.placements)
     return gradient._local_tensor
+
+
+def whole_of(parameter: torch.Tensor) -> torch.Tensor:
+    """All elements of a DTensor. Collective over its mesh."""
+    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
