@@ -26,16 +26,20 @@ from zerolite.medqa import resume
 from zerolite.medqa.arguments import CORPUS
 from zerolite.medqa.progress import METRICS, read_metrics
 
-NUM_STEPS, LAST_STEP = 8, 4  # the step after which a host is lost
+NUM_STEPS, SAVE_STEPS, LAST_STEP = 8, 2, 3  # a host is lost after the last one
+WAITS = ("waits-0", "waits-1", "lost")
 SCRIPT = f"""\
 import os, pathlib, time
 import train_medqa
 from zerolite.medqa import divergence
-add, lost = divergence.Divergence.add, pathlib.Path(__file__).with_name("lost")
+add, here = divergence.Divergence.add, pathlib.Path(__file__).parent
 def add_and_wait(self, step, optimizer):
     add(self, step, optimizer)
-    while step == {LAST_STEP} and "LOSES" in os.environ and not lost.exists():
-        time.sleep(0.01)
+    if step == {LAST_STEP} and "LOSES" in os.environ:
+        (here / f"waits-{{os.environ['RANK']}}").touch()
+        limit = time.monotonic() + 100
+        while not (here / "lost").exists() and time.monotonic() < limit:
+            time.sleep(0.01)
 divergence.Divergence.add = add_and_wait
 train_medqa.processes.leave(train_medqa.main())
 """
@@ -54,7 +58,7 @@ def hosts():
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory) -> Path:
-    """train_medqa.py, which waits after a step for the file `lost` to be there."""
+    """train_medqa.py, whose ranks say after a step that they wait, and wait for the file `lost` to be there."""
     path = tmp_path_factory.mktemp("script") / "train.py"
     path.write_text(SCRIPT)
     return path
@@ -68,7 +72,7 @@ def inputs(tmp_path_factory) -> dict:
     (folder / "rows.jsonl").write_text("\n".join(rows))
     names = {"model_name_or_path": folder / "model", "tokenizer_name_or_path": CORPUS / "tokenizer"}
     sizes = {"cutoff_len": 32, "per_device_train_batch_size": 1, "learning_rate": 1e-3, "eval_steps": 0}
-    steps = {"max_steps": NUM_STEPS, "save_steps": 3, "logging_steps": 1, "train_file": folder / "rows.jsonl"}
+    steps = {"max_steps": NUM_STEPS, "save_steps": SAVE_STEPS, "logging_steps": 1, "train_file": folder / "rows.jsonl"}
     return {**names, **sizes, **steps, "stage": 3, "offload": "cpu", "offload_workers": 1}
 
 
@@ -105,26 +109,22 @@ def expected(script, inputs, tmp_path_factory) -> dict[str, object]:
 
 def lose_a_host(hosts, script: Path, inputs: dict, output: Path, port: int, victims: str) -> str:
     """Kill the agent of the second host, or its rank too; what the first one has printed at its end."""
-    lost = script.with_name("lost")
-    lost.unlink(missing_ok=True)
+    for name in WAITS:
+        script.with_name(name).unlink(missing_ok=True)
     flags = to_flags({**inputs, "output_dir": output})
     first, second = (start(script, flags, node(number, port), hosts[number], loses=True) for number in range(2))
-    printed = []
-    for line in first.stdout:
-        printed.append(line)
-        if line.startswith(f"step {LAST_STEP}/"):
-            break
+    assert until(lambda: all(script.with_name(name).exists() for name in WAITS[:2]), END_S)
     (rank,) = children(second.pid)
     if victims == "agent and rank":
         os.kill(rank, signal.SIGKILL)
     second.kill()
     second._process.wait()
-    lost.touch()
+    script.with_name(WAITS[2]).touch()
     out, err = first.communicate()
     assert first.returncode not in (0, None), err
     assert until(lambda: not is_running(rank), END_S)
     second.communicate()
-    return "".join(printed) + out
+    return out
 
 
 def children(pid: int) -> list[int]:
@@ -163,7 +163,7 @@ def test_a_host_whose_agent_is_killed_leaves_a_checkpoint_and_the_command_to_go_
 def test_a_host_that_is_lost_whole_costs_the_steps_since_the_last_checkpoint(hosts, script, inputs, expected, tmp_path):
     output = tmp_path / "out"
     lose_a_host(hosts, script, inputs, output, 29502, "agent and rank")
-    assert [path.name for path in resume.checkpoints(output)] == ["checkpoint-3"]
+    assert [path.name for path in resume.checkpoints(output)] == [f"checkpoint-{SAVE_STEPS}"]
     both = [start(script, ["--resume", str(output)], node(number, 29503), hosts[number]) for number in range(2)]
     for program in both:
         _, err = program.communicate()
