@@ -66,9 +66,7 @@ def main() -> None:
         train_on_worker,
         train_loop_config={"stage": given.stage, "offload": given.offload, "steps": given.steps},
         scaling_config=ScalingConfig(num_workers=given.workers, use_gpu=given.gpus),
-        run_config=RunConfig(
-            name=given.name, storage_path=given.storage, failure_config=FailureConfig(max_failures=3)
-        ),
+        run_config=RunConfig(name=given.name, storage_path=given.storage, failure_config=FailureConfig(max_failures=3)),
     )
     result = trainer.fit()
     print(f"{result.metrics}, checkpoint {result.checkpoint.path}")
