@@ -107,13 +107,27 @@ def expected(script, inputs, tmp_path_factory) -> dict[str, object]:
     return result(output)
 
 
+def start_both(
+    hosts, script: Path, arguments: list[str], options: list[list[str]], loses: bool = False
+) -> tuple[Program, Program]:
+    """A torchrun with its options on each host; where one is to be lost, returns when both ranks wait for that."""
+    for name in WAITS if loses else ():
+        script.with_name(name).unlink(missing_ok=True)
+    first, second = (start(script, arguments, own, host, loses) for own, host in zip(options, hosts, strict=True))
+    assert not loses or until(lambda: all(script.with_name(name).exists() for name in WAITS[:2]), END_S)
+    return first, second
+
+
+def finish(programs: tuple[Program, ...]) -> None:
+    for program in programs:
+        _, err = program.communicate()
+        assert program.returncode == 0, err
+
+
 def lose_a_host(hosts, script: Path, inputs: dict, output: Path, port: int, victims: str) -> str:
     """Kill the agent of the second host, or its rank too; what the first one has printed at its end."""
-    for name in WAITS:
-        script.with_name(name).unlink(missing_ok=True)
     flags = to_flags({**inputs, "output_dir": output})
-    first, second = (start(script, flags, node(number, port), hosts[number], loses=True) for number in range(2))
-    assert until(lambda: all(script.with_name(name).exists() for name in WAITS[:2]), END_S)
+    first, second = start_both(hosts, script, flags, [node(0, port), node(1, port)], loses=True)
     (rank,) = children(second.pid)
     if victims == "agent and rank":
         os.kill(rank, signal.SIGKILL)
@@ -147,10 +161,7 @@ def test_a_host_whose_agent_is_killed_leaves_a_checkpoint_and_the_command_to_go_
     options, arguments = words[: words.index(str(script))], words[words.index(str(script)) + 1 :]
     assert (torchrun, comment) == ("torchrun", "on the other machine: --node-rank 1") and "--node-rank" in options
     others = [*options, *comment.split()[-2:]]  # torchrun takes the last of two
-    both = [start(script, arguments, given, host) for given, host in zip((options, others), hosts, strict=True)]
-    for program in both:
-        _, err = program.communicate()
-        assert program.returncode == 0, err
+    finish(start_both(hosts, script, arguments, [options, others]))
     assert result(output) == expected
 
     one = start(script, ["--resume", str(copied), "--output_dir", str(copied)], 2)
@@ -161,11 +172,15 @@ def test_a_host_whose_agent_is_killed_leaves_a_checkpoint_and_the_command_to_go_
 
 @pytest.mark.slow  # as the test above, with the death of a machine: the last checkpoint is one of save_steps
 def test_a_host_that_is_lost_whole_costs_the_steps_since_the_last_checkpoint(hosts, script, inputs, expected, tmp_path):
+    """Then a rank is killed, and the torchruns of both hosts start theirs again, each by its own count."""
     output = tmp_path / "out"
     lose_a_host(hosts, script, inputs, output, 29502, "agent and rank")
     assert [path.name for path in resume.checkpoints(output)] == [f"checkpoint-{SAVE_STEPS}"]
-    both = [start(script, ["--resume", str(output)], node(number, 29503), hosts[number]) for number in range(2)]
-    for program in both:
-        _, err = program.communicate()
-        assert program.returncode == 0, err
+
+    options = [["--max-restarts", "2", *node(number, 29503)] for number in range(2)]
+    first, second = start_both(hosts, script, ["--resume", str(output)], options, loses=True)
+    (rank,) = children(second.pid)
+    os.kill(rank, signal.SIGKILL)
+    script.with_name(WAITS[2]).touch()
+    finish((first, second))
     assert result(output) == expected
