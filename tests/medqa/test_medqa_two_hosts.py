@@ -26,16 +26,20 @@ from zerolite.medqa import resume
 from zerolite.medqa.arguments import CORPUS
 from zerolite.medqa.progress import METRICS, read_metrics
 
-NUM_STEPS, LAST_STEP = 8, 4  # the step after which a host is lost
+NUM_STEPS, SAVE_STEPS, LAST_STEP = 8, 2, 3  # a host is lost after the last one
+WAITS = ("waits-0", "waits-1", "lost")
 SCRIPT = f"""\
 import os, pathlib, time
 import train_medqa
 from zerolite.medqa import divergence
-add, lost = divergence.Divergence.add, pathlib.Path(__file__).with_name("lost")
+add, here = divergence.Divergence.add, pathlib.Path(__file__).parent
 def add_and_wait(self, step, optimizer):
     add(self, step, optimizer)
-    while step == {LAST_STEP} and "LOSES" in os.environ and not lost.exists():
-        time.sleep(0.01)
+    if step == {LAST_STEP} and "LOSES" in os.environ:
+        (here / f"waits-{{os.environ['RANK']}}").touch()
+        limit = time.monotonic() + 100
+        while not (here / "lost").exists() and time.monotonic() < limit:
+            time.sleep(0.01)
 divergence.Divergence.add = add_and_wait
 train_medqa.processes.leave(train_medqa.main())
 """
@@ -54,7 +58,7 @@ def hosts():
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory) -> Path:
-    """train_medqa.py, which waits after a step for the file `lost` to be there."""
+    """train_medqa.py, whose ranks say after a step that they wait, and wait for the file `lost` to be there."""
     path = tmp_path_factory.mktemp("script") / "train.py"
     path.write_text(SCRIPT)
     return path
@@ -68,7 +72,7 @@ def inputs(tmp_path_factory) -> dict:
     (folder / "rows.jsonl").write_text("\n".join(rows))
     names = {"model_name_or_path": folder / "model", "tokenizer_name_or_path": CORPUS / "tokenizer"}
     sizes = {"cutoff_len": 32, "per_device_train_batch_size": 1, "learning_rate": 1e-3, "eval_steps": 0}
-    steps = {"max_steps": NUM_STEPS, "save_steps": 3, "logging_steps": 1, "train_file": folder / "rows.jsonl"}
+    steps = {"max_steps": NUM_STEPS, "save_steps": SAVE_STEPS, "logging_steps": 1, "train_file": folder / "rows.jsonl"}
     return {**names, **sizes, **steps, "stage": 3, "offload": "cpu", "offload_workers": 1}
 
 
@@ -103,28 +107,38 @@ def expected(script, inputs, tmp_path_factory) -> dict[str, object]:
     return result(output)
 
 
+def start_both(
+    hosts, script: Path, arguments: list[str], options: list[list[str]], loses: bool = False
+) -> tuple[Program, Program]:
+    """A torchrun with its options on each host; where one is to be lost, returns when both ranks wait for that."""
+    for name in WAITS if loses else ():
+        script.with_name(name).unlink(missing_ok=True)
+    first, second = (start(script, arguments, own, host, loses) for own, host in zip(options, hosts, strict=True))
+    assert not loses or until(lambda: all(script.with_name(name).exists() for name in WAITS[:2]), END_S)
+    return first, second
+
+
+def finish(programs: tuple[Program, ...]) -> None:
+    for program in programs:
+        _, err = program.communicate()
+        assert program.returncode == 0, err
+
+
 def lose_a_host(hosts, script: Path, inputs: dict, output: Path, port: int, victims: str) -> str:
     """Kill the agent of the second host, or its rank too; what the first one has printed at its end."""
-    lost = script.with_name("lost")
-    lost.unlink(missing_ok=True)
     flags = to_flags({**inputs, "output_dir": output})
-    first, second = (start(script, flags, node(number, port), hosts[number], loses=True) for number in range(2))
-    printed = []
-    for line in first.stdout:
-        printed.append(line)
-        if line.startswith(f"step {LAST_STEP}/"):
-            break
+    first, second = start_both(hosts, script, flags, [node(0, port), node(1, port)], loses=True)
     (rank,) = children(second.pid)
     if victims == "agent and rank":
         os.kill(rank, signal.SIGKILL)
     second.kill()
     second._process.wait()
-    lost.touch()
+    script.with_name(WAITS[2]).touch()
     out, err = first.communicate()
     assert first.returncode not in (0, None), err
     assert until(lambda: not is_running(rank), END_S)
     second.communicate()
-    return "".join(printed) + out
+    return out
 
 
 def children(pid: int) -> list[int]:
@@ -147,10 +161,7 @@ def test_a_host_whose_agent_is_killed_leaves_a_checkpoint_and_the_command_to_go_
     options, arguments = words[: words.index(str(script))], words[words.index(str(script)) + 1 :]
     assert (torchrun, comment) == ("torchrun", "on the other machine: --node-rank 1") and "--node-rank" in options
     others = [*options, *comment.split()[-2:]]  # torchrun takes the last of two
-    both = [start(script, arguments, given, host) for given, host in zip((options, others), hosts, strict=True)]
-    for program in both:
-        _, err = program.communicate()
-        assert program.returncode == 0, err
+    finish(start_both(hosts, script, arguments, [options, others]))
     assert result(output) == expected
 
     one = start(script, ["--resume", str(copied), "--output_dir", str(copied)], 2)
@@ -161,11 +172,15 @@ def test_a_host_whose_agent_is_killed_leaves_a_checkpoint_and_the_command_to_go_
 
 @pytest.mark.slow  # as the test above, with the death of a machine: the last checkpoint is one of save_steps
 def test_a_host_that_is_lost_whole_costs_the_steps_since_the_last_checkpoint(hosts, script, inputs, expected, tmp_path):
+    """Then a rank is killed, and the torchruns of both hosts start theirs again, each by its own count."""
     output = tmp_path / "out"
     lose_a_host(hosts, script, inputs, output, 29502, "agent and rank")
-    assert [path.name for path in resume.checkpoints(output)] == ["checkpoint-3"]
-    both = [start(script, ["--resume", str(output)], node(number, 29503), hosts[number]) for number in range(2)]
-    for program in both:
-        _, err = program.communicate()
-        assert program.returncode == 0, err
+    assert [path.name for path in resume.checkpoints(output)] == [f"checkpoint-{SAVE_STEPS}"]
+
+    options = [["--max-restarts", "2", *node(number, 29503)] for number in range(2)]
+    first, second = start_both(hosts, script, ["--resume", str(output)], options, loses=True)
+    (rank,) = children(second.pid)
+    os.kill(rank, signal.SIGKILL)
+    script.with_name(WAITS[2]).touch()
+    finish((first, second))
     assert result(output) == expected
