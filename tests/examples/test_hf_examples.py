@@ -10,6 +10,8 @@ import pytest
 from paths import ROOT
 from programs import Program
 
+from zerolite.examples import hf_trainer, trl_sft  # with all that they import: see the zygote
+
 EXAMPLES = ROOT / "zerolite" / "examples"
 MARK = re.compile(r"\s*# zerolite(?:: was (.*))?$")
 
@@ -42,13 +44,14 @@ def losses(script: Path, folder: Path, *options: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "weights"),
+    ("example", "options", "weights"),
     [
-        ("hf_trainer", [], "model.safetensors"),
-        ("trl_sft", ["--use_peft", "--lora_r", "4", "--bf16", "False"], "adapter_model.safetensors"),
+        (hf_trainer, [], "model.safetensors"),
+        (trl_sft, ["--use_peft", "--lora_r", "4", "--bf16", "False"], "adapter_model.safetensors"),
     ],
 )
-def test_an_example_trains_as_the_script_that_it_was(tmp_path, name, options, weights):
+def test_an_example_trains_as_the_script_that_it_was(tmp_path, example, options, weights):
+    name = example.__name__.rpartition(".")[2]
     before, changed = original(name)
     assert "integrations" not in before and "Zero" not in before
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")

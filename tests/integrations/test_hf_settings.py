@@ -27,6 +27,12 @@ def test_the_private_methods_that_are_overridden_are_still_there(owner):
     assert not gone, f"{owner.__module__}.{owner.__name__} has no {gone} any more"
 
 
+def test_a_trainer_without_them_is_refused(monkeypatch):
+    monkeypatch.delattr(Trainer, "_get_grad_norm")
+    with pytest.raises(ImportError, match="has no _get_grad_norm, which zerolite overrides"):
+        ZeroTrainer(model=model_of("trainer"), zero=dict(stage=1))
+
+
 def test_the_mixin_overrides_no_other_private_method():
     ours = {name for name in vars(integration.ZeroMixin) if name.startswith("_") and not name.startswith("__")}
     foreign = {name for name in ours if hasattr(trl.DPOTrainer, name)}
@@ -243,7 +249,7 @@ def test_a_plain_trainer_trains_a_sharded_model_as_ddp_or_names_what_it_cannot(r
     for expected, error, outcome in ranks(world).run(by_a_plain_trainer, stage, str(tmp_path)):
         assert isinstance(error, str) and "zerolite" in error
         if isinstance(outcome, str):
-            assert "stage 3" in outcome and "DistributedDataParallel" in outcome
+            assert "DistributedDataParallel" in outcome
         else:
             assert_close(outcome, expected.parameters, rtol=1e-12, atol=1e-13)
 

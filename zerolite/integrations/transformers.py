@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import Trainer
 
 import zerolite
 from zerolite.config import Offload
-from zerolite.engine.engine import find_engine
+from zerolite.engine.engine import engine_of, find_engine
 from zerolite.integrations.trainer_files import is_peft_model, write_model
 from zerolite.integrations.trainer_settings import ZeroSettings, from_deepspeed
 from zerolite.optim.base import ShardedOptimizer
@@ -26,6 +27,8 @@ from zerolite.optim.base import ShardedOptimizer
 __all__ = ["ZeroMixin", "ZeroTrainer", "from_deepspeed"]
 
 STATES = "zerolite"  # the folder of zerolite.save inside a checkpoint of Trainer's
+
+TESTED = "transformers 5.17 to 5.24 with accelerate 1.12 to 1.15"
 
 # Methods that `ZeroMixin` overrides or calls and that no documentation promises, by the library that has them.
 PRIVATE = {
@@ -54,10 +57,18 @@ class ZeroMixin(_Base):
     from, at any stage and world size. A reference model (DPO) is sharded as the model is.
 
     Raises ValueError for zero= and TrainingArguments that cannot stand together, and TypeError or ValueError for an
-    optimizer that is not zerolite's and that `zerolite.like` does not know, before anything is trained.
+    optimizer that is not zerolite's and that `zerolite.like` does not know, before anything is trained. Raises
+    ImportError for a transformers whose Trainer lacks a method of `PRIVATE`.
     """
 
     def __init__(self, *args, zero: Mapping[str, Any] | None = None, **kwargs):
+        own = super()
+        gone = [name for name in PRIVATE["transformers"] if not hasattr(own, name)]
+        if gone:
+            raise ImportError(
+                f"Trainer of transformers {transformers.__version__} has no {', '.join(gone)}, which zerolite "
+                f"overrides or calls: install one of {TESTED}"
+            )
         self._shard_settings = ZeroSettings(zero)
         self._sharded: nn.Module | None = None  # the model that `_prepared` is
         self._prepared: nn.Module | None = None  # what the loop calls
@@ -94,16 +105,30 @@ class ZeroMixin(_Base):
             if find_engine(self.model) is None:
                 precision = self._shard_settings.precision_of(self.args, self.model)
                 zerolite.shard(self.model, precision=precision, **(self._shard_settings.shard or {}))
+            self._check_device(engine_of(self.model).device.device)
             self.model._is_accelerate_prepared = False  # whoever said so put it in no autocast
             self._prepared = self._prepare_whole(self.model, device_placement=False, evaluation_mode=True)
             self._sharded = self.model
         assert self._prepared is not None
         return self._prepared
 
+    def _check_device(self, device: torch.device) -> None:
+        batches = torch.empty(0, device=self.args.device).device
+        if device != batches:
+            raise ValueError(
+                f"the trainer moves batches to {batches}, and the model is sharded on {device}: hide GPUs that it "
+                'shall not use (CUDA_VISIBLE_DEVICES=""), or start the trainer on that device'
+            )
+
     def _prepare_model(self, model: nn.Module, *args, **kwargs) -> nn.Module:
-        """Accelerator.prepare_model: a model beside the trained one, DPO's reference, is frozen and sharded alike."""
-        if model is self.model or find_engine(model) is not None:
-            return self._prepare_whole(model, *args, **kwargs)
+        """Accelerator.prepare_model, which would wrap, or move whole, what it is given.
+
+        A model beside the trained one, DPO's reference, is frozen and sharded alike.
+        """
+        if model is self.model or model is self._prepared:
+            return self._shard_model()
+        if find_engine(model) is not None:
+            return model
         settings = dict(self._shard_settings.shard or {})
         offload = Offload.of(settings.get("offload"))
         if offload is not None and not offload.parameters:
