@@ -16,6 +16,7 @@ from trainer_tasks import build, largest_difference, optimizer_of
 
 import zerolite
 from zerolite.integrations import accelerate as integration
+from zerolite.integrations.sharding import shard_on
 
 ULPS = 1e-14  # norms are summed in another order than torch's, and may differ in their last bit
 
@@ -25,6 +26,7 @@ def assert_same_run(run: Run, expected: Run, skipped: int = 0) -> None:
     assert run.losses == pytest.approx(expected.losses[skipped:], abs=ULPS, rel=0)
     assert run.norms == pytest.approx(expected.norms[skipped // 2 :], rel=ULPS)
     assert run.rates == expected.rates[skipped // 2 :]
+    assert run.syncs == [False, True] * (len(run.losses) // 2)
     if not skipped:
         assert run.evaluations == pytest.approx(expected.evaluations, abs=ULPS, rel=0)
     assert largest_difference(run.parameters, expected.parameters) < 1e-12
@@ -175,6 +177,10 @@ def clipped_by_value(accelerator) -> None:
     accelerator.clip_grad_value_(model.parameters(), 1.0)
 
 
+def on_another_device(accelerator) -> None:
+    shard_on(zerolite.shard(build(), stage=3), torch.device("meta"), SHARDS)
+
+
 def missing_state(accelerator) -> None:
     accelerator.prepare(build())
     accelerator.load_state("/")
@@ -196,6 +202,7 @@ REFUSED = {
     "another stage": (SHARDS, {}, sharded_otherwise, "build it anew"),
     "loss scaled twice": ({"stage": 3, "precision": zerolite.Precision(torch.float16)}, {}, scaled_twice, "again"),
     "clipping by value": (SHARDS, {}, clipped_by_value, "clip_grad_norm_"),
+    "another device": (SHARDS, {}, on_another_device, "moves batches to meta"),
     "a folder without a checkpoint": (SHARDS, {}, missing_state, "zerolite"),
 }
 

@@ -24,6 +24,7 @@ def assert_same_run(run: Run, expected: Run, skipped: int = 0) -> None:
     assert run.losses == pytest.approx(expected.losses[skipped:], abs=ULPS, rel=0) and run.losses
     assert run.norms == pytest.approx(expected.norms[skipped // 2 :], rel=ULPS)
     assert run.rates == expected.rates[skipped // 2 :]
+    assert run.syncs == [False, True] * (len(run.losses) // 2)
     assert largest_difference(run.parameters, expected.parameters) < 1e-12
 
 
