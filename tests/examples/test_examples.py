@@ -71,6 +71,19 @@ def test_nanogpt_goes_on_from_its_checkpoint_at_another_stage(ranks, tmp_path):
         assert largest_difference(rest.parameters, whole.parameters) < 1e-12
 
 
+def resumed_no_trainer_on_rank(folder: str) -> list[Result]:
+    whole = run("accelerate_no_trainer", False, torch.float32, stage=1, output_dir=folder)
+    again = {"output_dir": f"{folder}-2", "resume_from": f"{folder}/step_2"}
+    return [whole, run("accelerate_no_trainer", False, torch.float32, stage=3, **again)]
+
+
+def test_the_no_trainer_script_goes_on_in_the_middle_of_an_epoch_at_another_stage(ranks, tmp_path):
+    """With offload, in fp32, bit by bit."""
+    for whole, rest in ranks(2).run(resumed_no_trainer_on_rank, str(tmp_path / "out")):
+        assert rest.losses == whole.losses[4:] and len(rest.losses) == 10
+        assert largest_difference(rest.parameters, whole.parameters) == 0.0
+
+
 def deepspeed_on_rank(folder: str) -> list[list[float]]:
     return [run(name, False, torch.float32, folder=folder, steps=2).losses for name in ("from_deepspeed", "from_ddp")]
 

@@ -93,7 +93,7 @@ def test_autocast_and_scaling_are_those_of_ddp(ranks, tmp_path):
 
 
 class Manual(Module):
-    """Backward and step in training_step; a parameter of the module itself."""
+    """Two steps in one training_step; a parameter of the root's own."""
 
     def __init__(self, dtype: torch.dtype = torch.float64):
         super().__init__(dtype)
@@ -104,11 +104,11 @@ class Manual(Module):
         return self.net(inputs) * self.net.factor
 
     def training_step(self, batch, index):
-        loss = loss_of(self(batch[0]), batch[1])
-        self.run.losses.append(loss.item())
         optimizer = self.optimizers()
-        self.manual_backward(loss)
-        if index % 2:
+        for _ in range(2):
+            loss = loss_of(self(batch[0]), batch[1])
+            self.run.losses.append(loss.item())
+            self.manual_backward(loss)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -30,6 +30,7 @@ def accelerator_of(zero: dict[str, Any] | None, **options) -> accelerate.Acceler
     """A new one; Accelerate keeps its state in singletons."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    options.setdefault("cpu", True)  # else Accelerate takes ranks on CPUs for programs of their own
     if "gradient_accumulation_plugin" not in options:
         options.setdefault("gradient_accumulation_steps", 2)
     return accelerate.Accelerator(**options) if zero is None else Accelerator(zero=zero, **options)

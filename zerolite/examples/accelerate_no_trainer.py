@@ -1,6 +1,6 @@
 """A script of the shape of transformers' run_clm_no_trainer.py, on Accelerate.
 
-    accelerate launch --multi_gpu --num_processes 2 -m zerolite.examples.accelerate_no_trainer
+    accelerate launch --num_processes 2 -m zerolite.examples.accelerate_no_trainer
     torchrun --nproc-per-node 2 -m zerolite.examples.accelerate_no_trainer
 
 A line that ends in `# zerolite` is new; `# was:` is what stood there.
@@ -9,7 +9,7 @@ A line that ends in `# zerolite` is new; `# was:` is what stood there.
 import math
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator, get_scheduler
 
@@ -27,9 +27,12 @@ def examples(count: int) -> list[dict[str, list[int]]]:
 
 
 def main(stage: int = 3, output_dir: str = "outputs/no_trainer", resume_from: str | None = None):
-    num_train_epochs, checkpointing_steps = 2, 3
-    # was: accelerator = Accelerator(gradient_accumulation_steps=2)
-    accelerator = Accelerator(gradient_accumulation_steps=2, zero={"stage": stage, "offload": "cpu"})  # zerolite
+    num_train_epochs, checkpointing_steps = 2, 2
+    data = DataLoaderConfiguration(use_seedable_sampler=True)
+    on_cpu = not torch.cuda.is_available()  # where Accelerate has to be told, to see other ranks
+    options = {"gradient_accumulation_steps": 2, "dataloader_config": data, "cpu": on_cpu}
+    # was: accelerator = Accelerator(**options)
+    accelerator = Accelerator(**options, zero={"stage": stage, "offload": "cpu"})  # zerolite
     set_seed(42)
     config = LlamaConfig(
         vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
