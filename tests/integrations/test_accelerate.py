@@ -16,6 +16,7 @@ from trainer_tasks import build, largest_difference, optimizer_of
 
 import zerolite
 from zerolite.integrations import accelerate as integration
+from zerolite.integrations.sharding import shard_on
 
 ULPS = 1e-14  # norms are summed in another order than torch's, and may differ in their last bit
 
@@ -25,6 +26,7 @@ def assert_same_run(run: Run, expected: Run, skipped: int = 0) -> None:
     assert run.losses == pytest.approx(expected.losses[skipped:], abs=ULPS, rel=0)
     assert run.norms == pytest.approx(expected.norms[skipped // 2 :], rel=ULPS)
     assert run.rates == expected.rates[skipped // 2 :]
+    assert run.syncs == [False, True] * (len(run.losses) // 2)
     if not skipped:
         assert run.evaluations == pytest.approx(expected.evaluations, abs=ULPS, rel=0)
     assert largest_difference(run.parameters, expected.parameters) < 1e-12
@@ -127,7 +129,7 @@ def several_on_rank() -> list:
     schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1) for optimizer in optimizers]
     models[0], models[1], *rest = accelerator.prepare(*models, *optimizers, *schedulers)
     teacher = accelerator.prepare_model(build(), evaluation_mode=True)
-    for factor, model, optimizer, scheduler in zip((1.0, torch.inf), models, rest[:2], rest[2:], strict=True):
+    for factor, model, optimizer, scheduler in zip((torch.inf, 1.0), models, rest[:2], rest[2:], strict=True):
         accelerator.backward(model(torch.ones(2, 5, dtype=torch.float64)).sum() * factor)
         optimizer.step()
         scheduler.step()
@@ -137,9 +139,9 @@ def several_on_rank() -> list:
 
 @pytest.mark.filterwarnings("ignore:step skipped")
 def test_a_scheduler_waits_for_its_own_optimizer(ranks):
-    """That of the other model goes on; a model that is prepared for evaluation is not sharded."""
+    """That of the other model goes on. A model that is prepared for evaluation is not sharded."""
     (result,) = ranks(1).run(several_on_rank)
-    assert result == [[pytest.approx(0.005), 0.05], [False, True], False]
+    assert result == [[0.05, pytest.approx(0.005)], [True, False], False]
 
 
 def plain_sharded(accelerator, stage: int) -> None:
@@ -175,6 +177,10 @@ def clipped_by_value(accelerator) -> None:
     accelerator.clip_grad_value_(model.parameters(), 1.0)
 
 
+def on_another_device(accelerator) -> None:
+    shard_on(zerolite.shard(build(), stage=3), torch.device("meta"), 1, SHARDS)
+
+
 def missing_state(accelerator) -> None:
     accelerator.prepare(build())
     accelerator.load_state("/")
@@ -196,6 +202,7 @@ REFUSED = {
     "another stage": (SHARDS, {}, sharded_otherwise, "build it anew"),
     "loss scaled twice": ({"stage": 3, "precision": zerolite.Precision(torch.float16)}, {}, scaled_twice, "again"),
     "clipping by value": (SHARDS, {}, clipped_by_value, "clip_grad_norm_"),
+    "another device": (SHARDS, {}, on_another_device, "moves batches to meta"),
     "a folder without a checkpoint": (SHARDS, {}, missing_state, "zerolite"),
 }
 
@@ -216,6 +223,18 @@ def test_what_cannot_be_is_refused_by_name(ranks):
     (texts,) = ranks(1).run(refusals_on_rank)
     for name, (*_, expected) in REFUSED.items():
         assert expected in texts.get(name, ""), name
+
+
+def uncounted_on_rank() -> str:
+    with pytest.raises(ValueError) as refusal:
+        accelerator_of({"stage": 3}, cpu=False).prepare(build())
+    return str(refusal.value)
+
+
+def test_ranks_that_accelerate_does_not_count_are_refused(ranks):
+    """On CPUs it divides no batches unless it is told cpu=True."""
+    for text in ranks(2).run(uncounted_on_rank):
+        assert "counts 1 processes and torch.distributed 2" in text
 
 
 def test_the_private_names_of_accelerate_are_there():

@@ -24,6 +24,7 @@ ULPS = 1e-14
 def assert_same_run(run: Run, expected: Run) -> None:
     assert run.losses == pytest.approx(expected.losses, abs=ULPS, rel=0) and run.losses
     assert run.rates == expected.rates
+    assert not run.syncs or run.syncs == [False, True] * (len(run.losses) // 2)
     assert run.evaluations == pytest.approx(expected.evaluations, abs=ULPS, rel=0)
     assert largest_difference(run.parameters, expected.parameters) < 1e-12
 
@@ -78,19 +79,21 @@ def fp16() -> MixedPrecision:
 
 def precisions_on_rank(folder: str) -> list[list[Run]]:
     ways = [lambda: {"precision": "bf16-mixed"}, lambda: {"plugins": [fp16()]}]
-    return [
-        [fit(name, 2, folder, dtype=torch.float32, **options()) for name in ("zerolite", "ddp")] for options in ways
-    ]
+    runs = [[fit(name, 2, folder, dtype=torch.float32, **way()) for name in ("zerolite", "ddp")] for way in ways]
+    own = ZeroStrategy(3, precision=zerolite.Precision(torch.bfloat16))
+    return [*runs, [fit(own, 2, folder, dtype=torch.float32), runs[0][1]]]
 
 
 def test_autocast_and_scaling_are_those_of_ddp(ranks, tmp_path):
-    for run, expected in ranks(2).run(precisions_on_rank, str(tmp_path))[0]:
+    *pairs, (own, expected) = ranks(2).run(precisions_on_rank, str(tmp_path))[0]
+    assert own.losses == pytest.approx(expected.losses, abs=0.02)  # of zerolite's own bf16
+    for run, expected in pairs:
         assert run.losses == pytest.approx(expected.losses, abs=1e-6)
         assert largest_difference(run.parameters, expected.parameters) < 1e-6
 
 
 class Manual(Module):
-    """Backward and step in training_step; a parameter of the module itself."""
+    """Two steps in one training_step; a parameter of the root's own."""
 
     def __init__(self, dtype: torch.dtype = torch.float64):
         super().__init__(dtype)
@@ -101,11 +104,11 @@ class Manual(Module):
         return self.net(inputs) * self.net.factor
 
     def training_step(self, batch, index):
-        loss = loss_of(self(batch[0]), batch[1])
-        self.run.losses.append(loss.item())
         optimizer = self.optimizers()
-        self.manual_backward(loss)
-        if index % 2:
+        for _ in range(2):
+            loss = loss_of(self(batch[0]), batch[1])
+            self.run.losses.append(loss.item())
+            self.manual_backward(loss)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -135,10 +138,14 @@ def evaluation_on_rank(folder: str) -> list:
         predictions = trainer.predict(module, loader(2), return_predictions=True)
         found.append((metrics, torch.cat(predictions)))
     module = Head(torch.float32)
+    module.cpu = None  # nobody calls it
     trainer = trainer_of("zerolite_stage_2_offload", 2, folder)
     trainer.fit(module, loader(2, torch.float32))
     before = parameters_of(module.net, module)
-    trainer.validate(module, loader(2, torch.float32), verbose=False)
+    trainer.save_checkpoint(f"{folder}/whole", weights_only=True)
+    with zerolite.full_params(module, writeback=True), torch.no_grad():
+        module.net.first.weight.zero_()
+    trainer.validate(module, loader(2, torch.float32), verbose=False, ckpt_path=f"{folder}/whole")
     assert largest_difference(before, parameters_of(module.net, module)) == 0.0
     trainer_of("zerolite_stage_2_offload", 2, folder).fit(module, loader(2, torch.float32))
     moved = largest_difference(before, parameters_of(module.net, module))
@@ -157,6 +164,12 @@ def with_two_optimizers(module: Module) -> list:
 
 def with_sgd(module: Module):
     return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+def with_an_object(folder: str) -> None:
+    module = Module()
+    module.on_save_checkpoint = lambda checkpoint: checkpoint.update(mine=Run())
+    fit("zerolite", 1, folder, module=module, save=f"{folder}/object")
 
 
 def fit_refused(folder: str, strategy="zerolite_stage_3", **options) -> None:
@@ -201,6 +214,7 @@ REFUSED = {
     "another stage": (sharded_otherwise, "build it anew"),
     "a file of another strategy": (of_a_file, "is a file"),
     "a checkpoint without Lightning's state": (of_zerolite_alone, "outside of Lightning"),
+    "a value that is not read again": (with_an_object, "'mine' could be written"),
     "a remote folder": (lambda at: fit_refused(at, save="s3://bucket/step"), "local folders"),
     "a stage that is none": (lambda at: ZeroStrategy(4), "stage is 0, 1, 2 or 3"),
     "an option of DDP": (lambda at: ZeroStrategy(3, find_unused_parameters=True), "find_unused_parameters"),

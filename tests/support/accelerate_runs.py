@@ -9,7 +9,7 @@ import accelerate
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
-from trainer_tasks import CLIP, build, loader, loss_of, optimizer_of, scheduler_of
+from trainer_tasks import CLIP, build, is_syncing, loader, loss_of, optimizer_of, scheduler_of
 
 from zerolite.integrations.accelerate import Accelerator
 
@@ -22,6 +22,7 @@ class Run:
     norms: list[float] = field(default_factory=list)
     evaluations: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
+    syncs: list[bool | None] = field(default_factory=list)  # whether a backward reduces; None: DDP's business
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -29,6 +30,7 @@ def accelerator_of(zero: dict[str, Any] | None, **options) -> accelerate.Acceler
     """A new one; Accelerate keeps its state in singletons."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    options.setdefault("cpu", True)  # else Accelerate takes ranks on CPUs for programs of their own
     if "gradient_accumulation_plugin" not in options:
         options.setdefault("gradient_accumulation_steps", 2)
     return accelerate.Accelerator(**options) if zero is None else Accelerator(zero=zero, **options)
@@ -63,6 +65,7 @@ def train(
     for inputs, labels in batches:
         with accelerator.accumulate(model):
             loss = loss_of(model(inputs), labels)
+            run.syncs.append(is_syncing(model))
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 run.norms.append(accelerator.clip_grad_norm_(model.parameters(), CLIP).item())

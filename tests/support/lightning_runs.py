@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
-from trainer_tasks import CLIP, build, loader, loss_of, optimizer_of, scheduler_of
+from trainer_tasks import CLIP, build, is_syncing, loader, loss_of, optimizer_of, scheduler_of
 
 import zerolite
 import zerolite.integrations.lightning
@@ -28,6 +28,7 @@ class Run:
     evaluations: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    syncs: list[bool | None] = field(default_factory=list)  # whether a backward reduces; None: DDP's business
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -43,6 +44,7 @@ class Module(pl.LightningModule):
         inputs, labels = batch
         loss = loss_of(self.net(inputs), labels)
         self.run.losses.append(loss.item())
+        self.run.syncs.append(is_syncing(self))
         return loss
 
     def validation_step(self, batch, index):
@@ -127,6 +129,7 @@ def fabric_loop(
         is_accumulating = index % 2 == 0
         with fabric.no_backward_sync(model, enabled=is_accumulating):
             loss = loss_of(model(inputs), labels)
+            run.syncs.append(is_syncing(plain))
             fabric.backward(loss / 2)
         run.losses.append(loss.item())
         if is_accumulating:

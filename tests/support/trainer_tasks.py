@@ -11,6 +11,8 @@ from models import Stack, drawn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from zerolite.engine.engine import find_engine
+
 BATCH, BATCHES, IGNORED = 2, 6, -100  # of one rank
 CLIP = 2.2  # below some norms of these gradients, above others
 
@@ -47,6 +49,12 @@ def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
 
 def scheduler_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4))
+
+
+def is_syncing(model: nn.Module) -> bool | None:
+    """Whether a backward reduces gradients; None for a model that is not sharded."""
+    engine = find_engine(model)
+    return None if engine is None else engine.is_syncing
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

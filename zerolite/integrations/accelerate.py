@@ -102,7 +102,7 @@ class Accelerator(PlainAccelerator):
         return super().prepare(*args, device_placement=device_placement)
 
     def _shard(self, model: nn.Module) -> None:
-        check_scaler(shard_on(model, self.device, self._sharding), self.scaler)
+        check_scaler(shard_on(model, self.device, self.num_processes, self._sharding), self.scaler)
 
     def prepare_model(self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False):
         """As Accelerate's, autocast included. With evaluation_mode the model is not sharded. Collective."""

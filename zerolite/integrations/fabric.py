@@ -20,6 +20,8 @@ from zerolite.integrations.lightning_state import dumped, local_folder, read
 from zerolite.integrations.sharding import check_scaler, shard_arguments, shard_on, sharded_optimizer
 from zerolite.shards.units import UnitRule
 
+# Private names of Lightning 2.6 that are used here; tests/integrations/test_fabric.py says which one is gone.
+PRIVATE = ("_backward_sync_control",)
 OPTIONS = {"accelerator", "parallel_devices", "cluster_environment", "process_group_backend", "timeout"}
 
 
@@ -72,7 +74,7 @@ class FabricZeroStrategy(DDPStrategy):
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Shard it. Collective."""
-        engine = shard_on(module, self.root_device, self._sharding)
+        engine = shard_on(module, self.root_device, self.world_size, self._sharding)
         check_scaler(engine, getattr(self.precision, "scaler", None))
         module.to(self.root_device)  # metrics, and what a LightningModule says of its device
         return ForwardModule(module)

@@ -99,7 +99,7 @@ class ZeroStrategy(DDPStrategy):
             if is_fitting and self._layer_sync:
                 self.model = self._layer_sync.apply(self.model)
             self.model = self.precision_plugin.convert_module(self.model)
-        engine = shard_on(self.model, self.root_device, self._sharding)
+        engine = shard_on(self.model, self.root_device, self.world_size, self._sharding)
         self.model_to_device()  # metrics, and what the module says of its device
         if is_fitting:
             _refuse_averages(engine, trainer.callbacks)

@@ -17,10 +17,23 @@ KEY = "lightning"
 
 
 def dumped(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """`state` as an `extra` of zerolite.save."""
+    """`state` as an `extra` of zerolite.save. CheckpointError for what could not be read again, with its key."""
+    for key, value in state.items():
+        try:
+            _load(io.BytesIO(_bytes(value)), weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"{key!r} could be written, and not read again with weights_only=True: keep plain values, tensors and "
+                "containers of them in a checkpoint, or allow the class by torch.serialization.add_safe_globals "
+                f"({error})"
+            ) from error
+    return {KEY: torch.frombuffer(bytearray(_bytes(state)), dtype=torch.uint8)}
+
+
+def _bytes(value: Any) -> bytes:
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return {KEY: torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)}
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 def read(extra: Any, folder: Path, weights_only: bool | None) -> dict[str, Any]:

@@ -35,10 +35,12 @@ def shard_arguments(zero: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zero)
 
 
-def shard_on(model: nn.Module, device: torch.device, arguments: Mapping[str, Any]) -> Engine:
+def shard_on(model: nn.Module, device: torch.device, world_size: int, arguments: Mapping[str, Any]) -> Engine:
     """Shard a model on the device that a trainer moves batches to; one that is sharded already stays. Collective.
 
-    ValueError for a model that is sharded at another stage, or lies on another device, and as of `zerolite.shard`.
+    world_size: how many processes the trainer divides its batches among.
+    ValueError for a model that is sharded at another stage, or lies on another device, for another number of processes,
+    and as of `zerolite.shard`.
     """
     partition = Partition(arguments["stage"])
     engine = find_engine(model)
@@ -60,6 +62,12 @@ def shard_on(model: nn.Module, device: torch.device, arguments: Mapping[str, Any
         raise ValueError(
             f"the trainer moves batches to {device} and the model is sharded on {engine.device.device}: start it on "
             'that device, or hide GPUs that it shall not use (CUDA_VISIBLE_DEVICES="")'
+        )
+    if engine.mesh.world_size != world_size:
+        raise ValueError(
+            f"the trainer counts {world_size} processes and torch.distributed {engine.mesh.world_size}, so it would "
+            "not divide batches among all: say how many there are (devices= and num_nodes= of Lightning; for "
+            "Accelerate on CPUs Accelerator(cpu=True), or `accelerate launch --cpu`)"
         )
     return engine
 
