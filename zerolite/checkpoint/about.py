@@ -11,7 +11,6 @@ from zerolite.runtime.safetensors_file import DTYPES
 from zerolite.shards.shard import Shard
 from zerolite.version import __version__
 
-
 HALF_WAY = 1 + 2.0**-8  # between two numbers of bf16, of which 1 is the even one
 
 
