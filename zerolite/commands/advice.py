@@ -125,7 +125,7 @@ def _gpus(found: dict[str, Any]) -> Iterator[Advice]:
         if width and widest and width < widest:
             yield Advice(
                 False,
-                f"{name} is on {width} of {widest} PCIe lanes: offload's copies take {widest / width:.0f} times as long",
+                f"{name} is on {width} of {widest} PCIe lanes: offload copies at 1/{widest / width:.0f} of its rate",
                 "put it into another slot, or look for a riser or a switch between",
             )
         if gpu["capability"] < [8, 0]:
@@ -141,7 +141,7 @@ def _links(found: dict[str, Any]) -> Iterator[Advice]:
         pairs = len(found["gpu"]["links"])
         yield Advice(
             False,
-            f"{len(slow)} of {pairs} pairs of GPUs have no NVLink: stage 3 sends 1.5 times what stage 2 does, over PCIe",
+            f"{len(slow)} of {pairs} pairs of GPUs have no NVLink: stage 3 sends 1.5 times stage 2's bytes over PCIe",
             "prefer stage 2 where it fits, with accumulation (no_sync), or Offload at stage 2",
         )
     across = [link for link in slow if link["path"] == TOPOLOGY_ACROSS]
@@ -155,6 +155,8 @@ def _links(found: dict[str, Any]) -> Iterator[Advice]:
 
 def _rates(found: dict[str, Any]) -> Iterator[Advice]:
     rates = found.get("rates")
+    if found.get("rates_error"):
+        yield Advice(True, f"measuring failed: {found['rates_error']}", "run a small program of torch on this device")
     if rates is None:
         return
     load, there = found["cpu"]["load"], found["cpu"]["logical_cores"] or 1

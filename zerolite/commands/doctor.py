@@ -39,7 +39,10 @@ def doctor(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     found = gather()
     if not given.no_measure and found["versions"]["torch"] is not None:
-        found["rates"] = _rates(LONG_S if given.measure else QUICK_S)
+        try:
+            found["rates"] = _rates(LONG_S if given.measure else QUICK_S)
+        except (RuntimeError, ImportError, ValueError) as error:  # of torch: no driver, another architecture, no memory
+            found["rates_error"] = " ".join(str(error).split())[:200]
     advices = advice(found)
     found["advice"] = [one._asdict() for one in advices]
     if os.environ.get("RANK", "0") == "0":

@@ -85,34 +85,42 @@ def numa_nodes() -> list[dict[str, Any]]:
     return found
 
 
-def _cgroup_file(controller: str, name: str) -> str | None:
-    """A file of this process's control group, of version 2 or 1; in a container its path is often the root."""
+def _cgroup_files(controller: str, name: str) -> list[str]:
+    """A file of this process's control group and of those above it, of version 2 or 1; the least limit counts.
+
+    In a container the group's path is often not to be seen, and the root is its own.
+    """
+    found = []
     for line in (_read(PROC / "self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
         is_v1 = controller in controllers.split(",")
-        if is_v1 or not controllers:
-            root = SYS / "fs/cgroup" / (controllers if is_v1 else "")
-            for folder in (root / path.lstrip("/"), root, SYS / "fs/cgroup" / controller):
-                if (text := _read(folder / name)) is not None:
-                    return text.strip()
-    return None
+        if not is_v1 and controllers:
+            continue
+        root = SYS / "fs/cgroup" / controllers
+        folder = root / path.lstrip("/")
+        for one in (folder, *(above for above in folder.parents if root in (above, *above.parents))):
+            found.append(_read(one / name))
+        if is_v1:
+            found.append(_read(SYS / "fs/cgroup" / controller / name))
+    return [text.strip() for text in found if text is not None]
 
 
 def _cpu_quota() -> float | None:
     """Cores' worth of time that the control group may use; None: no limit."""
-    limit = (_cgroup_file("cpu", "cpu.max") or "").split()
-    if len(limit) == 2:
-        return None if limit[0] == "max" else int(limit[0]) / int(limit[1])
-    quota, period = (_cgroup_file("cpu", f"cpu.cfs_{what}_us") for what in ("quota", "period"))
-    return int(quota) / int(period) if quota and period and int(quota) > 0 else None
+    pairs = [text.split() for text in _cgroup_files("cpu", "cpu.max")]
+    v1 = (_cgroup_files("cpu", f"cpu.cfs_{what}_us") for what in ("quota", "period"))
+    pairs += [list(pair) for pair in zip(*v1, strict=False)]
+    quotas = [int(quota) / int(period) for quota, period in pairs if quota.isdigit() and int(quota) > 0]
+    return min(quotas, default=None)
 
 
 def memory() -> dict[str, Any]:
     """Bytes. `limit`: of the control group, None where it has none."""
     found = psutil.virtual_memory()
-    text = _cgroup_file("memory", "memory.max") or _cgroup_file("memory", "memory.limit_in_bytes") or "max"
-    limit = int(text) if text.isdigit() and int(text) < UNLIMITED else None
-    return {"total": found.total, "available": found.available, "limit": limit, "swap": psutil.swap_memory().total}
+    texts = [*_cgroup_files("memory", "memory.max"), *_cgroup_files("memory", "memory.limit_in_bytes")]
+    sizes = [int(text) for text in texts if text.isdigit() and int(text) < UNLIMITED]
+    swap = psutil.swap_memory().total
+    return {"total": found.total, "available": found.available, "limit": min(sizes, default=None), "swap": swap}
 
 
 def limits() -> dict[str, Any]:
