@@ -45,7 +45,10 @@ def _configurations(model: nn.Module) -> dict[str, Any]:
     """config.json and generation_config.json of a model of transformers; null where it cannot be written as JSON."""
     if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):  # without importing transformers
         return {}
-    found = {"config": _as_json(getattr(model, "config", None))}
+    config = _as_json(getattr(model, "config", None))
+    if config is not None:
+        config["architectures"] = [type(model).__name__]  # as `export` does: a model that was never saved has none
+    found = {"config": config}
     generation = _as_json(getattr(model, "generation_config", None))
     return found | ({"generation_config": generation} if generation is not None else {})
 

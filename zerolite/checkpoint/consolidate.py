@@ -27,6 +27,7 @@ from zerolite.shards.blocks import copy, whole
 from zerolite.shards.layout import Range
 
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+ROUNDED = (torch.float32, torch.bfloat16)
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
@@ -73,8 +74,12 @@ def consolidate(
         try:
             for path in beside:
                 shutil.copy2(path, writer.written / path.name)
+            away = _ties_away(saved)
             for names in _groups(model, saved.manifest["parameters"]):
-                writer.add(model, {_written_name(model, name): _whole(saved, name, dtypes[name]) for name in names})
+                writer.add(
+                    model,
+                    {_written_name(model, name): _whole(saved, name, dtypes[name], name in away) for name in names},
+                )
             buffers = {name: _tensor(saved, f"buffer/{name}") for name in saved.manifest["buffers"]}
             writer.finish(model, buffers)
         except BaseException:
@@ -192,19 +197,23 @@ def _written_name(model: nn.Module, name: str) -> str:
 # Reading #
 
 
-def _whole(saved: SavedFolder, name: str, dtype: torch.dtype) -> torch.Tensor:
+def _ties_away(saved: SavedFolder) -> set[str]:
+    """Parameters whose shards rounded a master half-way between two bf16 numbers away from zero."""
+    model = saved.manifest.get("model")
+    names = model.get("ties_away") if isinstance(model, dict) else None
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
+def _whole(saved: SavedFolder, name: str, dtype: torch.dtype, is_away: bool) -> torch.Tensor:
     """One parameter of all ranks' slices."""
     shape, key = saved.manifest["parameters"][name], f"parameter/{name}"
     found = torch.empty(shape, dtype=dtype)
     everything = whole(tuple(shape)), Range(0, found.numel())
-    model = saved.manifest.get("model")
-    ties_away = model.get("ties_away") if isinstance(model, dict) else None
-    is_away = dtype == torch.bfloat16 and isinstance(ties_away, list) and name in ties_away
     for saved_slice, handle in saved.slices.get(key, ()):
         values = handle.get_slice(key)[:]
         if not (values.is_floating_point() or values.dtype == dtype):
             raise CheckpointError(f"{saved.folder}: {key} is of {values.dtype}, its model's of {dtype}")
-        values = round_bf16(values) if is_away and values.dtype == torch.float32 else values
+        values = round_bf16(values) if is_away and (values.dtype, dtype) == ROUNDED else values
         copy(found.view(-1), everything, values, saved_slice)
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 from zerolite.errors import CheckpointError, ZeroliteError
 
 OK, BAD, MISTAKE = 0, 1, 2  # what was looked at is right; is not; the command cannot be carried out
-MAX_SHOWN = 100
+MAX_SHOWN, MAX_ERROR = 100, 600  # characters
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +42,7 @@ def run(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] 
     except BrokenPipeError:  # as of `| head`: see zerolite.cli
         raise
     except (ValueError, OSError, ZeroliteError) as error:
-        print(f"zerolite {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"zerolite {name}: error: {shown(' '.join(str(error).split()), MAX_ERROR)}", file=sys.stderr)
         return BAD if isinstance(error, CheckpointError) else MISTAKE
 
 

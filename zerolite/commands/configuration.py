@@ -41,6 +41,16 @@ class Configuration:
             raise ValueError(f"{name}: expected a number, got {value!r}")
         return float(value)
 
+    def count(self, name: str, default: Any = None) -> Any:
+        """A whole number of at least 0, AUTO, or None where it is absent; ValueError, with the key, for else."""
+        value = self.get(name, default)
+        if value is None or value == AUTO:
+            return value
+        number = self.number(name, default)
+        if number != int(number) or number < 0:
+            raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
+        return int(number)
+
     def section(self, name: str) -> dict[str, Any]:
         return {key.removeprefix(f"{name}."): self.get(key) for key in self.leaves if key.startswith(f"{name}.")}
 

@@ -187,7 +187,7 @@ def _no_precision(config: Configuration, mixed: str) -> None:
 
 def _start(config: Configuration, recipe: Recipe) -> None:
     """The torchrun command."""
-    machines, ranks = config.get("num_machines", 1), config.get("num_processes")
+    machines, ranks = config.count("num_machines", 1), config.count("num_processes")
     if isinstance(machines, int) and machines > 1:
         recipe.num_machines = machines
         recipe.machine_rank = str(config.get("machine_rank", "MACHINE"))
@@ -209,5 +209,5 @@ def _start(config: Configuration, recipe: Recipe) -> None:
         config.use("gpu_ids", "CUDA_VISIBLE_DEVICES")
     config.tell("use_cpu", IDLE, "it is off")
     if config.is_on("use_cpu"):
-        recipe.environment["CUDA_VISIBLE_DEVICES"] = '""'
+        recipe.environment["CUDA_VISIBLE_DEVICES"] = ""
         config.use("use_cpu", "no GPU is shown to the program, so it trains on the CPU")

@@ -178,7 +178,7 @@ def _reduce(config: Configuration) -> str:
     given = config.get("communication_data_type")
     accumulated = config.get("data_types.grad_accum_dtype")
     for name, value in (("communication_data_type", given), ("data_types.grad_accum_dtype", accumulated)):
-        if value is not None and value not in COMMUNICATED:
+        if value is not None and str(value) not in COMMUNICATED:
             raise ValueError(f"{name}: expected fp32, fp16 or bf16, got {value!r}")
         config.tell(name, IDLE, "null is the compute dtype")
     if accumulated is not None:
@@ -198,7 +198,7 @@ def _scaler(config: Configuration, recipe: Recipe, enabled: str) -> bool:
         for name in (*names, "loss_scale", "hysteresis", "min_loss_scale", "consecutive_hysteresis"):
             config.tell(f"fp16.{name}", IDLE, "fp16 is off")
         return False
-    power, window = config.get("fp16.initial_scale_power", 16), config.get("fp16.loss_scale_window", 1000)
+    power, window = config.count("fp16.initial_scale_power", 16), config.count("fp16.loss_scale_window", 1000)
     config.use("fp16.initial_scale_power", f"GradScaler(init_scale=2.0**{power})")
     config.use("fp16.loss_scale_window", f"GradScaler(growth_interval={window})")
     if AUTO in (power, window):
@@ -288,7 +288,7 @@ def _scheduler(config: Configuration, recipe: Recipe) -> None:
         return
     params = config.section("scheduler.params")
     names = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine_with_min_lr"}
-    if given not in names:
+    if str(given) not in names:
         for name in params:
             config.tell(f"scheduler.params.{name}", NONE, f"it is of {given}")
         config.tell("scheduler.type", NONE, "take one of torch.optim.lr_scheduler, on the optimizer as it is")
@@ -326,7 +326,7 @@ def _scheduler(config: Configuration, recipe: Recipe) -> None:
 
 def _steps(config: Configuration, recipe: Recipe, name: str, argument: str, default: Any) -> str:
     key = f"scheduler.params.{name}"
-    value = config.get(key, default)
+    value = config.count(key, default) if key in config.leaves else default
     if value == AUTO:
         recipe.needs_args = True
         config.use(key, f"auto is {argument}")
@@ -353,7 +353,7 @@ def _peak(config: Configuration, recipe: Recipe, params: dict[str, Any]) -> None
 
 def _batch(config: Configuration, recipe: Recipe) -> None:
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    total, micro, steps = (config.get(name) for name in names)
+    total, micro, steps = (config.count(name) for name in names)
     if AUTO in (total, micro, steps):
         recipe.needs_args = True
     config.use(

@@ -1,6 +1,7 @@
 """The lines that a run is written with: what to call with which arguments, as Python source."""
 
 import json
+import shlex
 import textwrap
 from dataclasses import dataclass, field
 
@@ -110,12 +111,12 @@ class Recipe:
 
     def command(self) -> str:
         """How to start it."""
-        settings = "".join(f"{name}={value} " for name, value in self.environment.items())
+        settings = "".join(f"{name}={shlex.quote(value)} " for name, value in self.environment.items())
         count = self.num_ranks or "GPUS"
         if self.num_machines == 1:
             return f"{settings}torchrun --standalone --nproc-per-node {count} train.py"
-        rank = self.machine_rank or "MACHINE"
-        where = f"--master-addr {self.address or 'HOST'} --master-port {self.port or '29500'}"
+        rank = shlex.quote(self.machine_rank or "MACHINE")
+        where = f"--master-addr {shlex.quote(self.address or 'HOST')} --master-port {shlex.quote(self.port or '29500')}"
         start = f"{settings}torchrun --nnodes {self.num_machines} --node-rank {rank} {where}"
         return f"{start} --nproc-per-node {count} train.py"
 

@@ -206,3 +206,13 @@ def timed_event() -> tuple[int, torch.cuda.Event] | None:
 def nvtx_range(label: str) -> contextlib.AbstractContextManager[object]:
     """Context that NVIDIA's profilers show by this label, where a GPU is in use."""
     return torch.cuda.nvtx.range(label) if torch.cuda.is_initialized() else contextlib.nullcontext()
+
+
+def has_bus(device: torch.device) -> bool:
+    """Whether values travel between this device's memory and the host's."""
+    return device.type == "cuda"
+
+
+def name_of(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
