@@ -1,4 +1,4 @@
-"""What lives in a training step beside model states: one forward and backward of a model on fake tensors, event by event.
+"""What lives in a step beside model states: one forward and backward of a model on fake tensors, event by event.
 
 No table of architectures: the model's own code runs, with its attention, its loss and its activation checkpointing, on
 tensors that have shapes and no memory (FakeTensorMode), and `LiveStorages` counts. So what autograd saves is counted by
@@ -53,9 +53,9 @@ def profile(model: nn.Module, plans: Sequence[UnitPlan], dtype_of: DtypeOf, step
     numel = sum(parameter.numel() for parameter in model.parameters())
     if numel > MAX_REAL_NUMEL:
         raise ValueError(
-            f"{type(model).__name__} does not run on tensors without values ({why}), and with {numel:,} parameters it is "
-            "too large to be run on real ones here: plan it in bf16 with experts_implementation='grouped_mm', or plan "
-            "model states alone with batch=None"
+            f"{type(model).__name__} does not run on tensors without values ({why}), and with {numel:,} parameters it "
+            "is too large to be run on real ones here: plan it in bf16 with experts_implementation='grouped_mm', or "
+            "plan model states alone with batch=None"
         )
     return Profile(_run(model, plans, dtype_of, step, contextlib.nullcontext()), is_real=True)
 
@@ -63,7 +63,7 @@ def profile(model: nn.Module, plans: Sequence[UnitPlan], dtype_of: DtypeOf, step
 def _run(model, plans, dtype_of: DtypeOf, step: Step, mode) -> tuple[Moment, ...]:
     live = LiveStorages()
     recorder = _Recorder(live)
-    training = [module for module in model.modules() if not module.training]
+    resting = [module for module in model.modules() if not module.training]
     with mode, contextlib.ExitStack() as stack:
         is_real = not isinstance(mode, FakeTensorMode)
         tensors: dict[str, torch.Tensor] = {}
@@ -77,11 +77,16 @@ def _run(model, plans, dtype_of: DtypeOf, step: Step, mode) -> tuple[Moment, ...
         stack.callback(skipped.restore)
         skipped.install(plans)
         model.train()
-        stack.callback(lambda: [setattr(module, "training", False) for module in training])
+        stack.callback(_leave_training, resting)
         stack.enter_context(live)
         prefix = {f"model.{name}": tensor for name, tensor in tensors.items()}
         torch.func.functional_call(_Step(model, step, recorder), prefix, ())
     return expanded(recorder.moments(), plans, skipped.runs)
+
+
+def _leave_training(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        module.training = False
 
 
 def _stand_in(tensor: torch.Tensor, dtype: torch.dtype, is_real: bool) -> torch.Tensor:
@@ -164,9 +169,8 @@ class _Recorder:
         has_begun: list[bool] = []
 
         def begin(gradients) -> None:
-            if not has_begun:
-                has_begun.append(True)
-                self.mark(Event.BACKWARD, index)
+            self.mark(Event.BACKWARD_AGAIN if has_begun else Event.BACKWARD, index)
+            has_begun.append(True)
 
         for node in {t.grad_fn for t in tensors_of(output) if t.grad_fn is not None}:
             node.register_prehook(begin)

@@ -14,6 +14,7 @@ class Event(str, Enum):
     END_FORWARD = "forward has ended"
     LOSS = "the loss is known"
     BACKWARD = "backward begins"
+    BACKWARD_AGAIN = "backward begins at another output"
     END_BACKWARD = "backward has ended"
     GRADIENT = "a parameter has its gradient"
     END = "the step's backward has ended"

@@ -1,7 +1,7 @@
 """`zerolite.plan`: what a run will take on each device and host, and what it will send, before it runs.
 
-Three parts make a plan: a `Profile` of the model's own code on fake tensors (activations.py), a `DryEngine`, which is the
-engine on tensors without memory (dry_engine.py), and a `Walk` of the second along the first (walk.py).
+Three parts make a plan: a `Profile` of the model's own code on fake tensors (activations.py), a `DryEngine`, which is
+the engine on tensors without memory (dry_engine.py), and a `Walk` of the second along the first (walk.py).
 """
 
 from collections.abc import Callable
@@ -171,18 +171,19 @@ def plan(
     ranks_per_host: int = 8,
     rates: AssumedRates | None = None,
 ) -> Plan:
-    """What training a model will take: bytes by kind on each device and host, what a step sends, and seconds. No memory
-    is taken, nothing runs on a device, and no other rank is asked.
+    """What training a model will take: bytes by kind on each device and host, what a step sends, and seconds.
 
-    model: a model, which stays as it is; a preset ("llama-7b", ...: `zerolite.memory.presets.PRESETS`), or a folder with
-        a config.json of Hugging Face.
-    stage, offload, precision, units: as `zerolite.shard` takes them; None for precision leaves the model's dtypes, which
-        are bf16 for a preset.
+    No memory is taken, nothing runs on a device, and no other rank is asked.
+
+    model: a model, which stays as it is; a preset ("llama-7b", ...: `zerolite.memory.presets.PRESETS`), or a folder
+        with a config.json of Hugging Face.
+    stage, offload, precision, units: as `zerolite.shard` takes them; None for precision leaves the model's dtypes,
+        which are bf16 for a preset.
     world_size: ranks that shard, or (replicas, shards) of a 2-D mesh.
-    optimizer: one of zerolite's, by name or class. adapt: called with a preset's model, as of `load_pretrained`: adds an
-        adapter and freezes the rest.
-    batch, length: rows of one rank's micro-batch, and tokens of a row, every one with a label. batch=None: model states
-        alone, without activations.
+    optimizer: one of zerolite's, by name or class. adapt: called with a preset's model, as of `load_pretrained`: adds
+        an adapter and freezes the rest.
+    batch, length: rows of one rank's micro-batch, and tokens of a row, every one with a label. batch=None: model
+        states alone, without activations.
     checkpointing: recompute blocks in backward; None: as the model is set. chunked_loss: logits are never whole.
     step: for other models, one forward with inputs that it makes, returning the loss; in place of batch and length.
     accumulation: micro-batches a step, each reduced (not inside `no_sync`, which costs a whole gradient).
@@ -190,8 +191,8 @@ def plan(
     rates: what the time is computed from; None: assumed ones, which the plan tells.
 
     Activations are counted by running the model's own code on fake tensors with attention as torch has it on the CPU
-    (fused, as a GPU's; with dropout in attention torch's unfused one). Not counted: what a kernel or cuBLAS takes inside,
-    fragmentation of an allocator, and an output in fp32 that loss scaling of fp16 adds.
+    (fused, as a GPU's; with dropout in attention torch's unfused one). Not counted: what a kernel or cuBLAS takes
+    inside, fragmentation of an allocator, and an output in fp32 that loss scaling of fp16 adds.
     Raises ValueError and TypeError as `zerolite.shard`, and for a model that is sharded, unknown or cannot be run so.
     """
     if batch is not None and not (isinstance(batch, int) and batch >= 1):

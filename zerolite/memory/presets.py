@@ -1,7 +1,9 @@
 """Models to plan for: presets by name, folders of Hugging Face, built without memory; and their default step."""
 
+import contextlib
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def build(name: str | Path) -> nn.Module:
         cls = getattr(transformers, architecture, None)
     try:
         with torch.device("meta"):
-            if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            if cls is not None and issubclass(cls, transformers.PreTrainedModel):
                 return cls._from_config(config, dtype=dtype)
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # as above
@@ -101,13 +103,31 @@ def language_model_step(batch: int, length: int, is_chunked: bool) -> Callable[[
     return step
 
 
+@contextlib.contextmanager
+def rows_are_not_packed() -> Iterator[None]:
+    """Inside, transformers does not look at positions for packed rows.
+
+    Without values it would assume some, and mask where a run has fused causal attention and no mask.
+    """
+    masks = sys.modules.get("transformers.masking_utils")
+    find = getattr(masks, "find_packed_sequence_indices", None)
+    if masks is None or find is None:
+        yield
+        return
+    masks.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices = find
+
+
 def check_language_model(model: nn.Module, is_chunked: bool) -> None:
     """ValueError for a model that `language_model_step` cannot run."""
     config = getattr(model, "config", None)
     if not hasattr(config, "to_json_string") or not hasattr(model, "get_output_embeddings"):
         raise ValueError(
             f"{type(model).__name__} is no language model of transformers, so its inputs are not known: pass "
-            "step=function(model) -> loss that makes its inputs (torch.zeros(...)), or batch=None for model states alone"
+            "step=function(model) -> loss that makes its inputs, or batch=None for model states alone"
         )
     if is_chunked and (
         getattr(config, "is_encoder_decoder", False) or type(model.get_output_embeddings()) is not nn.Linear

@@ -71,10 +71,9 @@ class SkippedBlocks:
             if any("forward" in vars(module) for module in modules):
                 continue
             outputs = _Outputs()
-            hook = modules[0].register_forward_hook(outputs.remember, with_kwargs=True, prepend=True)
-            outputs.hook = hook
+            outputs.hook = modules[0].register_forward_hook(outputs.remember, with_kwargs=True, prepend=True)
             for index in run.skipped:
-                plans[index].module.forward = outputs.make  # type: ignore[method-assign]
+                plans[index].module.forward = outputs.make
                 self._replaced.append(plans[index].module)
 
     def restore(self) -> None:
@@ -85,6 +84,8 @@ class SkippedBlocks:
 
 class _Outputs:
     """What a block returns, by what it was given: a tensor of its inputs, or a new one."""
+
+    hook: Any  # on the template, until it has run
 
     def __init__(self):
         self._leaves: list[Any] | None = None

@@ -76,7 +76,7 @@ class Subject:
             if inputs.batch is None:
                 self._profiles[key] = Profile.without_activations(plans)
             else:
-                with _checkpointing(self.model, inputs.checkpointing):
+                with _checkpointing(self.model, inputs.checkpointing), presets.rows_are_not_packed():
                     step = self._step(inputs.batch, inputs)
                     self._profiles[key] = activations.profile(self.model, plans, self.dtype_of(precision), step)
         return self._profiles[key]
@@ -101,7 +101,7 @@ class _checkpointing:
                 f"checkpointing={wanted} sets it on models of transformers, and this is a {type(model).__name__}: wrap "
                 "its blocks yourself and leave checkpointing=None"
             )
-        self.is_set = bool(getattr(model, "is_gradient_checkpointing", False))
+        self.is_set = bool(_is_checkpointing(model))
 
     def __enter__(self) -> None:
         if self.wanted is not None:
@@ -114,5 +114,9 @@ class _checkpointing:
     def _set(self, is_on: bool) -> None:
         if is_on:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        elif getattr(self.model, "is_gradient_checkpointing", False):
+        elif _is_checkpointing(self.model):
             self.model.gradient_checkpointing_disable()
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())

@@ -13,7 +13,7 @@ from zerolite.memory.dry_engine import Traffic
 
 @dataclass(frozen=True)
 class AssumedRates:
-    """Of one rank, as numbers a second. Defaults: an A100 or RTX 4090 class card on PCIe 4, 8 ranks a host; not measured.
+    """Of one rank, as numbers a second. Defaults: a card of the A100 or RTX 4090 class on PCIe 4; not measured.
 
     `zerolite doctor` measures a machine's.
     """

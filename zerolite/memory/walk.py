@@ -160,8 +160,8 @@ class Walk:
             engine.pre_forward(unit)
         elif moment.event is Event.END_FORWARD:
             engine.post_forward(unit, needs_backward)
-        elif moment.event is Event.BACKWARD:
-            engine.pre_backward(unit, is_first=True)
+        elif moment.event in (Event.BACKWARD, Event.BACKWARD_AGAIN):
+            engine.pre_backward(unit, is_first=moment.event is Event.BACKWARD)
         elif moment.event is Event.END_BACKWARD:
             engine.post_backward(unit, has_begun=True)
         elif moment.event is Event.GRADIENT:
@@ -183,8 +183,8 @@ class Walk:
                 states = self.states[bucket]
                 bucket.shard.step(self.rule, states, [])
                 bucket.shard.publish()
-            for bucket in self.buckets:
-                bucket.parameters.wait()
+            for unit in self.engine.units:
+                unit.wait()
             self._note("step", None, {"step scratch": scratch})
             self.engine.clear_gradients()
             self.engine.fetch()
