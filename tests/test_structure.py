@@ -26,14 +26,14 @@ LEVELS = [
     ["optim"],
     ["api", "checkpoint", "memory", "adapters", "parallel"],
     ["__init__"],
-    ["integrations", "cli"],
+    ["integrations", "commands", "cli"],
     ["medqa", "examples", "__main__"],
 ]
 
 PUBLIC_NAMES = {
     "Adam", "AdamW", "CheckpointError", "DataError", "Lamb", "Lion", "Offload", "Precision", "Usage", "WorkerError",
     "ZeroliteError", "adapters", "export", "full_params", "like", "load", "load_pretrained", "measure", "no_sync",
-    "save", "shard",
+    "save", "shard", "Plan", "plan", "recommend",
 }  # fmt: skip
 
 FLAGS = {

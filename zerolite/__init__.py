@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from zerolite import adapters
     from zerolite.checkpoint.export import export
     from zerolite.checkpoint.pretrained import load_pretrained
+    from zerolite.memory.plan import Plan, plan
+    from zerolite.memory.recommend import recommend
     from zerolite.optim.like import like
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
@@ -30,6 +32,7 @@ __all__ = [
     "Lamb",
     "Lion",
     "Offload",
+    "Plan",
     "Precision",
     "Usage",
     "WorkerError",
@@ -42,16 +45,21 @@ __all__ = [
     "load_pretrained",
     "measure",
     "no_sync",
+    "plan",
+    "recommend",
     "save",
     "shard",
 ]
 
-# What imports transformers, which takes as long as torch does: it loads when it is asked for.
+# What imports transformers, which takes as long as torch does, or torch's fake tensors: it loads when it is asked for.
 _LAZY = {
+    "Plan": "zerolite.memory.plan",
     "adapters": "zerolite.adapters",
     "export": "zerolite.checkpoint.export",
     "like": "zerolite.optim.like",
     "load_pretrained": "zerolite.checkpoint.pretrained",
+    "plan": "zerolite.memory.plan",
+    "recommend": "zerolite.memory.recommend",
 }
 
 

@@ -10,6 +10,7 @@ from importlib import import_module
 
 # Name: (module, one line). The module's `main(argv)` gives the exit status; it catches the mistakes of its users.
 COMMANDS = {
+    "plan": ("zerolite.commands.plan", "what training takes on each device and host, and what fits, before it runs"),
     "prepare": ("zerolite.medqa.prepare", "files of any layout as one file of rows to train on, with a card"),
     "generate": ("zerolite.medqa.generate.command", "rows of training data from a model behind an endpoint"),
     "evaluate": ("zerolite.medqa.evaluate", "how good a model is, alone or against its base"),

@@ -129,6 +129,11 @@ class DryHost:
         self._kept.append(values)  # so that no other storage gets its address
         return shared
 
+    @property
+    def has_drive(self) -> bool:
+        """Whether states lie on a drive."""
+        return self.offload.path is not None
+
     def keep_in_file(self, shard_numel: int, num_shards: int, itemsize: int) -> None:
         """Count one state of a shard on the drive."""
         self.states_bytes += num_shards * whole_blocks(shard_numel, itemsize)
@@ -147,7 +152,7 @@ class DryEngine(Engine):
     """An engine whose backward is told, not run: nobody calls back at its end."""
 
     traffic: Traffic
-    host: DryHost | None
+    host: DryHost  # of what is offloaded, if anything is
 
     def open_backward(self) -> None:
         self._is_backward_open = True
@@ -174,10 +179,10 @@ def dry_engine(
     )
     engine = DryEngine(nn.Module(), policy.partition, mesh, torch.device("cpu"), policy.precision)
     device = DryDevice(traffic)
-    engine.device, engine.traffic, engine.host = device, traffic, None
+    engine.device, engine.traffic = device, traffic
+    engine.host = DryHost(offload or Offload(), device)
     units = choose_host_units(plans, policy, offload) if offload is not None else frozenset()
-    if offload is not None and units:
-        engine.host = DryHost(offload, device)
+    if units:
         host: Any = engine.host
         engine.placement = Placement(host, units, host.fetch_queue)
         engine.fetch_queue = engine.placement.fetch_queue

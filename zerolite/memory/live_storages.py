@@ -9,7 +9,6 @@ import weakref
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -56,12 +55,21 @@ class LiveStorages(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         # A view, or what was written in place, is of memory that somebody else made, here or before.
-        given = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
-                self.add(leaf)
+        made = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in self._sizes]
+        if made:
+            given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
+            for tensor in made:
+                if tensor.untyped_storage()._cdata not in given:
+                    self.add(tensor)
         self.flops += _flops(func, args, kwargs, result)
         return result
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Those of an operation's arguments or results, which are tensors, and lists and tuples of them."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, list | tuple) else []
 
 
 def _flops(func, args: tuple, kwargs: dict[str, Any], result: Any) -> int:

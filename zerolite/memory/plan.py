@@ -15,8 +15,9 @@ from zerolite.config import Offload, Precision
 from zerolite.engine.build import check_arguments
 from zerolite.memory import activations
 from zerolite.memory.dry_engine import Traffic, dry_engine
+from zerolite.memory.rates import Rates
 from zerolite.memory.subject import Inputs, Subject
-from zerolite.memory.times import AssumedRates, StepTime, step_time
+from zerolite.memory.times import StepTime, completed, step_time
 from zerolite.memory.walk import Peak, Walk
 from zerolite.offload.placement import Policy
 from zerolite.optim.adam import Adam
@@ -45,14 +46,13 @@ class Target:
 
 # Host memory of a process after `import zerolite, transformers`, and of a worker: PSS, measured 2026-11-26 on this
 # project's 2-core machine with torch 2.13 for the CPU. The device's share of a CUDA context was not measured here.
-WORKER_BYTES = 30 * 2**20
-HOST_STEP_BYTES = 28  # read and written by a worker for an element: fp32 parameter, gradient and two moments
+WORKER_BYTES = 12 * 2**20
 TARGETS = {
     "cuda": Target(
         False, Cuda.chunk_numel, 3 * GIB // 4, 5 * GIB // 4,
         "a CUDA context with its kernels and NCCL takes 0.75 GiB of the card and 1.25 GiB of the host (assumed)",
     ),
-    "cpu": Target(True, 0, 0, 400 * 2**20, "a process takes 0.4 GiB of the host (measured with torch 2.13)"),
+    "cpu": Target(True, 0, 0, 320 * 2**20, "a process takes 0.3 GiB of the host (measured with torch 2.13)"),
 }  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def plan(
     accumulation: int = 1,
     device: str = "cuda",
     ranks_per_host: int = 8,
-    rates: AssumedRates | None = None,
+    rates: Rates | None = None,
 ) -> Plan:
     """What training a model will take: bytes by kind on each device and host, what a step sends, and seconds.
 
@@ -226,7 +226,7 @@ def plan_of(
     accumulation: int = 1,
     device: str = "cuda",
     ranks_per_host: int = 8,
-    rates: AssumedRates | None = None,
+    rates: Rates | None = None,
 ) -> Plan:
     """As `plan`, of a subject that other plans are made for, too."""
     offload = check_arguments(stage, offload, precision)
@@ -243,11 +243,12 @@ def plan_of(
     walked = Walk(engine, rule, profile, target.scratch_numel).run(accumulation)
     num_here = min(ranks_per_host, num_shards * num_replicas)
     workers = WORKER_BYTES * (offload.workers or 1) if offload is not None and walked.arena_bytes else 0
-    rates = rates or AssumedRates()
+    whole, said = completed(rates)
     flops = profile.flops * accumulation
-    state_bytes = 2 * sum(walked.states.values()) if walked.stepped_here_numel else 0
-    host_step = HOST_STEP_BYTES * walked.stepped_by_workers_numel * num_here
-    assumptions = [rates.assumptions, f"{num_here} rank{'s' * (num_here > 1)} a host", target.assumption]
+    states_bytes = sum(walked.states.values()) if walked.stepped_here_numel else 0
+    dtype = policy.dtype_of(next(iter(subject.model.parameters())))
+    time = step_time(flops, dtype, walked.traffic, states_bytes, walked.stepped_by_workers_numel * num_here, whole)
+    assumptions = [said, f"{num_here} rank{'s' * (num_here > 1)} a host", target.assumption]
     if profile.is_real:
         assumptions.append("values decide the shapes of this model: activations are of one run on random ones")
     return Plan(
@@ -268,7 +269,7 @@ def plan_of(
         host_bytes=num_here * (target.process_bytes + walked.arena_bytes + workers),
         traffic=walked.traffic,
         flops=flops,
-        time=step_time(flops, walked.traffic, state_bytes, host_step, rates),
+        time=time,
         assumptions=tuple(assumptions),
     )
 

@@ -109,7 +109,7 @@ def rows_are_not_packed() -> Iterator[None]:
 
     Without values it would assume some, and mask where a run has fused causal attention and no mask.
     """
-    masks = sys.modules.get("transformers.masking_utils")
+    masks: Any = sys.modules.get("transformers.masking_utils")
     find = getattr(masks, "find_packed_sequence_indices", None)
     if masks is None or find is None:
         yield

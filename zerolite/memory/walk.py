@@ -5,7 +5,7 @@ its hooks would tell it, and what it then holds is read off its buckets. So a pe
 moment, not a sum of peaks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,8 @@ from zerolite_kernels.cpu.command import BLOCK_NUMEL
 from zerolite.memory.dry_engine import META, DryEngine, Traffic
 from zerolite.memory.live_storages import LiveStorages
 from zerolite.memory.moments import Event, Moment, Profile
-from zerolite.shards.bucket import Bucket, TrainableBucket, Unit
+from zerolite.shards.bucket import TrainableBucket, Unit
+from zerolite.shards.parameters import FlatParameters
 from zerolite.shards.states import ParameterState
 from zerolite.shards.update import Rule
 
@@ -70,7 +71,7 @@ class Walk:
             for index, slot in enumerate(bucket.layout.slots)
         }  # with what autograd would deliver, which the profile counts
         self.fixed = self._fixed()
-        self.gathered = [(unit, _gathered_bytes(unit)) for unit in engine.units if _gathered_bytes(unit)]
+        self.gathered = list(_freed_units(engine.units))
         self.peaks = {phase: Peak({}) for phase in PHASES}
         self._num_reduced = self._reduced_bytes = 0  # buckets, in the reducer's order, whose shard has its gradient
         self._base_bytes, self._is_tail = 0, False  # activations before the head; whether it runs
@@ -84,9 +85,8 @@ class Walk:
             self._step()
         found = Walked({**self.fixed, "gradients": gradients}, self.peaks, self._host(), self.engine.traffic)
         host = self.engine.host
-        if host is not None:
-            found.arena_bytes, found.pinned_bytes = host.arena.nbytes, host.arena.pinned_bytes
-            found.file_bytes = host.states_bytes
+        found.arena_bytes, found.pinned_bytes = host.arena.nbytes, host.arena.pinned_bytes
+        found.file_bytes = host.states_bytes
         for bucket in self.engine.reducer.order:
             if bucket.shard.steps_in_background:
                 found.stepped_by_workers_numel += bucket.shard.range.numel
@@ -98,16 +98,16 @@ class Walk:
 
     def _new_states(self, bucket: TrainableBucket):
         """The optimizer's states of one bucket; those of a drive are counted alone."""
-        host = self.engine.host
-        if host is None or host.offload.path is None or not bucket.shard.steps_in_background:
+        memory = self.engine.host
+        if not (memory.has_drive and bucket.shard.steps_in_background):
             return bucket.shard.new_states(self.rule.state_names)
-        format = "fp32" if bucket.shard.spec.dtype == torch.float64 else host.offload.states
+        format = "fp32" if bucket.shard.spec.dtype == torch.float64 else memory.offload.states
         width = 8 if bucket.shard.spec.dtype == torch.float64 else _FILE_WIDTHS[format]
         owned, shard_numel = bucket.shard.range.numel, bucket.layout.shard_numel
         for _ in self.rule.state_names:
-            host.keep_in_file(shard_numel, owned // shard_numel, width)
+            memory.keep_in_file(shard_numel, owned // shard_numel, width)
             if format == "int8":
-                host.allocate(owned // BLOCK_NUMEL, torch.float32)
+                memory.allocate(owned // BLOCK_NUMEL, torch.float32)
         return None
 
     def _fixed(self) -> dict[str, int]:
@@ -137,10 +137,8 @@ class Walk:
                 parts["gradients"] = memory.gradient
             for kind, shared in parts.items():
                 found[kind] = found.get(kind, 0) + (shared.nbytes if shared is not None else 0)
-        if self.engine.host is not None:
-            rest = self.engine.host.arena.nbytes - sum(found.values())
-            found["moments"] = rest  # with what whole pages cost
-        return found
+        rest = self.engine.host.arena.nbytes - sum(found.values())
+        return {**found, "moments": rest} if found else {}  # with what whole pages cost
 
     # Events #
 
@@ -195,7 +193,7 @@ class Walk:
             if moment.event is Event.END_FORWARD:
                 self._base_bytes = moment.live_bytes
             self._is_tail = moment.event is Event.END_FORWARD
-        in_flight = sum(nbytes for unit, nbytes in self.gathered if _is_gathered(unit))
+        in_flight = sum(nbytes for bucket, nbytes in self.gathered if bucket.state is not ParameterState.SHARDED)
         during = self.live.take_peak() + (moment.live_bytes if moment is not None else 0)
         after = self.live.current_bytes + (moment.peak_bytes if moment is not None else 0)
         fixed = sum(self.fixed.values())
@@ -227,16 +225,12 @@ class Walk:
         return min(self._reduced_bytes, self.live.current_bytes)
 
 
-def _gathered_bytes(unit: Unit) -> int:
-    return sum(bucket.parameters.unsharded.nbytes for bucket in _freed(unit))
-
-
-def _freed(unit: Unit) -> Iterator[Bucket]:
-    return (bucket for bucket in unit.buckets if not bucket.parameters.stays_unsharded)
-
-
-def _is_gathered(unit: Unit) -> bool:
-    return next(_freed(unit)).parameters.state is not ParameterState.SHARDED
+def _freed_units(units: Iterable[Unit]) -> Iterator[tuple[FlatParameters, int]]:
+    """Of each unit that is gathered and freed: one of its buckets, which is where the others are, and bytes of all."""
+    for unit in units:
+        freed = [bucket.parameters for bucket in unit.buckets if not bucket.parameters.stays_unsharded]
+        if freed:
+            yield freed[0], sum(parameters.unsharded.nbytes for parameters in freed)
 
 
 def _same_storage(tensor: torch.Tensor, other: torch.Tensor) -> bool:

@@ -1,0 +1,1 @@
+"""Commands on files and machines: each file that `zerolite.cli` names has a `main(argv)`."""
