@@ -19,6 +19,7 @@ from zerolite.memory.recommend import OFFLOADS, Candidate, Recommendation, recom
 METHODS: dict[str, Callable[[nn.Module], object] | None] = {"full": None, "lora": add_lora}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SWITCHES = {"auto": (False, True), "on": (True,), "off": (False,)}
+WRITTEN = {"none": "None", "optimizer": '"cpu"', "parameters": "zerolite.Offload(parameters=True)"}
 _TOLD = f"""\
 MODEL is a preset ({", ".join(PRESETS)})
 or a folder with a config.json of Hugging Face; nothing is downloaded, no GPU is needed.
@@ -124,8 +125,7 @@ def _lines(found: Recommendation, options: argparse.Namespace) -> list[str]:
         cells.append([row.method, str(row.stage), row.offload, switch, *amounts, seconds, fitting])
     lines += ["", table(cells, right=(4, 5, 6, 7)), "", str(found).split("\n")[0]]
     if found.best is not None:
-        where = found.best.shard_arguments
-        lines.append(f"  zerolite.shard(model, stage={where['stage']}, offload={where['offload']})")
+        lines.append(f"  zerolite.shard(model, stage={found.best.stage}, offload={WRITTEN[found.best.offload]})")
     detailed = found.best or found.candidates[0]
     lines += ["", *str(detailed.plan).split("\n")[1:-1], "", "assumed: " + "; ".join(detailed.plan.assumptions)]
     return lines

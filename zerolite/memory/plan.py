@@ -245,7 +245,7 @@ def plan_of(
     workers = WORKER_BYTES * (offload.workers or 1) if offload is not None and walked.arena_bytes else 0
     whole, said = completed(rates)
     flops = profile.flops * accumulation
-    states_bytes = sum(walked.states.values()) if walked.stepped_here_numel else 0
+    states_bytes = sum(walked.states[kind] for kind in ("gradients", "master", "moments"))
     dtype = policy.dtype_of(next(iter(subject.model.parameters())))
     time = step_time(flops, dtype, walked.traffic, states_bytes, walked.stepped_by_workers_numel * num_here, whole)
     assumptions = [said, f"{num_here} rank{'s' * (num_here > 1)} a host", target.assumption]

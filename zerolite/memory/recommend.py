@@ -178,11 +178,12 @@ def _placements(
 
 
 def _order(limits: tuple[int, int | None]) -> Callable[[Candidate], tuple]:
-    """What fits first, the fastest, and of equals the simplest; then by what is missing."""
+    """What fits first, the fastest, and of those alike to two digits the simplest; then by what is missing."""
 
     def key(candidate: Candidate) -> tuple:
         missing = sum(_lacks(candidate.plan, *limits).values())
-        return missing, candidate.plan.time.total_seconds, candidate.stage, candidate.plan.peak_bytes
+        seconds = float(f"{candidate.plan.time.total_seconds:.1e}")
+        return missing, seconds, list(OFFLOADS).index(candidate.offload), candidate.stage, candidate.plan.peak_bytes
 
     return key
 

@@ -6,7 +6,7 @@ moment, not a sum of peaks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from zerolite_kernels.cpu.command import BLOCK_NUMEL
@@ -50,9 +50,7 @@ class Walked:
     arena_bytes: int = 0
     pinned_bytes: int = 0
     file_bytes: int = 0
-    stepped_here_numel: int = 0
     stepped_by_workers_numel: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 class Walk:
@@ -87,11 +85,8 @@ class Walk:
         host = self.engine.host
         found.arena_bytes, found.pinned_bytes = host.arena.nbytes, host.arena.pinned_bytes
         found.file_bytes = host.states_bytes
-        for bucket in self.engine.reducer.order:
-            if bucket.shard.steps_in_background:
-                found.stepped_by_workers_numel += bucket.shard.range.numel
-            else:
-                found.stepped_here_numel += bucket.shard.range.numel
+        stepped = (bucket.shard for bucket in self.engine.reducer.order if bucket.shard.steps_in_background)
+        found.stepped_by_workers_numel = sum(shard.range.numel for shard in stepped)
         return found
 
     # What there is before the first step #
