@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
-from live_bytes import LENGTH, MODELS, OFFLOADS, ROWS, Case, LiveBytes, counted_run
+from live_bytes import LENGTH, MODELS, OFFLOADS, ROWS, VOCAB, Case, LiveBytes, counted_run
 from mutants import replaced
 from test_bytes import storages
 from torch.distributed._tools.mem_tracker import MemTracker
 
+import zerolite
 from zerolite.memory import activations
 from zerolite.memory.plan import Plan, plan_of
 from zerolite.memory.subject import Inputs, Subject
@@ -102,3 +103,29 @@ def test_the_count_is_that_of_the_garbage_collector_and_of_torch():
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     theirs = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - made - tokens.nbytes
     assert live.take_peak() == pytest.approx(theirs, rel=0.01)
+
+
+def test_a_plan_leaves_the_model_and_its_kernels_as_they_were():
+    """Training after a plan is the same, dropout's masks included: no fake tensor is kept anywhere."""
+
+    def losses(is_planned: bool) -> list[float]:
+        case = Case("llama", lora=True)
+        model = case.build()
+        zerolite.adapters.add_lora(model, r=4, dropout=0.5)
+        if is_planned:
+            state = [(name, tensor.data_ptr()) for name, tensor in model.state_dict().items()]
+            zerolite.plan(model, 3, 4, batch=ROWS, length=LENGTH, checkpointing=True)
+            assert state == [(name, tensor.data_ptr()) for name, tensor in model.state_dict().items()]
+            assert all(parameter.grad is None for parameter in model.parameters())
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+        torch.manual_seed(1)
+        found = []
+        for _ in range(2):
+            tokens = torch.randint(0, VOCAB, (ROWS, LENGTH))
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    assert losses(True) == losses(False)

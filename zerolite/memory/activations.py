@@ -13,12 +13,12 @@ from its start to the start of the previous one. So a model of 80 blocks takes a
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from zerolite.engine.graph_task import is_in_backward
 from zerolite.engine.trees import map_tree, tensors_of
@@ -45,7 +45,8 @@ def profile(model: nn.Module, plans: Sequence[UnitPlan], dtype_of: DtypeOf, step
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # it reports what is caught here
     was_disabled, logger.disabled = logger.disabled, True
     try:
-        return Profile(_run(model, plans, dtype_of, step, FakeTensorMode()))
+        with _fakes_left_out(model):
+            return Profile(_run(model, plans, dtype_of, step, FakeTensorMode(allow_non_fake_inputs=True)))
     except RuntimeError as error:
         why = str(error).split("\n")[0][:200]
     finally:
@@ -58,6 +59,21 @@ def profile(model: nn.Module, plans: Sequence[UnitPlan], dtype_of: DtypeOf, step
             "plan model states alone with batch=None"
         )
     return Profile(_run(model, plans, dtype_of, step, contextlib.nullcontext()), is_real=True)
+
+
+@contextlib.contextmanager
+def _fakes_left_out(model: nn.Module) -> Iterator[None]:
+    """Whatever tensor a module has put into an attribute inside is taken out again, if it is a fake one."""
+    before = {module: dict(vars(module)) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            fakes = [name for name, value in vars(module).items() if isinstance(value, FakeTensor)]
+            for name in fakes:
+                del vars(module)[name]
+                if name in attributes:
+                    vars(module)[name] = attributes[name]
 
 
 def _run(model, plans, dtype_of: DtypeOf, step: Step, mode) -> tuple[Moment, ...]:
