@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from zerolite.config import Offload, Precision
     from zerolite.errors import CheckpointError, DataError, WorkerError, ZeroliteError
     from zerolite.memory.measure import Usage, measure
+    from zerolite.memory.plan import Plan, plan
+    from zerolite.memory.recommend import recommend
     from zerolite.optim.adam import Adam
     from zerolite.optim.adamw import AdamW
     from zerolite.optim.lamb import Lamb
@@ -29,6 +31,7 @@ __all__ = [
     "Lamb",
     "Lion",
     "Offload",
+    "Plan",
     "Precision",
     "Usage",
     "WorkerError",
@@ -42,6 +45,8 @@ __all__ = [
     "load_pretrained",
     "measure",
     "no_sync",
+    "plan",
+    "recommend",
     "save",
     "shard",
 ]
@@ -56,6 +61,7 @@ _LAZY = {
     "Lamb": "zerolite.optim.lamb",
     "Lion": "zerolite.optim.lion",
     "Offload": "zerolite.config",
+    "Plan": "zerolite.memory.plan",
     "Precision": "zerolite.config",
     "Usage": "zerolite.memory.measure",
     "WorkerError": "zerolite.errors",
@@ -69,6 +75,8 @@ _LAZY = {
     "load_pretrained": "zerolite.checkpoint.pretrained",
     "measure": "zerolite.memory.measure",
     "no_sync": "zerolite.api",
+    "plan": "zerolite.memory.plan",
+    "recommend": "zerolite.memory.recommend",
     "save": "zerolite.checkpoint.save",
     "shard": "zerolite.api",
 }

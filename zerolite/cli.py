@@ -11,6 +11,7 @@ from importlib import import_module
 # Name: (module, one line). The module's `main(argv)` gives the exit status; it catches the mistakes of its users.
 COMMANDS = {
     "doctor": ("zerolite.commands.doctor", "this machine: versions, links, limits, measured rates, what will be slow"),
+    "plan": ("zerolite.commands.plan", "what training takes on each device and host, and what fits, before it runs"),
     "inspect": ("zerolite.commands.inspect", "what a checkpoint, a model or an adapter holds, and whether it is whole"),
     "consolidate": ("zerolite.commands.consolidate", "a checkpoint as a Hugging Face folder, without ranks or a GPU"),
     "migrate": ("zerolite.commands.migrate", "a configuration of DeepSpeed, Accelerate or FSDP as lines to write"),

@@ -66,7 +66,7 @@ def build(
         materialize(model, plan, engine.device.device)
         unit = Unit(plan.name, plan.module, index, plan.module is model)
         for group in plan.groups:
-            for bucket in _buckets(engine, unit, group, dtype_of(group.parameters[0]), has_values):
+            for bucket in make_buckets(engine, unit, group, dtype_of(group.parameters[0]), has_values):
                 unit.add(bucket)
         engine.units.append(unit)
         engine.reducer.add(unit.buckets)
@@ -103,7 +103,7 @@ def finish(engine: Engine) -> None:
     engine.guard.watch()
 
 
-def _buckets(
+def make_buckets(
     engine: Engine, unit: Unit, group: ParameterGroup, dtype: torch.dtype, has_values: bool
 ) -> Iterator[Bucket]:
     """Make one group's parameters flat and keep this rank's range. Collective."""

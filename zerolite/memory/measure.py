@@ -62,9 +62,9 @@ class _Count:
     def add(self, tensor: torch.Tensor, layout: BucketLayout, covered: Range) -> None:
         """Count a tensor that covers a range of a bucket, unless its storage was counted or is freed."""
         storage = tensor.untyped_storage()
-        if storage.nbytes() == 0 or storage.data_ptr() in self._seen:
+        if storage.nbytes() == 0 or storage._cdata in self._seen:
             return
-        self._seen.add(storage.data_ptr())
+        self._seen.add(storage._cdata)
         self.total_bytes += storage.nbytes()
         used = sum(slot.range.intersect(covered).numel for slot in layout.slots)
         self.padding_bytes += (covered.numel - used) * tensor.element_size()

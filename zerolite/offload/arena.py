@@ -54,9 +54,8 @@ class Arena:
 
     def allocate(self, numel: int, dtype: torch.dtype) -> SharedTensor:
         """A tensor of undefined values. Its pages are placed by whoever touches them first."""
-        nbytes = max(numel, 1) * dtype.itemsize
         offset = self.nbytes
-        end = offset + -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+        end = offset + whole_pages(numel, dtype)
         with needed(f"{end:,} bytes of shared memory"):
             os.ftruncate(self.fd, end)
             memory = mmap.mmap(self.fd, end - offset, offset=offset)
@@ -76,6 +75,11 @@ class Arena:
             self.can_pin = self.device.pin(whole)
             if self.can_pin:
                 self._pinned.append(whole)
+
+
+def whole_pages(numel: int, dtype: torch.dtype) -> int:
+    """Bytes of the arena that a tensor takes: its own, up to the end of a page; at least one."""
+    return -(-max(numel, 1) * dtype.itemsize // PAGE_BYTES) * PAGE_BYTES
 
 
 def _close(trainer: int, fd: int, pinned: list[torch.Tensor], device: Device) -> None:

@@ -116,7 +116,7 @@ class Host:
             self.wait(self.pool.submitted)  # the last owner's steps may still be written
             return self.free_offsets[numel, itemsize].pop()
         offset = self.states_bytes
-        self.states_bytes += -(-numel // PARTIAL_NUMEL) * PARTIAL_NUMEL * itemsize
+        self.states_bytes += whole_blocks(numel, itemsize)
         try:
             os.posix_fallocate(self.states_fd, offset, max(self.states_bytes - offset, 1))
         except OSError as error:
@@ -140,6 +140,11 @@ class Host:
     def wait(self, fence: int) -> None:
         """Sleep until the workers have passed the fence; WorkerError where one cannot."""
         self.pool.wait(fence)
+
+
+def whole_blocks(numel: int, itemsize: int) -> int:
+    """Bytes of the file of states that `numel` elements take: whole partial blocks."""
+    return -(-numel // PARTIAL_NUMEL) * PARTIAL_NUMEL * itemsize
 
 
 def _open_direct(folder: Path) -> int:

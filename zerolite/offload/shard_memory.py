@@ -84,7 +84,9 @@ class ShardMemory:
         """Store a master, and round it to the parameter. Waits."""
         self.wait()
         if self.dtype == torch.bfloat16 and self.master is not None:
-            split_bf16(values.to("cpu", torch.float32), self.parameter.values, self.master.values)
+            split_bf16(
+                values.to(self.parameter.values.device, torch.float32), self.parameter.values, self.master.values
+            )
             return
         for shared in (self.parameter, self.master):
             if shared is not None and shared.values.data_ptr() != values.data_ptr():

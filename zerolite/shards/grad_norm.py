@@ -18,6 +18,8 @@ def sum_of_squares(tensor: torch.Tensor, position: int = 0) -> torch.Tensor:
     and fp64 over rows: relative error 1e-9; where squares leave fp32's range (a result of Inf or 0)
     `exact_sum_of_squares` tells. An Inf or NaN stays one.
     """
+    if tensor.is_meta:  # of a plan: it has no values
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
     if cpu_kernels.serves(tensor):
         return torch.tensor(add_up(cpu_kernels.squares(tensor, position)), dtype=torch.float64)
     if gpu_kernels.serves(tensor):

@@ -68,7 +68,7 @@ def lora_linears(
     if backend is None:
         is_for_triton = x.device.type == "cuda" and x.dtype in TRITON_DTYPES and has_triton()
         backend = "triton" if is_for_triton else "torch"
-    seed = int(torch.randint(1 << 62, (1 << 63) - 1, ())) if dropout > 0 else 0
+    seed = _seed() if dropout > 0 else 0
     with torch.autocast(x.device.type, enabled=False):
         return LoraLinears.apply(backend, scale, dropout, seed, biases, x, *weights, *As, *Bs)
 
@@ -117,6 +117,12 @@ def kernels(name: str, x: Tensor, dropout: float, backend: str) -> ModuleType:
     if backend == "torch" or CHOICES[name][dropout > 0] == "torch" or x.numel() == 0:
         return reference
     return importlib.import_module("zerolite_kernels.lora.triton_launch")
+
+
+def _seed() -> int:
+    """Of one forward's dropout, from the default CPU generator; 0 among fake tensors, which have no values."""
+    drawn = torch.randint(1 << 62, (1 << 63) - 1, ())
+    return int(drawn) if type(drawn) is Tensor else 0
 
 
 class LoraLinears(torch.autograd.Function):

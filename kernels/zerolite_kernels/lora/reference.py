@@ -21,7 +21,6 @@ one for each projection: MKL's wide ones, and its sums onto a result, have up to
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -59,11 +58,18 @@ def unpack_bits(bits: Tensor, width: int) -> Tensor:
     return keep.view(*bits.shape[:-1], 8 * bits.shape[-1])[..., :width]
 
 
-@functools.cache
+_UNPACKED: dict[torch.device, Tensor] = {}  # what `unpacked_bytes` has made, fake tensors apart
+
+
 def unpacked_bytes(device: torch.device) -> Tensor:
     """(256,) int64: the eight bytes of 0 and 1 that a byte's bits unpack to."""
+    if device in _UNPACKED:
+        return _UNPACKED[device]
     bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
-    return bits.to(torch.uint8).view(torch.int64).flatten()
+    table = bits.to(torch.uint8).view(torch.int64).flatten()
+    if type(table) is Tensor:
+        _UNPACKED[device] = table
+    return table
 
 
 def row_chunks(x: Tensor) -> Iterator[slice]:

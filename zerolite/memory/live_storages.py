@@ -1,0 +1,84 @@
+"""Bytes of the storages that torch operations make and that somebody still refers to, counted as they come and go.
+
+On the CPU and under fake tensors this is what an allocator's counter is on a GPU, without rounding: every storage once,
+however many views it has, from the operation that made it until its last reference is gone. It sees what operations
+return. Scratch inside an operation, memory made before, and mappings (the arena of offload) are not seen.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+
+class LiveStorages(TorchDispatchMode):
+    """A mode: inside, every storage that an operation returns is counted until it is freed."""
+
+    current_bytes: int  # alive now
+    flops: int  # of matrix products and attention since the start, a multiply-add as two
+
+    def __init__(self):
+        super().__init__()
+        self.current_bytes = self._peak_bytes = self.flops = 0
+        self._sizes: dict[int, int] = {}
+
+    def take_peak(self) -> int:
+        """The most bytes that were alive at once since the last call, which this call begins anew."""
+        peak, self._peak_bytes = self._peak_bytes, self.current_bytes
+        return peak
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, unless it is counted, from now until it is freed."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            self._resize(key, storage.nbytes())
+            weakref.finalize(storage, self._forget, key)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A counted storage has another size now: `resize_` of a storage is no operation, so its caller tells."""
+        if storage._cdata in self._sizes:
+            self._resize(storage._cdata, storage.nbytes())
+
+    def _resize(self, key: int, nbytes: int) -> None:
+        self.current_bytes += nbytes - self._sizes[key]
+        self._sizes[key] = nbytes
+        self._peak_bytes = max(self._peak_bytes, self.current_bytes)
+
+    def _forget(self, key: int) -> None:
+        self.current_bytes -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # A view, or what was written in place, is of memory that somebody else made, here or before.
+        made = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in self._sizes]
+        if made:
+            given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
+            for tensor in made:
+                if tensor.untyped_storage()._cdata not in given:
+                    self.add(tensor)
+        self.flops += _flops(func, args, kwargs, result)
+        return result
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Those of an operation's arguments or results, which are tensors, and lists and tuples of them."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, list | tuple) else []
+
+
+def _flops(func, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
+    """As torch.utils.flop_counter counts, with the CPU's attention, which it has not."""
+    packet = func._overloadpacket
+    if packet in flop_registry:
+        return flop_registry[packet](*args, **kwargs, out_val=result)
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+    return 0
