@@ -7,11 +7,12 @@ it is cut into a few blocks that are: whole rows, and what is left at both ends,
 import math
 from collections.abc import Iterator
 from operator import le
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from zerolite.shards.layout import Range
+
+if TYPE_CHECKING:
+    import torch  # for types alone: `zerolite inspect` answers without it
 
 
 class Block(NamedTuple):
@@ -35,7 +36,7 @@ class Block(NamedTuple):
         shape = tuple(end - start for start, end in zip(starts, ends, strict=True))
         return None if any(length <= 0 for length in shape) else Block(starts, shape)
 
-    def of(self, flat: torch.Tensor, within: "Block") -> torch.Tensor:
+    def of(self, flat: "torch.Tensor", within: "Block") -> "torch.Tensor":
         """A view of these elements of a 1D tensor that holds the block `within`, row by row."""
         view = flat.view(within.shape)
         for dim, (start, length, origin) in enumerate(zip(self.offsets, self.shape, within.offsets, strict=True)):
@@ -82,7 +83,7 @@ def _of_row(block: Block, row: int, row_numel: int, elements: Range) -> Iterator
         yield Range(part.start + start, part.stop + start), Block((index, *found.offsets), (1, *found.shape))
 
 
-def copy(out: torch.Tensor, to: tuple[Block, Range], source: torch.Tensor, of: tuple[Block, Range]) -> int:
+def copy(out: "torch.Tensor", to: tuple[Block, Range], source: "torch.Tensor", of: tuple[Block, Range]) -> int:
     """Copy what two runs of one tensor's blocks have in common; how many elements that is.
 
     out, source (numel,): the elements `Range` of the flattened `Block`, each.
