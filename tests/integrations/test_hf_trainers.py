@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import assert_close, assert_same_bits
-from trainer_runs import MAX_NORMS, Trained, model_of, train
+from trainer_runs import MAX_NORMS, Trained, model_of, result_of, train, trainer_of
 
 
 def compared(kind: str, stage: int, later_stage: int, folder: str) -> tuple[Trained, Trained, Trained]:
@@ -72,6 +72,25 @@ def test_offload_changes_no_bit_of_a_trainer(ranks, tmp_path, kind, stage):
     for on_device, on_host in ranks(2).run(with_and_without_offload, kind, stage, str(tmp_path)):
         assert on_host.logs == on_device.logs
         assert_same_bits(on_host.parameters, on_device.parameters)
+
+
+def used_in_another_order(folder: str) -> tuple[Trained, Trained]:
+    """Trained twice; by zerolite, evaluated before, where a trainer by itself forgets DDP."""
+    trainers = []
+    for zero in (None, dict(stage=3)):
+        trainer = trainer_of("trainer", Path(folder), zero)
+        if zero is not None:
+            first = trainer.evaluate()["eval_loss"]
+            assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == first
+        trainer.train()
+        trainer.train()
+        trainers.append(trainer)
+    return result_of(trainers[0]), result_of(trainers[1])
+
+
+def test_a_trainer_may_evaluate_first_and_train_twice(ranks, tmp_path):
+    for expected, actual in ranks(2).run(used_in_another_order, str(tmp_path)):
+        assert_trained_alike(actual, expected)
 
 
 def with_options(folder: str) -> list[tuple[str, Trained, Trained]]:
