@@ -106,18 +106,15 @@ def by_optimizers(folder: str) -> list[tuple[str, object, object]]:
             options["optimizers"] = (build(model), None)
         return name, train("trainer", Path(folder), zero, model=model, options=options)
 
-    runs = []
-    adam = (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1})
-    for zero in (None, dict(stage=3)):
-        ours = zero is not None
-        runs += [
+    def runs(zero, adam: type) -> list:
+        return [
             run("built before", zero, torch_adamw),
-            run("by class", zero, optimizer_cls_and_kwargs=adam),
-            run("by ours", zero, optimizer_cls_and_kwargs=(zerolite.Adam, adam[1]) if ours else adam),
+            run("by class", zero, optimizer_cls_and_kwargs=(adam, {"lr": 0.01, "weight_decay": 0.1})),
             run("by model_init", zero, model_init=lambda: model_of("trainer")),
         ]
-    half = len(runs) // 2
-    return [(name, one, other) for (name, one), (_, other) in zip(runs[:half], runs[half:], strict=True)]
+
+    pairs = zip(runs(None, torch.optim.Adam), runs(dict(stage=3), zerolite.Adam), strict=True)
+    return [(name, one, other) for (name, one), (_, other) in pairs]
 
 
 def test_optimizers_and_models_that_users_bring_work(ranks, tmp_path):
@@ -139,16 +136,14 @@ def test_lion_has_the_rates_of_the_arguments(ranks, tmp_path):
 
 
 def of_sixteen_bits(folder: str) -> list[tuple[list[dict], torch.dtype, bool, object]]:
-    """Log, dtype, whether Accelerate's autocast is on, and its scaler: fp32, fp16, overflowing fp16, bf16 twice."""
+    """Log, dtype, whether Accelerate's autocast is on, and its scaler: fp32, fp16, overflowing fp16, bf16."""
     small, large = (torch.amp.GradScaler("cpu", init_scale=2.0**power) for power in (7, 26))
-    bf16 = zerolite.Precision(torch.bfloat16)
     results = []
     for zero, given in [
         ({}, {}),
         (dict(precision=zerolite.Precision(torch.float16, scaler=small)), dict(fp16=True)),
         (dict(precision=zerolite.Precision(torch.float16, scaler=large)), dict(fp16=True)),
-        (dict(precision=bf16), dict(bf16=True)),
-        (dict(precision=bf16), {}),
+        (dict(precision=zerolite.Precision(torch.bfloat16)), dict(bf16=True)),
     ]:
         model = model_of("trainer", torch.float32)
         trainer = trainer_of("trainer", Path(folder), dict(stage=2, **zero), model=model, **given)
@@ -161,11 +156,11 @@ def of_sixteen_bits(folder: str) -> list[tuple[list[dict], torch.dtype, bool, ob
 
 def test_sixteen_bits_are_the_parameters_own_and_need_no_scaler_or_autocast(ranks, tmp_path):
     for (expected, *_), *others in ranks(2).run(of_sixteen_bits, str(tmp_path)):
-        dtypes = [torch.float16, torch.float16, torch.bfloat16, torch.bfloat16]
+        dtypes = [torch.float16, torch.float16, torch.bfloat16]
         for (_, dtype, autocasts, scaler), wanted in zip(others, dtypes, strict=True):
             assert dtype == wanted and not autocasts and scaler is None
         losses = [row["loss"] for row in expected]
-        for rows in (others[0][0], others[2][0], others[3][0]):
+        for rows in (others[0][0], others[2][0]):
             assert [row["loss"] for row in rows] == pytest.approx(losses, rel=0.05)
             assert [row["loss"] for row in rows] != losses
         overflowed = others[1][0]
@@ -252,6 +247,22 @@ def test_a_plain_trainer_trains_a_sharded_model_as_ddp_or_names_what_it_cannot(r
             assert "DistributedDataParallel" in outcome
         else:
             assert_close(outcome, expected.parameters, rtol=1e-12, atol=1e-13)
+
+
+def reference(folder: str) -> tuple[int, bool, bool]:
+    """DPO's reference model: its stage, whether any of it is trained, whether any is whole."""
+    trainer = trainer_of("dpo", Path(folder), dict(stage=3, offload="cpu"))
+    engine = engine_of(trainer.ref_model)
+    is_trained = any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
+    return (
+        engine.partition.stage,
+        is_trained,
+        any(bucket.parameters.is_readable for unit in engine.units for bucket in unit.buckets),
+    )
+
+
+def test_a_reference_model_is_frozen_and_sharded_as_the_model_is(ranks, tmp_path):
+    assert ranks(2).run(reference, str(tmp_path)) == [(3, False, False)] * 2
 
 
 def ends_of_generation(folder: str) -> list[list[int]]:
