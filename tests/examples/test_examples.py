@@ -10,9 +10,8 @@ from example_runs import FOLDER, NEW, WAS, Result, original, run, source_of
 from programs import Program
 from trainer_tasks import largest_difference
 
-NAMES = [
-    "accelerate_no_trainer", "from_ddp", "from_deepspeed", "from_fsdp2", "lightning_module", "nanogpt_shape", "plain_loop",
-]  # fmt: skip
+LOOPS = ["from_ddp", "from_deepspeed", "from_fsdp2", "nanogpt_shape", "plain_loop"]
+NAMES = [*LOOPS, "accelerate_no_trainer", "lightning_module"]
 WITHOUT_ORIGINAL = {"from_deepspeed"}  # DeepSpeed is no dependency, and has no CPU build here
 
 
