@@ -10,7 +10,8 @@ from example_runs import FOLDER, NEW, WAS, Result, original, run, source_of
 from programs import Program
 from trainer_tasks import largest_difference
 
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "tiny"))
+LOOPS = ["from_ddp", "from_deepspeed", "from_fsdp2", "nanogpt_shape", "plain_loop"]
+NAMES = [*LOOPS, "accelerate_no_trainer", "lightning_module"]
 WITHOUT_ORIGINAL = {"from_deepspeed"}  # DeepSpeed is no dependency, and has no CPU build here
 
 
