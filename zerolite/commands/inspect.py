@@ -310,7 +310,14 @@ def _checkpoint_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("loss scale", shown(found["loss_scale"]["value"])))
     extra = found["extra"]
     rows.append(
-        ("extra", ", ".join(shown(name, 30) for name in list(extra)[:8]) if isinstance(extra, dict) else shown(extra))
+        (
+            "extra",
+            ", ".join(shown(name, 30) for name in list(extra)[:8])
+            if isinstance(extra, dict)
+            else "none"
+            if extra is None
+            else shown(extra),
+        )
     )
     return rows
 
