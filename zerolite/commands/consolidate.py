@@ -12,7 +12,8 @@ from zerolite.commands.command_line import OK, Parser, bytes_told, print_json, r
 TOLD = """\
 OUT gets config.json, sharded safetensors and, where they lie beside the checkpoint, the tokenizer's files:
 AutoModelForCausalLM.from_pretrained(OUT) opens it. It is what zerolite.export writes of the same model, bit for bit.
-Host memory has one file (2 GiB) and one parameter at most. OUT appears when it is whole, and is not replaced.
+Host memory has one file (2 GiB) and one parameter at most, or a layer where transformers converts weights. OUT appears
+when it is whole, and is not replaced.
 
   zerolite consolidate outputs/medqa/checkpoint-100 tuned
   zerolite consolidate step-1000 tuned --dtype fp32        # the fp32 masters, not what they round to

@@ -40,7 +40,7 @@ def doctor(argv: Sequence[str]) -> int:
     found = gather()
     if not given.no_measure and found["versions"]["torch"] is not None:
         try:
-            found["rates"] = _rates(LONG_S if given.measure else QUICK_S)
+            found |= _rates(LONG_S if given.measure else QUICK_S)
         except (RuntimeError, ImportError, ValueError) as error:  # of torch: no driver, another architecture, no memory
             found["rates_error"] = " ".join(str(error).split())[:200]
     advices = advice(found)
@@ -68,12 +68,11 @@ def gather() -> dict[str, Any]:
 
 
 def _rates(seconds: float) -> dict[str, Any]:
-    """Of this machine. Collective under torchrun."""
+    """{"rates", "rates_took_s"}. Collective under torchrun."""
     from zerolite.memory.measured_rates import measure_rates
 
     start = time.perf_counter()
-    rates = measure_rates(seconds).as_json()
-    return {**rates, "took_s": round(time.perf_counter() - start, 3)}
+    return {"rates": measure_rates(seconds).as_json(), "rates_took_s": round(time.perf_counter() - start, 3)}
 
 
 # Printing #
@@ -84,7 +83,7 @@ def _as_text(found: dict[str, Any], advices: list[Advice]) -> str:
         ("Versions", [(name, version or "not there") for name, version in found["versions"].items()]),
         ("GPUs", _gpu_rows(found["gpu"])),
         ("Host", _host_rows(found)),
-        ("Measured", _rate_rows(found["rates"])),
+        ("Measured", _rate_rows(found["rates"], found.get("rates_took_s", 0.0))),
     ]
     text = [
         f"{title}\n{table([(f'  {name}', shown(value, 110)) for name, value in rows])}" for title, rows in parts if rows
@@ -152,7 +151,7 @@ def _ranges(cores: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in told)
 
 
-def _rate_rows(rates: dict[str, Any] | None) -> list[tuple[str, str]]:
+def _rate_rows(rates: dict[str, Any] | None, took_s: float) -> list[tuple[str, str]]:
     if rates is None:
         return []
     where = rates["device"]
@@ -172,7 +171,7 @@ def _rate_rows(rates: dict[str, Any] | None) -> list[tuple[str, str]]:
     if rates["host_step_elements_per_s"]:
         rate = rates["host_step_elements_per_s"]
         rows.append(("host step of AdamW", f"{rate / 1e9:.3g} G parameters/s in fp32, all cores"))
-    rows.append(("", f"in {rates['took_s']} s; --measure takes longer, for figures to plan with"))
+    rows.append(("", f"in {took_s} s; --measure takes longer, for figures to plan with"))
     return rows
 
 

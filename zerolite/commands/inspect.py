@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def inspect(argv: Sequence[str]) -> int:
     """Raises CheckpointError for a broken folder, ValueError for one that is none of the known kinds."""
     parser = Parser("inspect", "What a checkpoint, a Hugging Face folder or an adapter holds; verifies it.", TOLD)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="a checkpoint, a Hugging Face folder, or an adapter's")
     parser.add_argument("--no_hash", action="store_true", help="do not read whole files to compare their SHA-256")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
     given = parser.parse_args(argv)
@@ -310,7 +310,14 @@ def _checkpoint_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("loss scale", shown(found["loss_scale"]["value"])))
     extra = found["extra"]
     rows.append(
-        ("extra", ", ".join(shown(name, 30) for name in list(extra)[:8]) if isinstance(extra, dict) else shown(extra))
+        (
+            "extra",
+            ", ".join(shown(name, 30) for name in list(extra)[:8])
+            if isinstance(extra, dict)
+            else "none"
+            if extra is None
+            else shown(extra),
+        )
     )
     return rows
 
