@@ -161,10 +161,12 @@ class HostShard:
         self._has_squares = False
         if is_first:
             shard = self.spec.shard_range
-            self._squares.zero_()  # where the shard is padding alone, it is known, too: workers need not be asked
             for part, _ in self.spec.layout.segments(shard, [True] * len(self.spec.layout.slots)):
-                self._squares.add_(sum_of_squares(part.of(reduced, self.range), part.start - shard.start))
-            self._has_squares = True
+                term = sum_of_squares(part.of(reduced, self.range), part.start - shard.start)
+                self._squares.add_(term) if self._has_squares else self._squares.copy_(term)
+                self._has_squares = True
+            if not self._has_squares:  # the shard is padding alone: workers need not be asked
+                self._squares, self._has_squares = self._squares.zero_(), True
         device, name = self.host.device, self.spec.unit_name
         with device.on(self.host.d2h_stream, after_current=True), trace.phase("D2H", name, reduced.nbytes):
             device.copy(self.memory.gradient.values, reduced)
