@@ -98,7 +98,8 @@ def compile(model: nn.Module, **options) -> nn.Module:
     contains others, as the root does, runs as it is written. Copies of the model are not compiled.
 
     Call it after `shard`, and after adapters were added. Raises ValueError for a model that is not sharded, for one
-    whose only unit is itself, and for a unit whose graph would break, since it shares a parameter with another one.
+    whose only unit is itself, for a unit whose graph would break, since it shares a parameter with another one, and for
+    modes with CUDA graphs at stage 3, where parameters have other addresses at each gather.
     """
     compiled.compile_units(engine_of(model), options)
     return model

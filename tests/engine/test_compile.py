@@ -208,6 +208,25 @@ def test_what_cannot_be_one_graph_is_refused_by_name(ranks):
     assert "Sequential has no unit but itself" in alone
 
 
+def with_cuda_graphs() -> None:
+    whole, freed = sharded(Stack(), stage=2), sharded(Stack(), stage=3)
+    with mock.patch.object(torch, "compile", lambda forward, **options: forward):
+        for options in (
+            {"mode": "reduce-overhead"},
+            {"mode": "max-autotune"},
+            {"options": {"triton.cudagraphs": True}},
+        ):
+            zerolite.compile(whole, **options)
+            with pytest.raises(ValueError, match='records CUDA graphs.*use mode="max-autotune-no-cudagraphs"'):
+                zerolite.compile(freed, **options)
+        zerolite.compile(freed, mode="max-autotune-no-cudagraphs")
+
+
+def test_cuda_graphs_are_refused_where_parameters_move(ranks):
+    """A graph would read the address that a unit had when it was recorded."""
+    ranks(2).run(with_cuda_graphs)
+
+
 def by_inductor() -> torch.Tensor:
     model = zerolite.compile(sharded(build("stack"), stage=3), fullgraph=True)
     (model(joint_batch("stack", 0)["x"]).square().sum() * LOSS_SCALE).backward()

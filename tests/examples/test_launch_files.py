@@ -55,6 +55,7 @@ def understood(told: Path) -> tuple:
         options = get_args_parser().parse_args(arguments)
         config, _, program = config_from_args(options)
     assert config.min_nodes == config.max_nodes and config.rdzv_backend == "static"
+    assert getattr(options, "shutdown_timeout", 280) == 280  # of 300 s; torch 2.13 has it
     return config.max_nodes, config.rdzv_configs["rank"], config.nproc_per_node, config.rdzv_endpoint, program[1:]
 
 

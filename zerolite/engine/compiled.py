@@ -19,11 +19,13 @@ from zerolite.engine.hooks import entrances
 from zerolite.shards.bucket import Unit
 
 COMPILED = "_torchdynamo_orig_callable"  # of what torch.compile returns for a function
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 RECOMPILATIONS = 8  # of one unit, beside those of the others of its class: torch's own default for one function
 
 
 def compile_units(engine: Engine, options: Mapping[str, Any]) -> None:
     """Compile the forward of every unit that contains no other. ValueError where a graph would have to break."""
+    _refuse_cuda_graphs(engine, options)
     owner = {id(module): unit for unit in engine.units for module in entrances(unit)}
     chosen = []
     for unit in engine.units:
@@ -41,6 +43,16 @@ def compile_units(engine: Engine, options: Mapping[str, Any]) -> None:
     config.recompile_limit = max(config.recompile_limit, RECOMPILATIONS + len(chosen))
     for unit in chosen:
         unit.module.forward = torch.compile(unit.module.forward, **options)
+
+
+def _refuse_cuda_graphs(engine: Engine, options: Mapping[str, Any]) -> None:
+    """They read a parameter at the address where it lay when they were recorded; stage 3 gathers it anew."""
+    records = options.get("mode") in CUDA_GRAPH_MODES or (options.get("options") or {}).get("triton.cudagraphs")
+    if records and not all(bucket.parameters.stays_unsharded for unit in engine.units for bucket in unit.buckets):
+        raise ValueError(
+            "this mode of torch.compile records CUDA graphs, which read parameters where they lay before, and stage 3 "
+            'gathers them anew: use mode="max-autotune-no-cudagraphs" or "default", or stage=2'
+        )
 
 
 def compiled_forwards(model: nn.Module) -> Iterator[nn.Module]:

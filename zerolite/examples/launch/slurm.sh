@@ -17,6 +17,7 @@ set -eu
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export PET_NNODES=$SLURM_JOB_NUM_NODES
 export PET_NPROC_PER_NODE=${SLURM_GPUS_ON_NODE:-1}
+export PET_SHUTDOWN_TIMEOUT=280  # seconds for ranks that were told to stop, and save; torchrun's own are 30
 export PET_MASTER_ADDR=$first
 export PET_MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))  # another one for each job of a machine
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0    # where a machine has several networks
