@@ -168,14 +168,47 @@ def test_sixteen_bits_are_the_parameters_own_and_need_no_scaler_or_autocast(rank
         assert all(row["learning_rate"] == 0 for row in overflowed), "a step that is skipped is none of the schedule"
 
 
-def fp16_by_arguments(folder: str) -> tuple[torch.dtype, float]:
-    trainer = trainer_of("trainer", Path(folder), dict(stage=1), model=model_of("trainer", torch.float32), fp16=True)
-    engine = engine_of(trainer._wrap_model(trainer.model))
-    return engine.precision.param, engine.loss_scale.value
+def fp16_by_arguments(folder: str) -> list[tuple[torch.dtype, torch.dtype, float, bool]]:
+    """By the argument alone, and by a DeepSpeed configuration: dtypes, loss scale, whether states leave the device."""
+    config = {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "gradient_clipping": "auto",
+        "fp16": {"enabled": True, "initial_scale_power": 8},
+    }  # fmt: skip
+    results = []
+    for zero in (dict(stage=1), from_deepspeed(config)):
+        trainer = trainer_of("trainer", Path(folder), zero, model=model_of("trainer", torch.float32), fp16=True)
+        engine = engine_of(trainer._wrap_model(trainer.model))
+        offloads = any(bucket.shard.steps_in_background for unit in engine.units for bucket in unit.buckets)
+        results.append((engine.precision.param, engine.precision.reduce, engine.loss_scale.value, offloads))
+    return results
 
 
-def test_fp16_of_the_arguments_is_a_precision_with_a_loss_scale(ranks, tmp_path):
-    assert ranks(1).run(fp16_by_arguments, str(tmp_path)) == [(torch.float16, 65536.0)]
+def test_fp16_is_a_precision_with_a_loss_scale(ranks, tmp_path):
+    for by_argument, by_deepspeed in ranks(1).run(fp16_by_arguments, str(tmp_path)):
+        assert by_argument == (torch.float16, torch.float32, 65536.0, False)
+        assert by_deepspeed == (torch.float16, torch.float16, 256.0, True)
+
+
+def reductions(folder: str) -> list[list[bool]]:
+    """Of each batch of a step, whether its gradients are reduced: by default, and told to reduce every batch."""
+    return [reductions_of_step(folder, plugin) for plugin in ({}, {"sync_each_batch": True})]
+
+
+def reductions_of_step(folder: str, plugin: dict) -> list[bool]:
+    seen = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        seen.append(engine_of(trainer.model).is_syncing)
+        return mean_loss(outputs, labels, num_items_in_batch)
+
+    given = dict(max_steps=1, eval_strategy="no", accelerator_config={"gradient_accumulation_kwargs": plugin})
+    trainer = trainer_of("trainer", Path(folder), dict(stage=2), options=dict(compute_loss_func=loss), **given)
+    trainer.train()
+    return seen
+
+
+def test_gradients_are_reduced_once_a_step_unless_told(ranks, tmp_path):
+    assert ranks(2).run(reductions, str(tmp_path)) == [[[False, True], [True, True]]] * 2
 
 
 def out_of_memory(folder: str) -> list[object]:

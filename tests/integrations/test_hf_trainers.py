@@ -22,12 +22,12 @@ def compared(kind: str, stage: int, later_stage: int, folder: str) -> tuple[Trai
 
 
 def assert_trained_alike(actual: Trained, expected: Trained) -> None:
-    """Losses, evaluations and what was generated are the same bits; norms and parameters agree to 1e-12."""
+    """Losses, which a trainer logs in fp32, and what was generated are equal; what it logs in fp64 agrees to 1e-12."""
     assert len(actual.logs) == len(expected.logs)
     for row, expected_row in zip(actual.logs, expected.logs, strict=True):
         assert row.keys() == expected_row.keys()
         for name, value in expected_row.items():
-            exactly = name not in ("grad_norm", "rewards/margins")
+            exactly = name not in ("grad_norm", "eval_loss", "rewards/margins")
             assert row[name] == (value if exactly else pytest.approx(value, rel=1e-12, abs=1e-13)), name
     assert_close(actual.parameters, expected.parameters, rtol=1e-12, atol=1e-13)
 
