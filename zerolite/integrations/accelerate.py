@@ -135,7 +135,7 @@ class Accelerator(PlainAccelerator):
         """As Accelerate's: a scheduler follows the optimizer that it was built on."""
         prepared = super().prepare_scheduler(scheduler)
         for optimizer in self._optimizers:
-            if getattr(scheduler, "optimizer", None) in (optimizer.built, optimizer.optimizer):
+            if getattr(scheduler, "optimizer", None) in (optimizer, optimizer.built, optimizer.optimizer):
                 prepared.optimizers = [optimizer]
         return prepared
 
