@@ -147,6 +147,12 @@ def test_importing_zerolite_needs_no_triton_and_no_application():
     assert not re.search(r"^\s*(import|from) (triton|matplotlib|tqdm|yaml)", text, re.MULTILINE)
 
 
+def test_trainers_are_imported_by_their_integrations_alone():
+    """`import zerolite` stays light, and needs none of them."""
+    text = "".join(path.read_text(encoding="utf-8") for path in ENGINE if "integrations" not in path.parts)
+    assert not re.search(r"^\s*(import|from) (accelerate|lightning|trl|ray)\b", text, re.MULTILINE)
+
+
 def test_the_kernels_folder_shadows_nothing():
     """transformers imports a package called kernels; ours must not be one."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -85,6 +85,16 @@ def test_autocast_scaling_and_synced_accumulation_are_those_of_ddp(ranks):
         assert largest_difference(run.parameters, expected.parameters) < 1e-6
 
 
+def compiled_on_rank() -> tuple[Run, Run]:
+    return train(None), train({"stage": 3}, wrap=lambda model: torch.compile(model, backend="eager"))
+
+
+@pytest.mark.slow
+def test_a_model_that_torch_has_compiled_before_is_sharded_inside(ranks):
+    expected, run = ranks(2).run(compiled_on_rank)[0]
+    assert_same_run(run, expected)
+
+
 def files_on_rank(folder: str) -> tuple[dict, list, list[float]]:
     """The state dict of a tied model, what hooks of a user's were given, and a value before and after load_state."""
     accelerator = accelerator_of({"stage": 3})
@@ -181,6 +191,11 @@ def on_another_device(accelerator) -> None:
     shard_on(zerolite.shard(build(), stage=3), torch.device("meta"), 1, SHARDS)
 
 
+def joined(accelerator) -> None:
+    with accelerator.join_uneven_inputs([accelerator.prepare(build())]):
+        pass
+
+
 def missing_state(accelerator) -> None:
     accelerator.prepare(build())
     accelerator.load_state("/")
@@ -203,6 +218,7 @@ REFUSED = {
     "loss scaled twice": ({"stage": 3, "precision": zerolite.Precision(torch.float16)}, {}, scaled_twice, "again"),
     "clipping by value": (SHARDS, {}, clipped_by_value, "clip_grad_norm_"),
     "another device": (SHARDS, {}, on_another_device, "moves batches to meta"),
+    "uneven batches": (SHARDS, {}, joined, "join_uneven_inputs"),
     "a folder without a checkpoint": (SHARDS, {}, missing_state, "zerolite"),
 }
 

@@ -43,13 +43,17 @@ def train(
     save_at: tuple[int, str] | None = None,
     load: tuple[int, str] | None = None,
     prepared_by=None,
+    wrap=lambda model: model,
     **options,
 ) -> Run:
-    """zero: None for a plain Accelerator, which wraps in DDP. save_at, load: an update's number, and a folder."""
+    """zero: None for a plain Accelerator, which wraps in DDP. save_at, load: an update's number, and a folder.
+
+    prepared_by: called with the accelerator; wrap: called with the model, before it is prepared.
+    """
     run, accelerator = Run(), accelerator_of(zero, **options)
     if prepared_by is not None:
         prepared_by(accelerator)
-    model = build(dtype)
+    model = wrap(build(dtype))
     optimizer = optimizer_of(model)
     scheduler = scheduler_of(optimizer)
     world = accelerator.num_processes

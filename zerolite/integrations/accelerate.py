@@ -33,6 +33,7 @@ from zerolite.integrations.sharding import (
     shard_arguments,
     shard_on,
     sharded_optimizer,
+    uncompiled,
 )
 from zerolite.optim.base import ShardedOptimizer
 
@@ -134,14 +135,25 @@ class Accelerator(PlainAccelerator):
         """As Accelerate's: a scheduler follows the optimizer that it was built on."""
         prepared = super().prepare_scheduler(scheduler)
         for optimizer in self._optimizers:
-            if getattr(scheduler, "optimizer", None) in (optimizer.built, optimizer.optimizer):
+            if getattr(scheduler, "optimizer", None) in (optimizer, optimizer.built, optimizer.optimizer):
                 prepared.optimizers = [optimizer]
         return prepared
 
     @contextlib.contextmanager
     def no_sync(self, model: nn.Module):
         """As Accelerate's: backwards inside add up on this rank; a whole gradient is kept at every stage."""
-        with zerolite.no_sync(_unwrapped(model)) if _is_sharded(model) else super().no_sync(model):
+        with zerolite.no_sync(uncompiled(model)) if _is_sharded(model) else super().no_sync(model):
+            yield
+
+    @contextlib.contextmanager
+    def join_uneven_inputs(self, joinables, even_batches: bool | None = None):
+        """As Accelerate's. ValueError for a sharded model, whose ranks run forwards together."""
+        if any(isinstance(model, nn.Module) and _is_sharded(model) for model in joinables):
+            raise ValueError(
+                "join_uneven_inputs was given a sharded model, and every rank must run as many forwards as the others: "
+                "leave it out, and even_batches=True as it is by default"
+            )
+        with super().join_uneven_inputs(joinables, even_batches):
             yield
 
     # State #
@@ -150,7 +162,7 @@ class Accelerator(PlainAccelerator):
         """Whole values in host memory on the main process, nothing on the others. Collective."""
         if not _is_sharded(model):
             return super().get_state_dict(model, unwrap)
-        return gather_state_dict(_unwrapped(model))
+        return gather_state_dict(uncompiled(model))
 
     def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **save_model_func_kwargs):
         """As Accelerate's, with a zerolite checkpoint a model in the folder. Collective.
@@ -197,7 +209,7 @@ class Accelerator(PlainAccelerator):
         for hook in hooks:
             hook(left, folder)
         for path, model, optimizer in _checkpoints(folder, models, optimizers):
-            if any(engine_of(_unwrapped(other)) is engine_of(model) for other in left):
+            if any(engine_of(uncompiled(other)) is engine_of(model) for other in left):
                 zerolite.load(model, path, optimizer)
 
 
@@ -205,15 +217,10 @@ def _checkpoints(folder: str, models: list[nn.Module], optimizers: list):
     """(path, sharded model, its optimizer or None) of each model that was prepared."""
     by_engine: dict[Engine | None, ShardedOptimizer] = {engine_stepped_by(o.optimizer): o.optimizer for o in optimizers}
     for index, model in enumerate(models):
-        model = _unwrapped(model)
+        model = uncompiled(model)
         path = f"{folder}/{FOLDER}" if index == 0 else f"{folder}/{FOLDER}_{index}"
         yield path, model, by_engine.get(engine_of(model))
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """What torch.compile has wrapped."""
-    return getattr(model, "_orig_mod", model)
-
-
 def _is_sharded(model: nn.Module) -> bool:
-    return find_engine(_unwrapped(model)) is not None
+    return find_engine(uncompiled(model)) is not None

@@ -35,6 +35,11 @@ def shard_arguments(zero: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zero)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What torch.compile has wrapped, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def shard_on(model: nn.Module, device: torch.device, world_size: int, arguments: Mapping[str, Any]) -> Engine:
     """Shard a model on the device that a trainer moves batches to; one that is sharded already stays. Collective.
 
@@ -42,7 +47,7 @@ def shard_on(model: nn.Module, device: torch.device, world_size: int, arguments:
     ValueError for a model that is sharded at another stage, or lies on another device, for another number of processes,
     and as of `zerolite.shard`.
     """
-    partition = Partition(arguments["stage"])
+    partition, model = Partition(arguments["stage"]), uncompiled(model)
     engine = find_engine(model)
     marker = torch.zeros(1, device=device)
     device = marker.device  # with the number of a GPU, which trainers leave out
