@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (one(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for one in (self.q, self.k, self.v))
-        angles = torch.outer(torch.arange(x.shape[1], dtype=x.dtype), 100.0 ** -torch.linspace(0, 1, HEAD // 2))
+        angles = torch.outer(torch.arange(x.shape[1]), 100.0 ** -torch.linspace(0, 1, HEAD // 2)).to(x.dtype)
         q, k = _turned(q, angles), _turned(k, angles).repeat_interleave(2, dim=1)
         found = F.scaled_dot_product_attention(q, k, v.repeat_interleave(2, dim=1), is_causal=True)
         return self.o(found.transpose(1, 2).flatten(2))
