@@ -36,8 +36,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(ranks, tmp_path):
         ranks,
         1,
         [
-            *(Case(model, ONE, 0, steps=(2, 4), load=folder) for model, folder in (("llama", split), ("mlp", uneven))),
-            Case("llama", ONE, 1, steps=(2, 4), load=staged),
+            Case("llama", ONE, 0, steps=(2, 4), load=split),
             Case("llama", ONE, 0, steps=(0, 2), save=plain),
         ],
     )
@@ -45,7 +44,6 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(ranks, tmp_path):
         ranks,
         4,
         [
-            Case("llama", PIPELINE, 1, "1f1b", steps=(2, 4), load=split),
             Case("mlp", PIPELINE, 3, "interleaved", steps=(2, 4), load=uneven),
             Case("llama", TENSOR, 0, steps=(2, 4), load=staged),
         ],

@@ -11,18 +11,17 @@ FEW = {
     "tensor": [
         Case("llama", TENSOR, 0),
         Case("llama", TENSOR, 1, sequence=True),
-        Case("mlp", TENSOR, 2),
-        Case("llama", TENSOR, 3, sequence=True),
+        Case("mlp", TENSOR, 2, rule="Lamb"),
+        Case("llama", TENSOR, 3, sequence=True, offload="cpu"),
     ],
     "pipeline": [
         Case("mlp", PIPELINE, 0, "1f1b"),
         Case("llama", PIPELINE, 3, "1f1b", no_sync=True),
-        Case("mlp", PIPELINE, 2, "gpipe"),
+        Case("mlp", PIPELINE, 2, "gpipe", offload="cpu"),
         Case("llama", PIPELINE, 1, "interleaved"),
     ],
     "all": [
         Case("llama", ALL, 3, "1f1b", sequence=True),
-        Case("llama", ALL, 2, "interleaved", no_sync=True),
     ],
 }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from plain_optimizers import Lamb
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
@@ -40,7 +41,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (one(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for one in (self.q, self.k, self.v))
-        angles = torch.outer(torch.arange(x.shape[1], dtype=x.dtype), 100.0 ** -torch.linspace(0, 1, HEAD // 2))
+        angles = torch.outer(torch.arange(x.shape[1]), 100.0 ** -torch.linspace(0, 1, HEAD // 2)).to(x.dtype)
         q, k = _turned(q, angles), _turned(k, angles).repeat_interleave(2, dim=1)
         found = F.scaled_dot_product_attention(q, k, v.repeat_interleave(2, dim=1), is_causal=True)
         return self.o(found.transpose(1, 2).flatten(2))
@@ -144,10 +145,10 @@ def loss_of(output: Tensor, target: Tensor) -> Tensor:
 
 
 @cache
-def plain_run(name: str) -> tuple[list[float], dict[str, Tensor]]:
+def plain_run(name: str, rule: str = "AdamW") -> tuple[list[float], dict[str, Tensor]]:
     """Norms before clipping, and parameters after STEPS steps, of one process that knows nothing of zerolite."""
     model = copy.deepcopy(whole_model(name))
-    optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    optimizer = (torch.optim.AdamW if rule == "AdamW" else Lamb)(model.parameters(), **OPTIONS)
     norms = []
     for step in range(STEPS):
         x, y = batch_of(name, step)
@@ -172,6 +173,7 @@ class Case:
     load: str = ""  # a folder to begin from
     save: str = ""  # a folder to end in
     offload: str | None = None
+    rule: str = "AdamW"
 
 
 def parts_of(case: Case, mesh: DeviceMesh) -> list[nn.Module]:
@@ -228,7 +230,7 @@ def run_case(case: Case) -> tuple[list[float], dict[str, Tensor]]:
     options = {} if case.offload is None else {"offload": case.offload}
     units = LlamaLayer if case.model == "llama" else None
     model = zerolite.shard(model, case.stage, mesh=mesh["dp"], norm_over=(mesh["pp"],), units=units, **options)
-    optimizer = zerolite.AdamW(model.parameters(), **OPTIONS, max_grad_norm=CLIP)
+    optimizer = getattr(zerolite, case.rule)(model.parameters(), **OPTIONS, max_grad_norm=CLIP)
     if case.load:
         assert zerolite.load(model, Path(case.load), optimizer) == {"step": case.steps[0]}
     norms = train(case, mesh, model, parts, optimizer)
@@ -291,7 +293,7 @@ def difference(case: Case, results: list[tuple[list[float], dict[str, Tensor]]])
 
     results: of every rank. AssertionError where they have not all parameters between them.
     """
-    expected_norms, expected = plain_run(case.model)
+    expected_norms, expected = plain_run(case.model, case.rule)
     wanted = expected_norms[slice(*case.steps)]
     norm = max(abs(n / e - 1) for norms, _ in results for n, e in zip(norms, wanted, strict=True))
     assert {name for _, parameters in results for name in parameters} == set(expected)

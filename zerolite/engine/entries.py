@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from zerolite.engine import kept_parameters
 from zerolite.engine.graph_task import is_in_backward
 from zerolite.engine.trees import map_tree, tensors_of
 from zerolite.errors import ZeroliteError
 from zerolite.shards.bucket import Bucket, Unit
-from zerolite.shards.dtensors import is_distributed, local_of
+from zerolite.shards.dtensors import is_distributed
 from zerolite.shards.states import ParameterState
 
 if TYPE_CHECKING:
@@ -249,6 +250,7 @@ class _Parameters(dict):
 def _storage_of(tensor: torch.Tensor) -> int:
     """A number of the tensor's memory; NO_STORAGE for sparse ones and wrappers: none of ours."""
     try:
-        return local_of(tensor).untyped_storage()._cdata
+        inner = tensor._local_tensor if type(tensor) is DTensor else tensor
+        return inner.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return NO_STORAGE

@@ -32,7 +32,7 @@ class GradStats:
 
     @property
     def norm(self) -> float:
-        return math.sqrt(self.total if self.of_all_stages is None else self.of_all_stages)
+        return math.sqrt(math.fsum(self.squares) if self.of_all_stages is None else self.of_all_stages)
 
     @property
     def is_finite(self) -> bool:

@@ -47,5 +47,8 @@ class Lamb(ShardedOptimizer):
             # A shard's row is of other elements on a rank with another part: only sums over shards are added.
             sums = [part.view(rows.shape).sum(dim=0).view(-1) for part, rows in zip(parts, squares, strict=True)]
             added = over_tensor_groups(self._engine, [bucket for bucket, _, _ in work], [one.tolist() for one in sums])
-            return [torch.tensor(one).view(1, *rows.shape[1:]) for one, rows in zip(added, squares, strict=True)]
+            return [
+                torch.tensor(one, dtype=torch.float64).view(1, *rows.shape[1:])
+                for one, rows in zip(added, squares, strict=True)
+            ]
         return [part.view(rows.shape) for part, rows in zip(parts, squares, strict=True)]

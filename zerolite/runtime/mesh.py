@@ -56,12 +56,8 @@ class RankMesh:
         self.tensor, self.pipeline = tuple(tensor), tuple(pipeline)
         self.world_size = shard.size * replicas.size  # ranks of other data
         self.rank = replicas.rank * shard.size + shard.rank  # among those, shard dimension fastest
+        self.is_alone = self.world_size == 1 and not tensor  # no other rank has a part of this rank's gradients
         self.purpose = ""  # what gathers are for now, where it is no forward or backward; a part of their labels
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether no other rank has a part of the gradients of this rank's parameters."""
-        return self.world_size == 1 and not self.tensor
 
     def stage_ranks(self, device: torch.device, before: "Callable[[], object]" = bool) -> "ModelRanks":
         """Those of one pipeline stage; `before` each exchange is called."""
