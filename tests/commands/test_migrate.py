@@ -185,6 +185,9 @@ def test_auto_is_what_transformers_fills_in(tmp_path, capsys):
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 8}}, "init_device_mesh", "Offload"),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch.autocast", "Precision"),
         ({"gradient_clipping": 0}, "zerolite.shard", "max_grad_norm"),
+        ({"optimizer": {"type": "Lamb", "params": {"lr": 1e-4, "max_grad_norm": 0.7}}}, "max_grad_norm=0.7", "AdamW"),
+        ({"zero_optimization": True}, "stage=1", "offload"),
+        ({"activation_checkpointing": {"partition_activations": False, "profile": False}}, "stage=0", "offload"),
         ({"zero_optimization": {"stage": 1}}, "max_grad_norm=1.0", "offload"),
     ],
 )
@@ -193,6 +196,7 @@ def test_one_key_changes_the_lines(tmp_path, capsys, change, holds, lacks):
     text = "\n".join(result["lines"])
     compile(text, "lines", "exec")
     assert holds in text and lacks not in text, text
+    assert all(key["status"] != UNKNOWN for key in result["keys"])
 
 
 def test_what_has_no_counterpart_is_named_and_the_status_says_so(tmp_path, capsys):
