@@ -245,6 +245,17 @@ def test_a_strategy_of_fsdp_is_a_stage(tmp_path, capsys, section, stage, is_hybr
     assert all(key["status"] != UNKNOWN for key in result["keys"])
 
 
+def test_replicas_of_a_parallelism_configuration_are_a_mesh(tmp_path, capsys):
+    sizes = {"dp_replicate_size": 2, "dp_shard_size": 4, "tp_size": 1, "cp_size": 1}
+    section = {f"parallelism_config_{name}": size for name, size in sizes.items()}
+    content = {**FSDP, "parallelism_config": section, "fsdp_config": {"fsdp_version": 2}}
+    status, result = migrated(tmp_path, capsys, content)
+    assert status == 0 and 'init_device_mesh("cuda", (2, 4))' in result["zero"]
+    section["parallelism_config_tp_size"] = 2
+    status, result = migrated(tmp_path, capsys, content)
+    assert status == 1 and told(result)["parallelism_config.parallelism_config_tp_size"][0] == NONE
+
+
 def test_an_accelerate_file_of_deepspeed_and_one_that_names_a_deepspeed_file(tmp_path, capsys):
     section = {
         "zero_stage": 3,
