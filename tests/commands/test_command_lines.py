@@ -69,10 +69,14 @@ def test_wide_characters_and_a_pipe_that_closes(tmp_path):
     """A reader that goes away after a line, and a terminal that is plain ASCII, end in no traceback."""
     path = tmp_path / "配置.json"
     path.write_text(
-        json.dumps({"zero_optimization": {"stage": 1}, "名": "值\x1b[31m\u202e"}, ensure_ascii=False), "utf-8"
+        json.dumps({"zero_optimization": {"stage": 1}, "名\u202e": "值\x1b[31m\u202e"}, ensure_ascii=False), "utf-8"
     )
     command = f"'{sys.executable}' -m zerolite migrate '{path}'"
-    for pipe, environment in (("| head -1", {}), ("| cat", {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})):
+    for pipe, environment in (
+        ("| head -1", {}),
+        ("| cat", {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}),
+        ("| cat", {"PYTHONUTF8": "1"}),
+    ):
         done = subprocess.run(
             ["bash", "-c", f"{command} {pipe}"],
             cwd=ROOT,

@@ -193,3 +193,9 @@ def test_layers_stay_together_only_where_weights_are_converted():
     assert [len(group) for group in module._groups(build("mixtral"), names)] == [2, 1, 1]
     assert [len(group) for group in module._groups(build("llama"), names)] == [1, 1, 1, 1]
     assert [len(group) for group in module._groups(nn.Module(), names)] == [1, 1, 1, 1]
+
+
+def test_a_tied_parameter_is_written_under_the_name_that_transformers_ties_from():
+    model = nn.Module()
+    model.all_tied_weights_keys = {"head.weight": "embedding.weight"}
+    assert [module._written_name(model, name) for name in ("head.weight", "norm")] == ["embedding.weight", "norm"]

@@ -27,7 +27,7 @@ DOCUMENTED = {
     "train_micro_batch_size_per_gpu": 3,
     "gradient_accumulation_steps": 4,
     "steps_per_print": 10,
-    "optimizer": {"type": "Adam", "params": {"lr": 2e-3, "betas": [0.7, 0.99], "eps": 1e-7, "weight_decay": 0.3}},
+    "optimizer": {"type": "Adam", "params": {"lr": 2e-3, "betas": [0.7, 0.99], "eps": 0.05, "weight_decay": 0.3}},
     "scheduler": {
         "type": "WarmupLR",
         "params": {"warmup_min_lr": 0, "warmup_max_lr": 2e-3, "warmup_num_steps": 5, "warmup_type": "linear"},
@@ -122,30 +122,35 @@ class Regression(nn.Module):
         return SimpleNamespace(loss=(self.inner(x) - y).square().mean())
 
 
-def by_hand(model: nn.Module, batches: list, rule: type, accumulation: int) -> nn.Module:
-    """What DeepSpeed documents, in plain torch: the rule, loss over steps, clipping at 0.5, five steps of warm-up."""
-    options = dict(lr=2e-3, betas=(0.7, 0.99), eps=1e-7, weight_decay=0.3)
+def by_hand(model: nn.Module, batches: list, rule: type, accumulation: int, max_norm: float) -> nn.Module:
+    """What DeepSpeed documents, in plain torch: the rule, loss over steps, clipping, five steps of warm-up."""
+    options = dict(lr=2e-3, betas=(0.7, 0.99), eps=0.05, weight_decay=0.3)
     optimizer = rule(model.parameters(), **options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 5))
     for i, batch in enumerate(batches):
         (model(**batch).loss / accumulation).backward()
         if (i + 1) % accumulation == 0:
-            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
     return model
 
 
-def test_the_written_loop_trains_as_the_documented_configuration(tmp_path, capsys):
-    """Run as it stands: DeepSpeed's "Adam" with decay is torch's AdamW, not its Adam; so are clip and accumulation."""
-    status, result = migrated(tmp_path, capsys, DOCUMENTED)
+@pytest.mark.parametrize("max_norm", [0.5, 2.5])
+def test_the_written_loop_trains_as_the_documented_configuration(tmp_path, capsys, max_norm):
+    """Run as it stands: DeepSpeed's "Adam" with decay is torch's AdamW, not its Adam; so are clip and accumulation.
+
+    Norms are about 2.1 where the loss is divided by the steps, as it must be: one limit clips and one does not. A large
+    eps makes the scale of gradients visible.
+    """
+    status, result = migrated(tmp_path, capsys, {**DOCUMENTED, "gradient_clipping": max_norm})
     batches = [joint_batch("stack", step, torch.float32) for step in range(12)]
     model = trained(result["lines"], Regression(), batches)
     with zerolite.full_params(model):
         found = [parameter.clone() for parameter in model.parameters()]
-    expected = list(by_hand(Regression(), batches, torch.optim.AdamW, 4).parameters())
-    other = list(by_hand(Regression(), batches, torch.optim.Adam, 4).parameters())
+    expected = list(by_hand(Regression(), batches, torch.optim.AdamW, 4, max_norm).parameters())
+    other = list(by_hand(Regression(), batches, torch.optim.Adam, 4, max_norm).parameters())
     assert all(torch.allclose(one, two, rtol=1e-5, atol=1e-6) for one, two in zip(found, expected, strict=True))
     assert not all(torch.allclose(one, two, rtol=1e-5, atol=1e-6) for one, two in zip(found, other, strict=True))
     assert status == 0 and result["command"] == "torchrun --standalone --nproc-per-node 4 train.py"
@@ -180,6 +185,9 @@ def test_auto_is_what_transformers_fills_in(tmp_path, capsys):
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 8}}, "init_device_mesh", "Offload"),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch.autocast", "Precision"),
         ({"gradient_clipping": 0}, "zerolite.shard", "max_grad_norm"),
+        ({"optimizer": {"type": "Lamb", "params": {"lr": 1e-4, "max_grad_norm": 0.7}}}, "max_grad_norm=0.7", "AdamW"),
+        ({"zero_optimization": True}, "stage=1", "offload"),
+        ({"activation_checkpointing": {"partition_activations": False, "profile": False}}, "stage=0", "offload"),
         ({"zero_optimization": {"stage": 1}}, "max_grad_norm=1.0", "offload"),
     ],
 )
@@ -188,6 +196,7 @@ def test_one_key_changes_the_lines(tmp_path, capsys, change, holds, lacks):
     text = "\n".join(result["lines"])
     compile(text, "lines", "exec")
     assert holds in text and lacks not in text, text
+    assert all(key["status"] != UNKNOWN for key in result["keys"])
 
 
 def test_what_has_no_counterpart_is_named_and_the_status_says_so(tmp_path, capsys):
@@ -234,6 +243,17 @@ def test_a_strategy_of_fsdp_is_a_stage(tmp_path, capsys, section, stage, is_hybr
     _, result = migrated(tmp_path, capsys, section)
     assert f"stage={stage}" in result["zero"] and ("init_device_mesh" in result["zero"]) is is_hybrid
     assert all(key["status"] != UNKNOWN for key in result["keys"])
+
+
+def test_replicas_of_a_parallelism_configuration_are_a_mesh(tmp_path, capsys):
+    sizes = {"dp_replicate_size": 2, "dp_shard_size": 4, "tp_size": 1, "cp_size": 1}
+    section = {f"parallelism_config_{name}": size for name, size in sizes.items()}
+    content = {**FSDP, "parallelism_config": section, "fsdp_config": {"fsdp_version": 2}}
+    status, result = migrated(tmp_path, capsys, content)
+    assert status == 0 and 'init_device_mesh("cuda", (2, 4))' in result["zero"]
+    section["parallelism_config_tp_size"] = 2
+    status, result = migrated(tmp_path, capsys, content)
+    assert status == 1 and told(result)["parallelism_config.parallelism_config_tp_size"][0] == NONE
 
 
 def test_an_accelerate_file_of_deepspeed_and_one_that_names_a_deepspeed_file(tmp_path, capsys):

@@ -43,6 +43,7 @@ def read(config: Configuration, recipe: Recipe, path: Path) -> list[Key]:
     )
     recipe.kind = f"an accelerate configuration ({KINDS[kind]})"
     _start(config, recipe)
+    _parallelism(config, recipe)
     if kind == "DEEPSPEED":
         return _deepspeed(config, recipe, path)
     if kind == "FSDP":
@@ -92,6 +93,20 @@ def read_fsdp(config: Configuration, recipe: Recipe) -> None:
         config.use(f"{section}.activation_checkpointing", "the model's own, before shard")
     else:
         config.tell(f"{section}.activation_checkpointing", IDLE, "it is off")
+
+
+def _parallelism(config: Configuration, recipe: Recipe) -> None:
+    """Replicas and shards are a mesh; a size of 1 is none of its kind, and other kinds have no counterpart."""
+    section = "parallelism_config"
+    names = {name.removeprefix(f"{section}_"): f"{section}.{name}" for name in config.section(section)}
+    for name in names.values():
+        if config.get(name) == 1:
+            config.tell(name, IDLE, "1 is none")
+    replicas, shards = (config.count(names.get(f"dp_{kind}_size", ""), 1) for kind in ("replicate", "shard"))
+    for name in ("dp_replicate_size", "dp_shard_size"):
+        config.use(names.get(name, ""), "mesh= of shard (replicate x shard)")
+    if isinstance(replicas, int) and replicas > 1:
+        recipe.mesh = f'torch.distributed.init_device_mesh("cuda", ({replicas}, {shards}))'
 
 
 def _strategy(config: Configuration, version: Any, words: list[str]) -> tuple[str, bool]:

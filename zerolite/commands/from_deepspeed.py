@@ -3,6 +3,7 @@
 from typing import Any
 
 from zerolite.commands.configuration import AUTO, IDLE, NONE, USED, Configuration
+from zerolite.commands.migrate_keys import KNOWN
 from zerolite.commands.recipe import DTYPES, Recipe, source
 
 # DeepSpeed's names, in lower case, and what steps the same. Its "Adam" is AdamW unless adam_w_mode is false.
@@ -42,7 +43,8 @@ def _auto(recipe: Recipe, config: Configuration, name: str, argument: str, what:
 
 
 def _stage(config: Configuration, recipe: Recipe) -> None:
-    given = config.get("zero_optimization.stage", 0)
+    config.use("zero_optimization", "the form of DeepSpeed 0.1: true is stage 1")
+    given = config.get("zero_optimization.stage", int(config.is_on("zero_optimization")))
     if (found := STAGES.get(str(given))) is None:
         raise ValueError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {given!r}")
     recipe.stage = found
@@ -227,6 +229,8 @@ def _optimizer(config: Configuration, recipe: Recipe) -> None:
     elif clip:
         recipe.max_grad_norm = source(config.number("gradient_clipping"))
         config.use("gradient_clipping", "max_grad_norm= of the optimizer")
+    elif "gradient_clipping" not in config.leaves and config.get("optimizer.params.max_grad_norm"):
+        pass  # DeepSpeed refuses it there, and it is meant: see below
     elif clip is None and "gradient_clipping" not in config.leaves:
         recipe.max_grad_norm = "1.0"
         recipe.notes.append(
@@ -246,6 +250,9 @@ def _optimizer(config: Configuration, recipe: Recipe) -> None:
     if name is None:
         recipe.optimizer = "AdamW"
         config.tell("optimizer.type", NONE, f"there is no {given}: the optimizers are AdamW, Adam, Lamb and Lion")
+        for other in config.section("optimizer.params"):
+            if f"optimizer.params.{other}" not in KNOWN:
+                config.tell(f"optimizer.params.{other}", NONE, f"it is of {given}")
         recipe.notes.append(f"{given} has no counterpart. AdamW stands in its place, and learns otherwise.")
     elif given.lower() == "adam" and str(config.get("optimizer.params.adam_w_mode", True)).lower() == "false":
         name = "Adam"
@@ -261,7 +268,8 @@ def _optimizer(config: Configuration, recipe: Recipe) -> None:
 
 def _hyperparameters(config: Configuration, recipe: Recipe) -> None:
     params = config.section("optimizer.params")
-    if params.get("max_grad_norm=:"):
+    config.tell("optimizer.params.max_grad_norm", IDLE, "0 is no clipping")
+    if params.get("max_grad_norm"):
         config.use("optimizer.params.max_grad_norm", "max_grad_norm=; DeepSpeed refuses it here")
         recipe.max_grad_norm = source(config.number("optimizer.params.max_grad_norm"))
     takes = [name for name in ARGUMENTS if not (name == "eps" and recipe.optimizer == "Lion")]

@@ -88,7 +88,8 @@ def read(values: dict[str, Any], path: Path) -> tuple[Recipe, list[Key]]:
 
 def _is_fsdp(values: dict[str, Any]) -> bool:
     """Whether all keys are of an FSDP section, with or without their prefix."""
-    return all(f"fsdp_config.{str(name).removeprefix('fsdp_')}" in KNOWN for name in values)
+    nested = [name for name, value in values.items() if isinstance(value, dict) and "xla" not in str(name)]
+    return not nested and all(f"fsdp_config.{str(name).removeprefix('fsdp_')}" in KNOWN for name in values)
 
 
 def _unprefixed(section: Any) -> dict[str, Any]:
