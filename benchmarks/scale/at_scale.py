@@ -108,7 +108,13 @@ def draw(path: Path, sizes: list[dict], growth: list[dict]) -> None:
     for model in dict.fromkeys(row["model"] for row in sizes):
         rows = [row for row in sizes if row["model"] == model and row["stage"] == 3 and row["replicas"] == 1]
         left.plot([row["shards"] for row in rows], [row["peak_bytes"] / GIB for row in rows], marker="o", label=model)
-    left.set(xscale="log", yscale="log", xlabel="ranks", ylabel="GiB on a rank, stage 3", title="Bytes fall as 1 / N")
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="ranks",
+        ylabel="GiB on a rank, stage 3",
+        title="States fall as 1 / N, units in flight stay",
+    )
     left.legend(frameon=False)
     right.plot([row["parameters"] for row in growth], [row["python_calls"] for row in growth], marker="o")
     right.set(
