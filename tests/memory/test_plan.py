@@ -16,7 +16,7 @@ from zerolite.memory import activations
 from zerolite.memory.plan import Plan, plan_of
 from zerolite.memory.subject import Inputs, Subject
 
-FEW_BYTES = 8192  # 0-dim tensors of norms and losses, header messages of gloo
+FEW_BYTES = 8192  # a rank: numbers that ranks exchange before a step, header messages of gloo
 
 
 def planned(case: Case, world: int) -> Plan:
@@ -36,7 +36,7 @@ def compare(case: Case, world: int, ranks) -> None:
         if world > 1:
             assert {"reduce": plan.traffic.reduce_bytes, "gather": plan.traffic.gather_bytes} == counted.sent
         for phase, peak in counted.peaks.items():
-            assert plan.peaks[phase].total_bytes == pytest.approx(peak, rel=0.05, abs=FEW_BYTES), phase
+            assert plan.peaks[phase].total_bytes == pytest.approx(peak, rel=0.05, abs=FEW_BYTES * world), phase
 
 
 # Each family, stage, kind of offload, dtype, checkpointing, adapter and number of ranks at least once.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -121,3 +123,37 @@ def test_whoever_plans_is_told_what_cannot_be(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json cannot be used"):
         zerolite.plan(tmp_path, 0)
+
+
+def test_what_is_in_flight_is_little():
+    """Beside model states: two gradient buckets and one that fills; at stage 3 the root and two units, too."""
+    model = build("llama-7b")
+    for stage in (2, 3):
+        plan = zerolite.plan(model, stage, 64, precision=BF16, batch=None, device="cpu")
+        largest = 2 * 32000 * 4096  # the embedding's bucket, in bytes
+        peak = max(plan.peaks.values(), key=lambda peak: peak.total_bytes)
+        assert peak.total_bytes - peak.bytes_of["units in flight"] < plan.states_bytes + 5 * largest + 2e8
+        assert (peak.bytes_of["units in flight"] > 0) == (stage == 3)
+
+
+def test_python_calls_grow_with_parameters_alone():
+    """Twice the parameters, in as many units: at most twice the engine's calls a step, whatever the ranks."""
+    calls = {}
+    for columns in (10, 20):
+        with torch.device("meta"):
+            model = nn.Sequential(*(nn.ModuleList(nn.Linear(64, 64) for _ in range(columns)) for _ in range(6)))
+        for ranks in (8, 4096):
+            counted = 0
+
+            def count(frame, event, argument):
+                nonlocal counted
+                counted += event == "call"
+
+            sys.setprofile(count)
+            try:
+                zerolite.plan(model, 3, ranks, precision=BF16, batch=None)
+            finally:
+                sys.setprofile(None)
+            calls[columns, ranks] = counted
+    assert calls[20, 8] <= 2.05 * calls[10, 8]
+    assert calls[20, 4096] == pytest.approx(calls[20, 8], rel=0.05)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from zerolite.memory.plan import OPTIMIZERS, TARGETS
 from zerolite.memory.presets import PRESETS
 from zerolite.memory.recommend import OFFLOADS, Candidate, Recommendation, recommend
 
-METHODS: dict[str, Callable[[nn.Module], object] | None] = {"full": None, "lora": add_lora}
+METHODS: dict[str, Callable[[nn.Module], object] | None] = {"full": None, "lora": partial(add_lora, dropout=0.0)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SWITCHES = {"auto": (False, True), "on": (True,), "off": (False,)}
 WRITTEN = {"none": "None", "optimizer": '"cpu"', "parameters": "zerolite.Offload(parameters=True)"}
@@ -26,6 +27,7 @@ or a folder with a config.json of Hugging Face; nothing is downloaded, no GPU is
 
 A row tells what one rank's device takes at most in a step, and one host: model states, activations of the
 model's own code, units and buckets in flight, and the process. "ckpt" recomputes blocks in backward.
+"lora" has rank 8 on the attention's Q, K and V, without dropout.
 
 examples:
   zerolite plan llama-7b --ranks 2 --device-memory 24GiB --host-memory 128GiB

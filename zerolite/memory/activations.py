@@ -58,7 +58,8 @@ def profile(model: nn.Module, plans: Sequence[UnitPlan], dtype_of: DtypeOf, step
             "is too large to be run on real ones here: plan it in bf16 with experts_implementation='grouped_mm', or "
             "plan model states alone with batch=None"
         )
-    return Profile(_run(model, plans, dtype_of, step, contextlib.nullcontext()), is_real=True)
+    with torch.random.fork_rng(devices=[]):
+        return Profile(_run(model, plans, dtype_of, step, contextlib.nullcontext()), is_real=True)
 
 
 @contextlib.contextmanager

@@ -45,21 +45,32 @@ class Profile:
 
     @classmethod
     def without_activations(cls, plans: Sequence[UnitPlan]) -> "Profile":
-        """The events alone, units in their order: model states and what is communicated do not depend on inputs."""
+        """The events alone: forward in the order of units, gradients in the reverse order of registration.
+
+        What a model holds and communicates without activations does not depend on inputs.
+        """
         order = range(len(plans))
         moments = [_bare(Event.FORWARD, 0)]
         for unit in order[1:]:
             moments += [_bare(Event.FORWARD, unit), _bare(Event.END_FORWARD, unit)]
         moments += [_bare(Event.END_FORWARD, 0), _bare(Event.LOSS, 0), _bare(Event.BACKWARD, 0)]
-        for unit in reversed(order):
-            if unit != 0:
-                moments.append(_bare(Event.BACKWARD, unit))
-            trainable = [group for group in plans[unit].groups if group.is_trainable]
-            names = sorted((group.position + i, name) for group in trainable for i, name in enumerate(group.names))
-            moments += [_bare(Event.GRADIENT, unit, name) for _, name in reversed(names)]
-            if unit != 0:
-                moments.append(_bare(Event.END_BACKWARD, unit))
+        waiting = _gradients(plans[0])  # the head's come before the blocks', the embeddings' behind them
+        for unit in reversed(order[1:]):
+            own = _gradients(plans[unit])
+            first = min(group.position for group in plans[unit].groups)
+            moments += [_bare(Event.GRADIENT, 0, name) for position, name in waiting if position > first]
+            waiting = [(position, name) for position, name in waiting if position < first]
+            moments.append(_bare(Event.BACKWARD, unit))
+            moments += [_bare(Event.GRADIENT, unit, name) for _, name in own]
+            moments.append(_bare(Event.END_BACKWARD, unit))
+        moments += [_bare(Event.GRADIENT, 0, name) for _, name in waiting]
         return cls((*moments, _bare(Event.END, 0)))
+
+
+def _gradients(plan: UnitPlan) -> list[tuple[int, str]]:
+    """(position, name) of the parameters that train, the last first."""
+    trainable = [group for group in plan.groups if group.is_trainable]
+    return sorted(((g.position + i, name) for g in trainable for i, name in enumerate(g.names)), reverse=True)
 
 
 def _bare(event: Event, unit: int, parameter: str = "") -> Moment:

@@ -82,7 +82,8 @@ def language_model_step(batch: int, length: int, is_chunked: bool) -> Callable[[
     """
 
     def step(model: nn.Module) -> torch.Tensor:
-        tokens = torch.zeros(batch, length, dtype=torch.int64)
+        # Drawn, since equal tokens would all go to the same experts.
+        tokens = torch.randint(0, model.get_input_embeddings().weight.shape[0], (batch, length))
         inputs: dict[str, Any] = {"input_ids": tokens}
         if "use_cache" in inspect.signature(model.forward).parameters:
             inputs["use_cache"] = False
