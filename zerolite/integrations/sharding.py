@@ -72,7 +72,7 @@ def shard_on(model: nn.Module, device: torch.device, world_size: int, arguments:
         raise ValueError(
             f"the trainer counts {world_size} processes and torch.distributed {engine.mesh.world_size}, so it would "
             "not divide batches among all: say how many there are (devices= and num_nodes= of Lightning; for "
-            "Accelerate on CPUs Accelerator(cpu=True), or `accelerate launch --cpu`)"
+            "Accelerate on CPUs Accelerator(cpu=True))"
         )
     return engine
 
