@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zerolite.shards.layout import ALIGNMENT_NUMEL, BucketLayout, Range, Packed, Segment, align, pack
+from zerolite.shards.layout import ALIGNMENT_NUMEL, BucketLayout, Packed, Range, Segment, align, pack
 
 # The same examples on every segment, and no clock: the machine may be busy.
 check = settings(
@@ -208,7 +208,7 @@ def test_bucket_limits_by_hand(bucket_numel, sizes):
 
 
 def test_ranks_with_unlike_parts_cut_buckets_at_the_same_parameters():
-    """Ranks of tensor parallelism exchange a number a bucket: of 7 columns one has 4 and one 3, and buckets are alike."""
+    """Of 7 columns one rank of tensor parallelism has 4 and one 3; they exchange a number a bucket."""
     parts = [[Packed(f"w{i}", (100, columns), largest_numel=400) for i in range(9)] for columns in (4, 3)]
     first, second = (pack(part, 2, 1100) for part in parts)
     assert [len(bucket.slots) for bucket in first] == [len(bucket.slots) for bucket in second]
