@@ -43,7 +43,7 @@ def shard(
     parallelize_module(stage, mesh["tp"], plan), then shard(stage, 3, mesh=mesh["dp"], norm_over=(mesh["pp"],)).
     DTensor parameters keep their placements, and norms count split and whole ones once. Several stages of one rank
     (interleaved schedules) are one model: shard(nn.ModuleList(stages), ...). Weights that stages share are not kept
-    equal: give each stage its own.
+    equal: give each stage its own. Schedules that write gradients themselves (zero bubble) are refused in backward.
 
     A model on a GPU trains there. One on the CPU goes to this rank's GPU, by LOCAL_RANK, a unit at a time, so it may be
     larger than the GPU; it stays where no GPU is visible (CUDA_VISIBLE_DEVICES=""), the mesh is of the CPU, or the

@@ -12,7 +12,7 @@ ONE, TENSOR, PIPELINE, ALL = (1, 1, 1), (1, 2, 2), (2, 2, 1), (2, 2, 2)
 
 
 def check(ranks, world: int, cases: list[Case]) -> None:
-    of_ranks = ranks(world).run(run_cases, cases)
+    of_ranks = ranks(world, timeout=240.0).run(run_cases, cases)
     found = {case: difference(case, [results[i] for results in of_ranks]) for i, case in enumerate(cases)}
     assert not {case: pair for case, pair in found.items() if not max(pair) < 1e-12}
 

@@ -28,7 +28,7 @@ FEW = {
 
 def check(ranks, cases: list[Case]) -> None:
     world = max(pp * dp * tp for pp, dp, tp in (case.mesh for case in cases))
-    of_ranks = ranks(world).run(run_cases, cases)
+    of_ranks = ranks(world, timeout=240.0).run(run_cases, cases)
     found = {case: difference(case, [results[i] for results in of_ranks]) for i, case in enumerate(cases)}
     wrong = {case: pair for case, pair in found.items() if not max(pair) < 1e-12}
     assert not wrong
@@ -43,13 +43,13 @@ def test_a_mesh_trains_as_one_plain_process(ranks, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [TENSOR, PIPELINE, ALL], ids=["tensor", "pipeline", "all"])
 @pytest.mark.parametrize("model", ["llama", "mlp"])
-def test_every_stage_and_schedule(ranks, model, mesh):
+@pytest.mark.parametrize("stage", range(4))
+def test_every_stage_and_schedule(ranks, stage, model, mesh):
     """The whole grid: stages, schedules, sequence parallelism, one reduction a micro-batch or one a step."""
     check(
         ranks,
         [
             Case(model, mesh, stage, schedule, sequence, no_sync)
-            for stage in range(4)
             for schedule in (SCHEDULES if mesh[0] > 1 else [""])
             for sequence in ([False, True] if mesh[2] > 1 and model == "llama" else [False])
             for no_sync in (False, True)

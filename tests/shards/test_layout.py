@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zerolite.shards.layout import ALIGNMENT_NUMEL, BucketLayout, Range, Segment, align, pack
+from zerolite.shards.layout import ALIGNMENT_NUMEL, BucketLayout, Packed, Range, Segment, align, pack
 
 # The same examples on every segment, and no clock: the machine may be busy.
 check = settings(
@@ -205,3 +205,11 @@ def test_bucket_limits_by_hand(bucket_numel, sizes):
     """The limit counts a bucket's elements up to its last parameter, alignment between them included."""
     layouts = pack([("w", (5, 10)), ("b", (3,)), ("v", (40,))], 2, bucket_numel)
     assert [len(layout.slots) for layout in layouts] == sizes
+
+
+def test_ranks_with_unlike_parts_cut_buckets_at_the_same_parameters():
+    """Of 7 columns one rank of tensor parallelism has 4 and one 3; they exchange a number a bucket."""
+    parts = [[Packed(f"w{i}", (100, columns), largest_numel=400) for i in range(9)] for columns in (4, 3)]
+    first, second = (pack(part, 2, 1100) for part in parts)
+    assert [len(bucket.slots) for bucket in first] == [len(bucket.slots) for bucket in second]
+    assert len(first) > 1
