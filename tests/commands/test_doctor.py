@@ -88,6 +88,15 @@ def test_a_rate_is_work_over_time(monkeypatch):
     assert measured_rates._matmul(Slow(), torch.float32, 0.03) == pytest.approx(2 * 256**3 / 0.02)
 
 
+@pytest.mark.gpu
+def test_rates_of_a_gpu_are_those_of_a_gpu():
+    """Copies over the bus, in its memory, and products that no processor reaches."""
+    rates = measured_rates.measure_rates(0.05)
+    assert rates.device == torch.cuda.get_device_name() and rates.matmul_flop_per_s["fp16"] > 5e12
+    assert min(rates.h2d_bytes_per_s, rates.d2h_bytes_per_s) > 1e9
+    assert rates.device_copy_bytes_per_s > rates.host_copy_bytes_per_s
+
+
 def healthy() -> dict:
     """A machine of two GPUs with NVLink, on which nothing is slow."""
     gpu = {
