@@ -174,7 +174,7 @@ def test_auto_is_what_transformers_fills_in(tmp_path, capsys):
     [
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "zerolite.Adam(", "AdamW"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, "weight_decay=0.0", "weight_decay=0.01"),
-        ({"optimizer": {"type": "Lion", "params": {"lr": 1e-4, "eps": 1e-8}}}, "zerolite.Lion(", "eps="),
+        ({"optimizer": {"type": "Lion", "params": {"lr": 1e-4, "eps": 1e-8}}}, "betas=(0.9, 0.999)", "eps="),
         ({"optimizer": {"type": "OneBitAdam", "params": {"lr": 1e-4, "freeze_step": 4}}}, "zerolite.AdamW(", "OneBit"),
         ({"bf16": {"enabled": True}}, "Precision(torch.bfloat16, reduce=torch.bfloat16)", "float32"),
         ({"bf16": {"enabled": True}, "communication_data_type": "fp32"}, "reduce=torch.float32", "reduce=torch.bf"),
