@@ -245,6 +245,23 @@ def test_a_strategy_of_fsdp_is_a_stage(tmp_path, capsys, section, stage, is_hybr
     assert all(key["status"] != UNKNOWN for key in result["keys"])
 
 
+@pytest.mark.parametrize(
+    "kind, mixed, holds, lacks",
+    [
+        ("MULTI_GPU", "bf16", 'torch.autocast("cuda", torch.bfloat16)', "Precision"),
+        ("MULTI_GPU", "fp16", "zerolite.Precision(torch.float16)", "autocast"),
+        ("FSDP", "fp16", "zerolite.Precision(torch.float16, reduce=torch.float16)", "autocast"),
+        ("NO", "no", "stage=0", "torch."),
+    ],
+)
+def test_mixed_precision_of_accelerate(tmp_path, capsys, kind, mixed, holds, lacks):
+    """Under DDP Accelerate keeps parameters and casts inside; fp16 always has a loss scale."""
+    _, result = migrated(tmp_path, capsys, {"distributed_type": kind, "mixed_precision": mixed, "num_processes": 2})
+    text = "\n".join(result["lines"])
+    assert holds in text and lacks not in text, text
+    assert told(result)["mixed_precision"][0] == (USED if mixed != "no" else IDLE)
+
+
 def test_replicas_of_a_parallelism_configuration_are_a_mesh(tmp_path, capsys):
     sizes = {"dp_replicate_size": 2, "dp_shard_size": 4, "tp_size": 1, "cp_size": 1}
     section = {f"parallelism_config_{name}": size for name, size in sizes.items()}

@@ -9,7 +9,7 @@ from zerolite.commands.recipe import Recipe, source
 # DeepSpeed's names, in lower case, and what steps the same. Its "Adam" is AdamW unless adam_w_mode is false.
 OPTIMIZERS = {"adam": "AdamW", "adamw": "AdamW", "lamb": "Lamb", "lion": "Lion"}
 # Defaults of its optimizers that are others than ours, so that they are written out.
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 1e-3, "weight_decay": 0.0},
     "Adam": {"lr": 1e-3, "weight_decay": 0.0},
     "Lamb": {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0},

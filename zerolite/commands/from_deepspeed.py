@@ -143,6 +143,10 @@ def _precision(config: Configuration, recipe: Recipe) -> None:
         given = str(config.get("torch_autocast.dtype", "bfloat16")).removeprefix("torch.")
         recipe.autocast = "torch.float16" if given in ("float16", "fp16", "half") else "torch.bfloat16"
         config.use("torch_autocast.enabled", "torch.autocast around the forward")
+        if recipe.autocast == DTYPES["fp16"]:
+            recipe.notes.append(
+                "fp16 under torch.autocast needs a loss scale: take bf16, or zerolite.Precision(torch.float16) instead."
+            )
         config.use("torch_autocast.dtype", f"torch.autocast(..., {recipe.autocast})")
     else:
         for name in ("enabled", "dtype", "lower_precision_safe_modules"):
