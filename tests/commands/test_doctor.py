@@ -88,6 +88,15 @@ def test_a_rate_is_work_over_time(monkeypatch):
     assert measured_rates._matmul(Slow(), torch.float32, 0.03) == pytest.approx(2 * 256**3 / 0.02)
 
 
+@pytest.mark.gpu
+def test_rates_of_a_gpu_are_those_of_a_gpu():
+    """Copies over the bus, in its memory, and products that no processor reaches."""
+    rates = measured_rates.measure_rates(0.05)
+    assert rates.device == torch.cuda.get_device_name() and rates.matmul_flop_per_s["fp16"] > 5e12
+    assert min(rates.h2d_bytes_per_s, rates.d2h_bytes_per_s) > 1e9
+    assert rates.device_copy_bytes_per_s > rates.host_copy_bytes_per_s
+
+
 def healthy() -> dict:
     """A machine of two GPUs with NVLink, on which nothing is slow."""
     gpu = {
@@ -95,9 +104,10 @@ def healthy() -> dict:
         "pcie_max_generation": 5, "pcie_width": 16, "pcie_max_width": 16, "numa_node": 0, "nvlinks": ["switch"] * 4,
     }  # fmt: skip
     return {
-        "versions": dict.fromkeys(("torch", "transformers", "safetensors", "triton", "CUDA of torch"), "1"),
+        "versions": dict.fromkeys(("torch", "transformers", "safetensors", "triton", "CUDA of torch"), "13.0"),
         "gpu": {
             "driver": "580",
+            "cuda": "13.1",
             "gpus": [{"index": 0, **gpu}, {"index": 1, **gpu}],
             "links": [{"between": [0, 1], "nvlinks": 4, "path": "one NUMA node"}],
         },
@@ -130,7 +140,7 @@ FAULTS = [
     ("cpu.physical_cores_allowed", 4, "4 cores for 2 GPUs", False),
     ("cpu.load", 80.0, "others are at work", False),
     ("memory.limit", 8 * GIB, "8.0 GiB of 512.0 GiB", False),
-    ("limits.locked_memory", 64 << 10, "may lock 64.0 KiB", False),
+    ("versions.CUDA of torch", "14.0", "built for CUDA 14.0, and the driver goes up to 13.1", True),
     ("limits.shm_bytes", 64 << 20, "/dev/shm has 64.0 MiB", False),
     ("limits.open_files", 1024, "1,024 files", False),
     ("kernels.built", False, "not built", False),
@@ -165,6 +175,15 @@ def test_each_fault_is_one_line_with_a_remedy(place, value, part, is_broken):
     (one,) = advice(found)
     assert part in one.what and one.remedy and one.is_broken is is_broken
     assert len(one.what) < 130 and "\n" not in one.what + one.remedy
+
+
+def test_locked_memory_is_told_where_copies_are_slow():
+    """Most drivers pin whatever the limit is: a small one alone is no reason."""
+    found = healthy()
+    found["limits"]["locked_memory"] = 64 << 10
+    assert advice(found) == []
+    found["rates"]["h2d_bytes_per_s"] = 2e9
+    assert ["2.0 GB/s" in one.what or "may lock 64.0 KiB" in one.what for one in advice(found)] == [True, True]
 
 
 class NVMLError(Exception):
@@ -208,7 +227,8 @@ def fake_library(widths=(16, 16), links=None, fails: str = "") -> SimpleNamespac
         made[name].name = name
     return SimpleNamespace(
         NVMLError=NVMLError, nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 2,
-        nvmlDeviceGetHandleByIndex=lambda index: index, nvmlSystemGetDriverVersion=lambda: "580.1", **made,
+        nvmlDeviceGetHandleByIndex=lambda index: index, nvmlSystemGetDriverVersion=lambda: "580.1",
+        nvmlSystemGetCudaDriverVersion_v2=lambda: 13010, **made,
     )  # fmt: skip
 
 
@@ -216,7 +236,11 @@ def test_gpus_and_links_come_from_the_management_library(monkeypatch):
     """PCIe, NVLink directly and through a switch; what a card does not tell is left out, not an error."""
     monkeypatch.setitem(sys.modules, "pynvml", fake_library())
     found = gpus.gpus()
-    assert found["driver"] == "580.1" and [gpu["name"] for gpu in found["gpus"]] == ["RTX 4090"] * 2
+    assert (
+        found["driver"] == "580.1"
+        and found["cuda"] == "13.1"
+        and [gpu["name"] for gpu in found["gpus"]] == ["RTX 4090"] * 2
+    )
     assert found["gpus"][0]["capability"] == [8, 9] and found["gpus"][0]["pci"] == "00000000:3B:00.0"
     assert found["links"] == [{"between": [0, 1], "nvlinks": 0, "path": "across NUMA nodes"}]
     direct = {0: ["00000000:AF:00.0"] * 2, 1: ["00000000:3B:00.0"] * 2}

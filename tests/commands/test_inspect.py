@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import build, joint_batch, part
 from peft import LoraConfig, get_peft_model
-from resigned import edit_manifest
+from resigned import edit_manifest, edit_metadata
 from safetensors.torch import load_file, save_file
 from saved import rank, world
 
@@ -109,6 +109,16 @@ def test_what_a_stranger_wrote_about_the_model_is_data(copied, capsys, value):
     edit_manifest(copied, lambda manifest: manifest.update(model=value, versions=value))
     assert inspected(capsys, copied)["saved_dtype"] == "fp32"
     assert cli.main(["inspect", str(copied)]) == 0
+
+
+def test_values_that_nest_too_deeply_are_one_line(copied, capsys):
+    deep = "1"
+    for _ in range(900):
+        deep = f'{{"list": [{deep}]}}'
+    for name in ("rank-00000.safetensors", "rank-00001.safetensors"):
+        edit_metadata(copied, name, "extra", lambda value: deep)
+    assert cli.main(["inspect", str(copied)]) in (0, 1) and cli.main(["inspect", str(copied), "--json"]) in (0, 1)
+    assert capsys.readouterr().err.count("\n") <= 2
 
 
 def test_a_checkpoint_of_an_older_version_is_told_with_what_it_lacks(copied, capsys):

@@ -174,7 +174,7 @@ def test_auto_is_what_transformers_fills_in(tmp_path, capsys):
     [
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "zerolite.Adam(", "AdamW"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, "weight_decay=0.0", "weight_decay=0.01"),
-        ({"optimizer": {"type": "Lion", "params": {"lr": 1e-4, "eps": 1e-8}}}, "zerolite.Lion(", "eps="),
+        ({"optimizer": {"type": "Lion", "params": {"lr": 1e-4, "eps": 1e-8}}}, "betas=(0.9, 0.999)", "eps="),
         ({"optimizer": {"type": "OneBitAdam", "params": {"lr": 1e-4, "freeze_step": 4}}}, "zerolite.AdamW(", "OneBit"),
         ({"bf16": {"enabled": True}}, "Precision(torch.bfloat16, reduce=torch.bfloat16)", "float32"),
         ({"bf16": {"enabled": True}, "communication_data_type": "fp32"}, "reduce=torch.float32", "reduce=torch.bf"),
@@ -243,6 +243,23 @@ def test_a_strategy_of_fsdp_is_a_stage(tmp_path, capsys, section, stage, is_hybr
     _, result = migrated(tmp_path, capsys, section)
     assert f"stage={stage}" in result["zero"] and ("init_device_mesh" in result["zero"]) is is_hybrid
     assert all(key["status"] != UNKNOWN for key in result["keys"])
+
+
+@pytest.mark.parametrize(
+    "kind, mixed, holds, lacks",
+    [
+        ("MULTI_GPU", "bf16", 'torch.autocast("cuda", torch.bfloat16)', "Precision"),
+        ("MULTI_GPU", "fp16", "zerolite.Precision(torch.float16)", "autocast"),
+        ("FSDP", "fp16", "zerolite.Precision(torch.float16, reduce=torch.float16)", "autocast"),
+        ("NO", "no", "stage=0", "torch."),
+    ],
+)
+def test_mixed_precision_of_accelerate(tmp_path, capsys, kind, mixed, holds, lacks):
+    """Under DDP Accelerate keeps parameters and casts inside; fp16 always has a loss scale."""
+    _, result = migrated(tmp_path, capsys, {"distributed_type": kind, "mixed_precision": mixed, "num_processes": 2})
+    text = "\n".join(result["lines"])
+    assert holds in text and lacks not in text, text
+    assert told(result)["mixed_precision"][0] == (USED if mixed != "no" else IDLE)
 
 
 def test_replicas_of_a_parallelism_configuration_are_a_mesh(tmp_path, capsys):

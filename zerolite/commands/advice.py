@@ -30,6 +30,13 @@ def _versions(found: dict[str, Any]) -> Iterator[Advice]:
         yield Advice(
             True, "torch is a build for the CPU, and there is a GPU", "install torch's CUDA build (pytorch.org)"
         )
+    built, driver = versions["CUDA of torch"], found["gpu"].get("cuda")
+    if built and driver and int(built.split(".")[0]) > int(driver.split(".")[0]):
+        yield Advice(
+            True,
+            f"torch is built for CUDA {built}, and the driver goes up to {driver}",
+            "install a newer driver, or torch's build for an older CUDA",
+        )
     if has_gpus and versions["triton"] is None:
         yield Advice(False, "triton is missing: adapters and losses run torch's formulas", "pip install triton")
     if has_gpus and found["environment"].get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
@@ -77,13 +84,6 @@ def _memory(found: dict[str, Any]) -> Iterator[Advice]:
             False,
             f"the control group may use {bytes_told(memory['limit'])} of {bytes_told(memory['total'])}, offload too",
             "raise docker --memory (Kubernetes: limits.memory)",
-        )
-    num_gpus = len(found["gpu"].get("gpus", ()))
-    if num_gpus and limits["locked_memory"] is not None and limits["locked_memory"] < GIB:
-        yield Advice(
-            False,
-            f"a process may lock {bytes_told(limits['locked_memory'])}: a driver that keeps to it pins no more",
-            "ulimit -l unlimited (docker --ulimit memlock=-1)",
         )
     if limits.get("shm_bytes") is not None and limits["shm_bytes"] < GIB:
         yield Advice(
@@ -148,7 +148,7 @@ def _links(found: dict[str, Any]) -> Iterator[Advice]:
     if across:
         yield Advice(
             False,
-            f"{len(across)} pairs of GPUs talk across NUMA nodes",
+            f"{len(across)} of {len(found['gpu']['links'])} pairs of GPUs are on different NUMA nodes",
             "keep ranks of one model on one node: CUDA_VISIBLE_DEVICES",
         )
 
@@ -179,8 +179,15 @@ def _rates(found: dict[str, Any]) -> Iterator[Advice]:
         yield Advice(
             False,
             f"copies between host and GPU run at {slowest / 1e9:.1f} GB/s: offload moves 4 bytes a parameter each step",
-            "look at PCIe lanes above, and whether memory is pinned; accumulate more micro-batches a step",
+            "look at the PCIe lanes above; accumulate more micro-batches a step",
         )
+        locked = found["limits"]["locked_memory"]
+        if locked is not None and locked < GIB:
+            yield Advice(
+                False,
+                f"a process may lock {bytes_told(locked)}, and copies are slow: a driver that keeps to it pins no more",
+                "ulimit -l unlimited (docker --ulimit memlock=-1)",
+            )
 
 
 def _disks(found: dict[str, Any]) -> Iterator[Advice]:

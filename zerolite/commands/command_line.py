@@ -39,6 +39,9 @@ def run(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] 
     except KeyboardInterrupt:
         print(f"zerolite {name}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except RecursionError:  # values inside of values, by the hundred: no program of ours writes them
+        print(f"zerolite {name}: error: what the file holds nests too deeply", file=sys.stderr)
+        return BAD
     except BrokenPipeError:  # as of `| head`: see zerolite.cli
         raise
     except (ValueError, OSError, ZeroliteError) as error:

@@ -98,7 +98,7 @@ def _as_text(found: dict[str, Any], advices: list[Advice]) -> str:
 def _gpu_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     if "absent" in found:
         return [("none", found["absent"])]
-    rows = [("driver", str(found["driver"]))]
+    rows = [("driver", f"{found['driver']}, for CUDA up to {found['cuda'] or '?'}")]
     for gpu in found["gpus"]:
         capability = ".".join(map(str, gpu["capability"]))
         now, most = (f"{gpu[f'pcie{of}generation']}.0 x{gpu[f'pcie{of}width']}" for of in ("_", "_max_"))

@@ -154,6 +154,7 @@ def _deepspeed(config: Configuration, recipe: Recipe, path: Path) -> list[Key]:
         config.use("mixed_precision", "bf16 and fp16 of the DeepSpeed file")
     else:
         inner = Configuration(_nested({TRANSLATED[name]: section[name] for name in TRANSLATED if name in section}))
+    there = set(inner.leaves)
     for kind in ("bf16", "fp16"):
         if mixed == kind and inner.leaves.get(f"{kind}.enabled", AUTO) == AUTO:
             inner.leaves[f"{kind}.enabled"] = True
@@ -167,7 +168,7 @@ def _deepspeed(config: Configuration, recipe: Recipe, path: Path) -> list[Key]:
             config.tell(f"deepspeed_config.{name}", told[other].status, told[other].told)
     if file in (None, "none", ""):
         return []
-    return [Key(f"{Path(str(file)).name}: {key.name}", *key[1:]) for key in told.values()]
+    return [Key(f"{Path(str(file)).name}: {key.name}", *key[1:]) for key in told.values() if key.name in there]
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +187,11 @@ def _precision(config: Configuration, recipe: Recipe) -> None:
     if mixed in ("bf16", "fp16"):
         recipe.precision = f"zerolite.Precision({DTYPES[mixed]}, reduce={DTYPES[mixed]})"
         told = "parameters are cast and reduced in it, as FSDP's policy does"
-        if config.get("distributed_type") != "FSDP":
+        is_plain = config.get("distributed_type", "FSDP") != "FSDP"
+        if is_plain and mixed == "fp16":  # under autocast it would need a GradScaler in the loop
+            recipe.precision = "zerolite.Precision(torch.float16)"
+            told = "fp16 parameters on fp32 masters, with a dynamic loss scale; Accelerate keeps fp32 under autocast"
+        elif is_plain:
             recipe.precision, recipe.autocast = "", DTYPES[mixed]
             told = "torch.autocast around the forward, as Accelerate does"
         config.use("mixed_precision", told)

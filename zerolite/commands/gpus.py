@@ -12,7 +12,7 @@ TOPOLOGY = {  # of pynvml's numbers: what two GPUs have in common, the nearest f
 
 
 def gpus() -> dict[str, Any]:
-    """{"driver", "gpus", "links"}, or {"absent": why} where there is none to ask."""
+    """{"driver", "cuda", "gpus", "links"}, or {"absent": why} where there is none to ask."""
     try:
         import pynvml
     except ImportError:
@@ -26,8 +26,10 @@ def gpus() -> dict[str, Any]:
         found = [_gpu(pynvml, index, handle) for index, handle in enumerate(handles)]
         if not found:
             return {"absent": "the NVIDIA driver answers, and has no GPU"}
+        cuda = _ask(pynvml, pynvml.nvmlSystemGetCudaDriverVersion_v2)
         return {
             "driver": _text(pynvml.nvmlSystemGetDriverVersion()),
+            "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else None,  # the newest that it can run
             "gpus": found,
             "links": _links(pynvml, handles, found),
         }

@@ -76,6 +76,7 @@ class Recipe:
             found += _wrapped(f"optimizer = zerolite.{self.optimizer}", "model.parameters()", self.hyper | clip)
         else:
             found += _wrapped("optimizer = zerolite.like", "torch_optimizer", clip)
+            found[-1] += "  # of the AdamW or Adam that your program builds"
         if self.schedule:
             first = f'"{self.schedule}", optimizer'
             found += _wrapped("scheduler = transformers.get_scheduler", first, self.schedule_arguments)
