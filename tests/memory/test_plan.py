@@ -12,9 +12,14 @@ from test_bytes import storages
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import zerolite
+from zerolite.engine import build
 from zerolite.memory import activations
 from zerolite.memory.plan import Plan, plan_of
 from zerolite.memory.subject import Inputs, Subject
+from zerolite.offload import arena
+from zerolite.offload.placement import Placement
+from zerolite.shards import units as shard_units
+from zerolite.shards.layout import Partition
 
 FEW_BYTES = 8192  # a rank: numbers that ranks exchange before a step, header messages of gloo
 
@@ -22,7 +27,8 @@ FEW_BYTES = 8192  # a rank: numbers that ranks exchange before a step, header me
 def planned(case: Case, world: int) -> Plan:
     subject = Subject(case.build(), case.adapt)
     inputs = Inputs(ROWS, LENGTH, checkpointing=case.checkpointing)
-    return plan_of(subject, case.stage, world, case.placement, case.precision, inputs=inputs, device="cpu")
+    options = {"inputs": inputs, "accumulation": case.accumulation, "device": "cpu"}
+    return plan_of(subject, case.stage, world, case.placement, case.precision, **options)
 
 
 def compare(case: Case, world: int, ranks) -> None:
@@ -50,6 +56,8 @@ CASES = [
     (2, Case("t5", 3, "optimizer", "fp32")),
     (4, Case("mixtral", 2, "none", "bf16")),
     (2, Case("mixtral", 0, "optimizer", "fp32")),
+    (2, Case("llama", 2, "optimizer", "bf16", accumulation=2)),
+    (2, Case("llama", 3, accumulation=2)),
 ]
 
 
@@ -129,3 +137,48 @@ def test_a_plan_leaves_the_model_and_its_kernels_as_they_were():
         return found
 
     assert losses(True) == losses(False)
+
+
+def usage_of(states: str, path: str | None, rule: str, dtype: torch.dtype):
+    model = MODELS["llama"]()
+    offload = zerolite.Offload(states=states, path=path)
+    model = zerolite.shard(model, 2, offload=offload, precision=zerolite.Precision(dtype))
+    optimizer = getattr(zerolite, rule)(model.parameters(), lr=1e-3)
+    return zerolite.measure(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    "states, has_path, rule, dtype",
+    [
+        ("int8", False, "AdamW", torch.bfloat16),
+        ("int8", True, "AdamW", torch.bfloat16),
+        ("bf16", True, "Lion", torch.float16),
+        ("bf16", False, "Adam", torch.float32),
+    ],
+)
+def test_formats_of_states_are_counted_to_the_byte(ranks, tmp_path, states, has_path, rule, dtype):
+    """In the arena and on a drive, with one state and with two, each dtype with what it keeps of its master."""
+    path = str(tmp_path) if has_path else None
+    offload = zerolite.Offload(states=states, path=path)
+    plan = zerolite.plan(MODELS["llama"](), 2, 2, offload, zerolite.Precision(dtype), optimizer=rule, batch=None)
+    for usage in ranks(2).run(usage_of, states, path, rule, dtype):
+        assert (plan.arena_bytes, plan.file_bytes) == (usage.host_bytes, usage.file_bytes)
+
+
+def test_a_plan_follows_the_engine_wherever_that_changes():
+    """No second formula: with other buckets, pages or ranges in the engine's own functions, the plan is another."""
+
+    def plan(offload=None) -> Plan:
+        return zerolite.plan(MODELS["llama"](), 2, 4, offload, batch=None)
+
+    before, offloaded = plan(), plan("cpu")
+    with replaced(shard_units, "BUCKET_NUMEL", 5000):
+        assert plan().traffic.num_collectives > 2 * before.traffic.num_collectives
+    with replaced(arena, "PAGE_BYTES", 1 << 16):
+        assert plan("cpu").arena_bytes > offloaded.arena_bytes and plan("cpu").arena_bytes % (1 << 16) == 0
+    with replaced(Partition, "owned_range", lambda partition, layout, rank: layout.range):
+        assert plan().states["moments"] == 4 * before.states["moments"]
+    with replaced(build, "reduce_dtype", lambda precision, dtype: torch.float64):
+        assert plan().traffic.reduce_bytes == 2 * before.traffic.reduce_bytes
+    with replaced(Placement, "keeps_gradient_on_device", lambda placement, unit, group: True):
+        assert plan("cpu").arena_bytes == 0 and plan("cpu").states == before.states

@@ -67,6 +67,7 @@ class Case(NamedTuple):
     checkpointing: bool = False
     lora: bool = False
     budget: int | None = None
+    accumulation: int = 1
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
@@ -122,7 +123,7 @@ def counted_run(case: Case) -> Counted:
         sent["gather"] += full.nbytes - shard.nbytes if full.dtype != torch.float64 else 0  # fp64: grad stats
         return all_gather(group, full, shard, label)
 
-    live, peaks = LiveBytes(), {}
+    live = LiveBytes()
     with (
         replaced(ExchangeGroup, "reduce_scatter", counted_reduce),
         replaced(ExchangeGroup, "all_gather", counted_gather),
@@ -138,11 +139,13 @@ def counted_run(case: Case) -> Counted:
         for _ in range(2):
             live.take_peak()
             sent.update(reduce=0, gather=0)
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            peaks["forward"] = live.take_peak()
-            loss.backward()
-            del loss
-            peaks["backward"] = live.take_peak()
+            peaks = dict.fromkeys(("forward", "backward", "step"), 0)
+            for _ in range(case.accumulation):
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                peaks["forward"] = max(peaks["forward"], live.take_peak())
+                loss.backward()
+                del loss
+                peaks["backward"] = max(peaks["backward"], live.take_peak())
             usage = zerolite.measure(model, optimizer)
             optimizer.step()
             peaks["step"] = live.take_peak()

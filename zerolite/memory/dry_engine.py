@@ -7,12 +7,13 @@ send, and an arena that counts what it would allocate.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from zerolite_kernels.cpu.command import PARTIAL_NUMEL
 
 from zerolite.config import Offload
 from zerolite.engine.build import make_buckets
@@ -118,9 +119,12 @@ class DryHost:
         self.free_tensors: defaultdict[tuple[int, torch.dtype], list[SharedTensor]] = defaultdict(list)
         self.states_bytes = 0
         self._kept: list[torch.Tensor] = []
+        self._scratch = torch.zeros(0, dtype=torch.float64)
+        self.leave_out: Callable[[torch.Tensor], None] = lambda tensor: None  # told of what is no device memory
 
     def allocate(self, numel: int, dtype: torch.dtype, is_copied: bool = False) -> SharedTensor:
         values = torch.empty(numel, dtype=dtype, device=META)
+        self.leave_out(values)
         shared = SharedTensor(self.arena.nbytes, values)
         self.arena.nbytes += whole_pages(numel, dtype)
         if is_copied:
@@ -137,6 +141,15 @@ class DryHost:
     def keep_in_file(self, shard_numel: int, num_shards: int, itemsize: int) -> None:
         """Count one state of a shard on the drive."""
         self.states_bytes += num_shards * whole_blocks(shard_numel, itemsize)
+
+    def scratch(self, numel: int) -> SharedTensor:
+        """As `Host.scratch`; these have values, zeros, since who asked for them adds them up."""
+        numel = max(numel, PARTIAL_NUMEL)
+        if numel > self._scratch.numel():
+            self.allocate(numel, torch.float64)
+            self._scratch = torch.zeros(numel, dtype=torch.float64)
+            self.leave_out(self._scratch)
+        return SharedTensor(0, self._scratch)
 
     def submit(self, commands, label: str) -> int:
         return 0

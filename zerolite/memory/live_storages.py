@@ -38,6 +38,14 @@ class LiveStorages(TorchDispatchMode):
             self._resize(key, storage.nbytes())
             weakref.finalize(storage, self._forget, key)
 
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage no more, and as if it had never been."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._sizes:
+            nbytes, self._sizes[key] = self._sizes[key], 0
+            self.current_bytes -= nbytes
+            self._peak_bytes = max(self._peak_bytes - nbytes, self.current_bytes)
+
     def resized(self, storage: torch.UntypedStorage) -> None:
         """A counted storage has another size now: `resize_` of a storage is no operation, so its caller tells."""
         if storage._cdata in self._sizes:

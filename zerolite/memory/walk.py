@@ -61,6 +61,7 @@ class Walk:
         self.engine, self.rule, self.profile = engine, rule, profile
         self.scratch_numel = scratch_numel
         self.live = LiveStorages()  # of gradients and of what is in flight; built states lie outside
+        engine.host.leave_out = self.live.leave_out
         self.buckets = [bucket for unit in engine.units for bucket in unit.buckets]
         self.states = {bucket: self._new_states(bucket) for bucket in engine.reducer.order}
         self.slots = {
@@ -103,7 +104,7 @@ class Walk:
             memory.keep_in_file(shard_numel, owned // shard_numel, width)
             if format == "int8":
                 memory.allocate(owned // BLOCK_NUMEL, torch.float32)
-        return None
+        return bucket.shard.new_states(())
 
     def _fixed(self) -> dict[str, int]:
         """Bytes of model states that stay on the device, counted as `measure` counts them."""
@@ -169,6 +170,8 @@ class Walk:
         scratch = 0
         with self.live:
             self.engine.before_step()
+            for bucket in self.engine.reducer.order:  # the norm
+                bucket.shard.sum_of_squares([True] * len(bucket.layout.slots), is_exact=False)
             for bucket in self.engine.reducer.order:
                 width = bucket.shard.spec.stepped_dtype.itemsize
                 if not bucket.shard.steps_in_background:
