@@ -85,6 +85,16 @@ def sharded_before(folder: str) -> list[object]:
     return [expected, actual, errors]
 
 
+def of_one_process_each(folder: str) -> str:
+    """Without use_cpu, and without a GPU, Accelerate takes each of torchrun's ranks for a process of its own."""
+    return refused(dict(stage=1), folder, use_cpu=False)
+
+
+def test_ranks_that_the_trainer_does_not_see_are_named(ranks, tmp_path):
+    for said in ranks(2).run(of_one_process_each, str(tmp_path)):
+        assert "sharded over 2 ranks, and the trainer sees 1" in said and "use_cpu=True" in said
+
+
 def test_a_model_may_be_sharded_before_the_trainer_has_it(ranks, tmp_path):
     for expected, actual, errors in ranks(2).run(sharded_before, str(tmp_path)):
         assert actual.logs == expected.logs

@@ -19,7 +19,7 @@ from transformers import Trainer
 
 import zerolite
 from zerolite.config import Offload
-from zerolite.engine.engine import engine_of, find_engine
+from zerolite.engine.engine import Engine, engine_of, find_engine
 from zerolite.integrations.trainer_files import is_peft_model, write_model
 from zerolite.integrations.trainer_settings import ZeroSettings, from_deepspeed
 from zerolite.optim.base import ShardedOptimizer
@@ -105,19 +105,26 @@ class ZeroMixin(_Base):
             if find_engine(self.model) is None:
                 precision = self._shard_settings.precision_of(self.args, self.model)
                 zerolite.shard(self.model, precision=precision, **(self._shard_settings.shard or {}))
-            self._check_device(engine_of(self.model).device.device)
+            self._check_ranks(engine_of(self.model))
             self.model._is_accelerate_prepared = False  # whoever said so put it in no autocast
             self._prepared = self._prepare_whole(self.model, device_placement=False, evaluation_mode=True)
             self._sharded = self.model
         assert self._prepared is not None
         return self._prepared
 
-    def _check_device(self, device: torch.device) -> None:
-        batches = torch.empty(0, device=self.args.device).device
-        if device != batches:
+    def _check_ranks(self, engine: Engine) -> None:
+        """ValueError where the trainer gives batches to other ranks, or to another device, than the engine has."""
+        if engine.mesh.world_size != self.args.world_size:
             raise ValueError(
-                f"the trainer moves batches to {batches}, and the model is sharded on {device}: hide GPUs that it "
-                'shall not use (CUDA_VISIBLE_DEVICES=""), or start the trainer on that device'
+                f"the model is sharded over {engine.mesh.world_size} ranks, and the trainer sees "
+                f"{self.args.world_size}: where no GPU is visible, torchrun's ranks are the trainer's with "
+                "TrainingArguments(use_cpu=True)"
+            )
+        batches = torch.empty(0, device=self.args.device).device
+        if engine.device.device != batches:
+            raise ValueError(
+                f"the trainer moves batches to {batches}, and the model is sharded on {engine.device.device}: hide "
+                'GPUs that it shall not use (CUDA_VISIBLE_DEVICES=""), or start the trainer on that device'
             )
 
     def _prepare_model(self, model: nn.Module, *args, **kwargs) -> nn.Module:
