@@ -132,7 +132,7 @@ def test_to_the_device_and_back_loses_no_bit(ranks, tmp_path, stage, dtype, offl
 
 
 def files_of(folder: Path) -> tuple[dict[str, bytes], dict]:
-    """The ranks' files, and the manifest but for how shards rounded ties, which is another on the device, and its hash."""
+    """The ranks' files, and the manifest but for its hash and how ties were rounded, which is another on the device."""
     files = tree(folder)
     manifest = json.loads(files.pop("manifest.json"))
     manifest["model"].pop("ties_away", None)
