@@ -52,7 +52,9 @@ def test_json_has_every_number(capsys, folder, tmp_path):
 
 
 def test_nothing_fits_is_status_1(capsys, folder):
-    status, out, _ = run(capsys, folder, "--device-memory", "800MiB", "--stage", "3", "--length", "64")
+    status, out, _ = run(
+        capsys, folder, "--device-memory", "800MiB", "--stage", "3", "--length", "64", "--method", "full"
+    )
     assert status == 1 and "nothing fits" in out and "does not fit" in out
 
 

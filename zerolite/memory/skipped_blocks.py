@@ -50,7 +50,14 @@ def _signature(plan: UnitPlan) -> tuple:
         for group in plan.groups
         for name, parameter in zip(group.names, group.parameters, strict=True)
     ]
-    return type(plan.module), plan.name.rpartition(".")[0], tuple(parameters)
+    # Blocks of one shape may differ in a switch: a window of attention, whether they are recomputed.
+    switches = [
+        (name, value)
+        for module in plan.module.modules()
+        for name, value in vars(module).items()
+        if value is None or isinstance(value, bool | str)
+    ]
+    return type(plan.module), plan.name.rpartition(".")[0], tuple(parameters), tuple(switches)
 
 
 def _own_name(plan: UnitPlan, name: str) -> str:

@@ -101,21 +101,24 @@ class _checkpointing:
                 f"checkpointing={wanted} sets it on models of transformers, and this is a {type(model).__name__}: wrap "
                 "its blocks yourself and leave checkpointing=None"
             )
-        self.is_set = bool(_is_checkpointing(model))
+        self.is_changed = wanted is not None and wanted != _is_checkpointing(model)
 
     def __enter__(self) -> None:
-        if self.wanted is not None:
-            self._set(self.wanted)
+        if self.is_changed:
+            self._set(bool(self.wanted))
 
     def __exit__(self, *error: object) -> None:
-        if self.wanted is not None:
-            self._set(self.is_set)
+        if self.is_changed:
+            self._set(not self.wanted)
 
     def _set(self, is_on: bool) -> None:
+        """Later releases of transformers call it "activation", and warn of the earlier name."""
+        name = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
         if is_on:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        elif _is_checkpointing(self.model):
-            self.model.gradient_checkpointing_disable()
+            options = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+            getattr(self.model, f"{name}_checkpointing_enable")(**options)
+        else:
+            getattr(self.model, f"{name}_checkpointing_disable")()
 
 
 def _is_checkpointing(model: nn.Module) -> bool:

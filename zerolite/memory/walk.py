@@ -71,7 +71,7 @@ class Walk:
         }  # with what autograd would deliver, which the profile counts
         self.fixed = self._fixed()
         self.gathered = list(_freed_units(engine.units))
-        self.peaks = {phase: Peak({}) for phase in PHASES}
+        self.peaks = {phase: Peak(dict.fromkeys(KINDS, 0)) for phase in PHASES}
         self._num_reduced = self._reduced_bytes = 0  # buckets, in the reducer's order, whose shard has its gradient
         self._base_bytes, self._is_tail = 0, False  # activations before the head; whether it runs
 
