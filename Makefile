@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 # What GPU machines carry, on this Python; torch without CUDA. Triton 3.6 interprets with numpy before 2.5 only.
-OLDEST := torch==2.11.0 transformers==5.17.0 accelerate==1.12.0 trl==1.12.0 triton==3.6.0 numpy==2.4.6
+OLDEST := torch==2.11.0 transformers==5.17.0 accelerate==1.14.0 trl==1.12.0 triton==3.6.0 numpy==2.4.6
 OLDEST_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: train train-tiny aside test test-full test-oldest gpu soak lint clean

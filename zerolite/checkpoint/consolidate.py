@@ -219,4 +219,4 @@ def _whole(saved: SavedFolder, name: str, dtype: torch.dtype, is_away: bool) -> 
 
 
 def _tensor(saved: SavedFolder, key: str) -> torch.Tensor:
-    return saved.of_rank(0).get_tensor(key)
+    return saved.of_buffer(0, key.removeprefix("buffer/")).get_tensor(key)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import nn
 from transformers import Trainer
 
@@ -72,6 +73,7 @@ class ZeroMixin(_Base):
         self._shard_settings = ZeroSettings(zero)
         self._sharded: nn.Module | None = None  # the model that `_prepared` is
         self._prepared: nn.Module | None = None  # what the loop calls
+        self._compile_options: dict[str, Any] | None = None  # of torch.compile; None: nothing is compiled
         super().__init__(*args, **kwargs)
 
     # Before training #
@@ -86,6 +88,10 @@ class ZeroMixin(_Base):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             other = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
             raise ValueError(f"`accelerate launch` is configured for {other}, which zero= replaces: launch without it")
+        plugin = self.accelerator.state.dynamo_plugin
+        if plugin.backend != DynamoBackend.NO:  # Accelerate would compile through the hooks
+            self._compile_options = plugin.to_kwargs()
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
         self.accelerator.no_sync = lambda model: zerolite.no_sync(model)
         self._prepare_whole = self.accelerator.prepare_model
         self.accelerator.prepare_model = self._prepare_model
@@ -100,12 +106,14 @@ class ZeroMixin(_Base):
         """The model goes to the device when it is sharded, a unit at a time."""
 
     def _shard_model(self) -> nn.Module:
-        """What the loop calls: the sharded model, in autocast or compiled. Collective where a model is used first."""
+        """What the loop calls: the sharded model, in autocast, its units compiled. Collective at its first use."""
         if self._sharded is not self.model:
             if find_engine(self.model) is None:
                 precision = self._shard_settings.precision_of(self.args, self.model)
                 zerolite.shard(self.model, precision=precision, **(self._shard_settings.shard or {}))
             self._check_ranks(engine_of(self.model))
+            if self._compile_options is not None:
+                zerolite.compile(self.model, **self._compile_options)
             self.model._is_accelerate_prepared = False  # whoever said so put it in no autocast
             self._prepared = self._prepare_whole(self.model, device_placement=False, evaluation_mode=True)
             self._sharded = self.model
