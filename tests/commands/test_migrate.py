@@ -17,9 +17,9 @@ from torch import nn
 
 import zerolite
 from zerolite import cli
-from zerolite.commands.configuration import IDLE, NONE, UNKNOWN, USED
 from zerolite.commands.migrate import read as recipe_of
-from zerolite.commands.migrate_keys import KNOWN, NO_COUNTERPART, NOT_NEEDED
+from zerolite.foreign.configuration import IDLE, NONE, UNKNOWN, USED
+from zerolite.foreign.keys import KNOWN, NO_COUNTERPART, NOT_NEEDED
 
 # The examples of DeepSpeed's configuration page (docs/_pages/config-json.md, 0.19), as one file with other numbers.
 DOCUMENTED = {
