@@ -87,7 +87,6 @@ def _precision(config: Configuration, recipe: Recipe) -> None:
     if not recipe.precision and autos:
         recipe.precision = " ".join(f"{found[kind]} if args.{kind} else" for kind in autos) + " None"
         recipe.is_choice = True
-    config.tell("fp16.auto_cast", IDLE, "floating inputs of units are cast always" if recipe.precision else "it is off")
     if deepspeed.has_16_bit_states(config, "bf16.bf16_optimizer_states", recipe.is_offloaded):
         recipe.offload["states"] = '"bf16"'
     if config.is_on("torch_autocast.enabled"):
@@ -124,10 +123,10 @@ def _optimizer(config: Configuration, recipe: Recipe) -> None:
     elif "gradient_clipping" not in config.leaves and config.get("optimizer.params.max_grad_norm"):
         pass  # DeepSpeed refuses it there, and it is meant: see below
     elif clip is None and "gradient_clipping" not in config.leaves:
-        recipe.max_grad_norm = "1.0"
+        recipe.max_grad_norm = source(deepspeed.CLIPPING)
         recipe.notes.append(
-            "gradient_clipping is absent: DeepSpeed clips at 1.0 since June 2026 (pull request 8068), not before: "
-            "leave max_grad_norm=1.0 out if yours is older."
+            f"gradient_clipping is absent: DeepSpeed clips at {deepspeed.CLIPPING} since June 2026 (pull request "
+            f"8068), not before: leave max_grad_norm={deepspeed.CLIPPING} out if yours is older."
         )
     else:
         config.tell("gradient_clipping", IDLE, "0 is no clipping")

@@ -14,6 +14,8 @@ OPTIMIZERS = {"adam": "AdamW", "adamw": "AdamW", "lamb": "Lamb", "lion": "Lion"}
 SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine_with_min_lr"}
 STAGES = {"0": 0, "1": 1, "2": 2, "3": 3, "0.0": 0, "1.0": 1, "2.0": 2, "3.0": 3}
 COMMUNICATED = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "bfp16": "bf16"}
+# What a file without gradient_clipping clips at since June 2026 (pull request 8068); before that it did not clip.
+CLIPPING = 1.0
 SECTION = "zero_optimization"
 
 

@@ -96,12 +96,11 @@ class _Reading:
             self.found.keys[name] = f'TrainingArguments: {told} ("auto")' if is_auto else f"{status}: {told}"
         return self.found
 
-    def expect(self, key: str, name: str, convert: Callable[[Any], Any]) -> None:
+    def expect(self, key: str, name: str, value_of: Callable[[str], Any]) -> None:
         """The file tells a value of TrainingArguments."""
-        value = self.config.get(key)
         self.config.use(key, name)
-        if value is not None and value != AUTO:
-            self.found.training[name] = convert(value)
+        if self.config.get(key) not in (None, AUTO):
+            self.found.training[name] = value_of(key)
 
     def _read_offload(self) -> None:
         config, found = self.config, self.found
@@ -128,7 +127,7 @@ class _Reading:
         power, window = deepspeed.loss_scale(self.config)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**power, growth_interval=window)
         for name in ("bf16", "fp16"):
-            self.expect(f"{deepspeed.section_of(self.config, name)}.enabled", name, bool)
+            self.expect(f"{deepspeed.section_of(self.config, name)}.enabled", name, self.config.is_on)
             # DeepSpeed reduces in the dtype that it computes in.
             self.found.precisions[name] = Precision(
                 _DTYPES[name], _DTYPES[reduce or name], scaler if name == "fp16" else None
@@ -136,10 +135,12 @@ class _Reading:
 
     def _read_optimizer(self) -> None:
         self.found.optimizer = deepspeed.optimizer(self.config)
-        self.expect("optimizer.params.lr", "learning_rate", float)
-        self.expect("optimizer.params.weight_decay", "weight_decay", float)
+        if "optimizer.type" not in self.config.leaves:
+            return
+        self.expect("optimizer.params.lr", "learning_rate", self.config.number)
+        self.expect("optimizer.params.weight_decay", "weight_decay", self.config.number)
         if self.found.optimizer != "Lion":
-            self.expect("optimizer.params.eps", "adam_epsilon", float)
+            self.expect("optimizer.params.eps", "adam_epsilon", self.config.number)
         betas = self.config.get("optimizer.params.betas")
         self.config.use("optimizer.params.betas", "adam_beta1 and adam_beta2")
         if betas is not None and betas != AUTO:
@@ -163,18 +164,18 @@ class _Reading:
             if key not in config.leaves:
                 self.absent.append(Key(key, "log", NONE, way_out))
         self.found.training["lr_scheduler_type"] = name
-        self.expect("scheduler.params.warmup_max_lr", "learning_rate", float)
-        self.expect("scheduler.params.warmup_num_steps", "warmup_steps", int)
-        self.expect("scheduler.params.total_num_steps", "max_steps", int)
+        self.expect("scheduler.params.warmup_max_lr", "learning_rate", self.config.number)
+        self.expect("scheduler.params.warmup_num_steps", "warmup_steps", self.config.count)
+        self.expect("scheduler.params.total_num_steps", "max_steps", self.config.count)
 
     def _read_batches(self) -> None:
-        self.expect("train_micro_batch_size_per_gpu", "per_device_train_batch_size", int)
-        self.expect("gradient_accumulation_steps", "gradient_accumulation_steps", int)
-        self.expect("train_batch_size", "train_batch_size", int)
+        self.expect("train_micro_batch_size_per_gpu", "per_device_train_batch_size", self.config.count)
+        self.expect("gradient_accumulation_steps", "gradient_accumulation_steps", self.config.count)
+        self.expect("train_batch_size", "train_batch_size", self.config.count)
         if "gradient_clipping" in self.config.leaves:
-            self.expect("gradient_clipping", "max_grad_norm", float)
+            self.expect("gradient_clipping", "max_grad_norm", self.config.number)
         else:
-            self.found.training["max_grad_norm"] = 0.0  # DeepSpeed clips where it is told to
+            self.found.training["max_grad_norm"] = deepspeed.CLIPPING
 
     def _read_the_trainers(self) -> None:
         """Keys that mean something else in a Trainer than in a loop of one's own."""
