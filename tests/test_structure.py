@@ -24,7 +24,7 @@ LEVELS = [
     ["offload"],
     ["engine"],
     ["optim"],
-    ["api", "checkpoint", "memory", "adapters", "parallel"],
+    ["api", "checkpoint", "memory", "adapters", "parallel", "foreign"],
     ["__init__"],
     ["integrations", "commands", "cli"],
     ["medqa", "examples", "__main__"],

@@ -17,9 +17,9 @@ from torch import nn
 
 import zerolite
 from zerolite import cli
-from zerolite.commands.configuration import IDLE, NONE, UNKNOWN, USED
 from zerolite.commands.migrate import read as recipe_of
-from zerolite.commands.migrate_keys import KNOWN, NO_COUNTERPART, NOT_NEEDED
+from zerolite.foreign.configuration import IDLE, NONE, UNKNOWN, USED
+from zerolite.foreign.keys import KNOWN, NO_COUNTERPART, NOT_NEEDED
 
 # The examples of DeepSpeed's configuration page (docs/_pages/config-json.md, 0.19), as one file with other numbers.
 DOCUMENTED = {
@@ -206,6 +206,7 @@ def test_what_has_no_counterpart_is_named_and_the_status_says_so(tmp_path, capsy
         "sparse_attention": {"mode": "fixed"},
         "curriculum_learning": {"enabled": False, "curriculum_type": "seqlen"},
         "gradient_cliping": 1.0,
+        "optimizer": {"params": {"lr": 1e-3}},  # of no type
         "zzz": 1,
     }
     status, result = migrated(tmp_path, capsys, content)
@@ -213,6 +214,7 @@ def test_what_has_no_counterpart_is_named_and_the_status_says_so(tmp_path, capsy
     assert status == 1 and found["zero_optimization.zero_quantized_weights"][0] == NONE
     assert found["zero_optimization.zero_quantized_gradients"][0] == IDLE and found["sparse_attention.mode"][0] == NONE
     assert found["curriculum_learning.curriculum_type"] == (IDLE, "it is off")
+    assert found["optimizer.params.lr"] == (NONE, "nothing reads it here")
     assert found["gradient_cliping"] == (UNKNOWN, "is gradient_clipping meant?") and found["zzz"][0] == UNKNOWN
 
 

@@ -91,7 +91,7 @@ def test_values_are_told_for_comparison():
         "learning_rate": 1e-4, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95,
         "lr_scheduler_type": "linear", "warmup_steps": 5, "max_steps": 50,
     }  # fmt: skip
-    assert read({}).training == {"max_grad_norm": 0.0}, "DeepSpeed clips where it is told to"
+    assert read({}).training == {"max_grad_norm": 1.0}, "DeepSpeed's default since June 2026"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,7 @@ def test_adam_means_adamw_unless_told_otherwise(params, name):
         ({"offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"}}, None),
         ({"offload_optimizer": {"device": "cpu", "ratio": 1.0}}, zerolite.Offload()),
         ({"cpu_offload": True}, zerolite.Offload()),
+        ({"offload_optimizer": {"device": "none", "ratio": 0.5}}, None),
         ({"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}, zerolite.Offload(path="/nvme")),
     ],
 )
@@ -116,7 +117,15 @@ def test_offload_is_where_the_states_go(config, expected):
 
 def test_gradients_are_reduced_as_deepspeed_does():
     assert read({"communication_data_type": "fp32"}).precisions["bf16"].reduce == torch.float32
+    assert read({"data_types": {"grad_accum_dtype": "fp32"}}).precisions["bf16"].reduce == torch.float32
     assert read({}).precisions["fp16"].reduce == torch.float16
+
+
+def test_16_bit_moments_are_those_of_the_host():
+    config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "bf16": {"bf16_optimizer_states": True}}
+    assert read(config).offload == zerolite.Offload(states="bf16")
+    with pytest.raises(ValueError, match="bf16_optimizer_states=true"):
+        read({"bf16": {"bf16_optimizer_states": True}})
 
 
 REFUSED = [
@@ -127,6 +136,7 @@ REFUSED = [
     ("fp16.min_loss_scale", 2), ("optimizer.type", "OneBitAdam"), ("scheduler.type", "OneCycle"),
     ("scheduler.params.warmup_type", "log"), ("scheduler.params.warmup_min_lr", 1e-6), ("amp.enabled", True),
     ("communication_data_type", "int8"), ("sparse_gradients", True), ("elasticity.enabled", True),
+    ("torch_autocast.enabled", True), ("optimizer.params.max_grad_norm", 1.0), ("gradient_predivide_factor", 2.0),
     ("tensorboard.enabled", True), ("a_new_section.with_a_key", 3), ("optimizer.params.freeze_step", 10),
 ]  # fmt: skip
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from zerolite.commands import configuration, from_deepspeed
-from zerolite.commands.configuration import AUTO, IDLE, NONE, Configuration, Key
+from zerolite.commands import from_deepspeed
 from zerolite.commands.recipe import DTYPES, Recipe
+from zerolite.foreign import configuration
+from zerolite.foreign.configuration import AUTO, IDLE, NONE, Configuration, Key
 
 # FSDP1's names and numbers of a sharding strategy: (stage, whether the mesh is 2-D).
 STRATEGIES = {

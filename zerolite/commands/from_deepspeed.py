@@ -1,11 +1,24 @@
 """A DeepSpeed configuration as the lines that train the same with zerolite."""
 
-from zerolite.commands.configuration import AUTO, IDLE, NONE, USED, Configuration
-from zerolite.commands.deepspeed_optimizer import auto, moments, read_optimizer, read_schedule
-from zerolite.commands.recipe import DTYPES, Recipe, source
+from typing import Any
 
-STAGES = {"0": "0", "1": "1", "2": "2", "3": "3", "0.0": "0", "1.0": "1", "2.0": "2", "3.0": "3"}
-COMMUNICATED = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "bfp16": "bf16"}
+from zerolite.commands.recipe import DTYPES, Recipe, source
+from zerolite.foreign import deepspeed
+from zerolite.foreign.configuration import AUTO, IDLE, Configuration
+
+# Defaults of its optimizers that are others than ours, so that they are written out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "AdamW": {"lr": 1e-3, "weight_decay": 0.0},
+    "Adam": {"lr": 1e-3, "weight_decay": 0.0},
+    "Lamb": {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0},
+    "Lion": {"lr": 1e-3, "betas": (0.9, 0.999)},
+}
+ARGUMENTS = {
+    "lr": "args.learning_rate",
+    "betas": "(args.adam_beta1, args.adam_beta2)",
+    "eps": "args.adam_epsilon",
+    "weight_decay": "args.weight_decay",
+}
 
 
 def read(config: Configuration, recipe: Recipe) -> None:
@@ -13,111 +26,48 @@ def read(config: Configuration, recipe: Recipe) -> None:
     _stage(config, recipe)
     _offload(config, recipe)
     _precision(config, recipe)
-    read_optimizer(config, recipe)
-    read_schedule(config, recipe)
+    _optimizer(config, recipe)
+    _scheduler(config, recipe)
     _batch(config, recipe)
 
 
+def _auto(recipe: Recipe, config: Configuration, name: str, argument: str, what: str) -> str:
+    """The source for a value that transformers fills in."""
+    recipe.needs_args = True
+    config.use(name, f"{what} auto is {argument}")
+    return argument
+
+
 def _stage(config: Configuration, recipe: Recipe) -> None:
-    config.use("zero_optimization", "the form of DeepSpeed 0.1: true is stage 1")
-    given = config.get("zero_optimization.stage", int(config.is_on("zero_optimization")))
-    if (found := STAGES.get(str(given))) is None:
-        raise ValueError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {given!r}")
-    recipe.stage = found
-    config.use("zero_optimization.stage", f"shard(stage={recipe.stage})")
-    size = config.get("zero_optimization.mics_shard_size", -1)
+    recipe.stage = str(deepspeed.stage(config))
+    name = "zero_optimization.mics_shard_size"
+    size = config.get(name, -1)
     if isinstance(size, int) and size > 0:
         recipe.mesh = (
             f'torch.distributed.init_device_mesh("cuda", (torch.distributed.get_world_size() // {size}, {size}))'
         )
-        config.use(
-            "zero_optimization.mics_shard_size", f"a 2-D mesh: shards over {size} ranks, replicated over the rest"
-        )
+        config.use(name, f"a 2-D mesh: shards over {size} ranks, replicated over the rest")
     else:
-        config.tell("zero_optimization.mics_shard_size", IDLE, "it is off")
+        config.tell(name, IDLE, "it is off")
 
 
 def _offload(config: Configuration, recipe: Recipe) -> None:
-    section = "zero_optimization"
-    old = {
-        name: config.is_on(f"{section}.{name}") for name in ("cpu_offload", "cpu_offload_param", "cpu_offload_params")
-    }
-    for name, is_on in old.items():
-        config.tell(
-            f"{section}.{name}",
-            USED if is_on else IDLE,
-            "DeepSpeed's old name of a device cpu" if is_on else "it is off",
-        )
-    optimizer = str(config.get(f"{section}.offload_optimizer.device", "cpu" if old["cpu_offload"] else "none"))
-    is_old = old["cpu_offload_param"] or old["cpu_offload_params"]
-    parameters = str(config.get(f"{section}.offload_param.device", "cpu" if is_old else "none"))
-    for name, value in (("offload_optimizer", optimizer), ("offload_param", parameters)):
-        if value.lower() == AUTO:
-            config.use(f"{section}.{name}.device", "auto is Accelerate's own answer: nothing is offloaded here")
-        elif value.lower() not in ("none", "cpu", "nvme"):
-            raise ValueError(f"{section}.{name}.device: expected none, cpu or nvme, got {value!r}")
-    is_nvme = optimizer == "nvme"
-    if optimizer in ("cpu", "nvme"):
-        recipe.is_offloaded = True
-        config.use(f"{section}.offload_optimizer.device", "Offload(path=)" if is_nvme else "offload= of shard")
-        path = config.get(f"{section}.offload_optimizer.nvme_path")
-        if is_nvme:
-            recipe.offload["path"] = source(str(path)) if path not in (None, AUTO) else '"/local_nvme"'
-            config.use(
-                f"{section}.offload_optimizer.nvme_path", "Offload(path=): the moments lie there, masters in memory"
+    found = deepspeed.offload(config, recipe.shards_parameters)
+    recipe.is_offloaded = found.optimizer != "none" or found.parameters != "none"
+    if found.parameters != "none":
+        recipe.offload["parameters"] = "True"
+        if found.optimizer == "none":
+            recipe.notes.append(
+                "DeepSpeed offloads the parameters alone here; Offload(parameters=True) takes gradients and optimizer "
+                "states along."
             )
-        _ratio(config, recipe)
-    else:
-        config.tell(f"{section}.offload_optimizer.device", IDLE, "nothing is offloaded")
-        config.tell(f"{section}.offload_optimizer.ratio", IDLE, "nothing is offloaded")
-    if not is_nvme:
-        config.tell(f"{section}.offload_optimizer.nvme_path", IDLE, "nothing lies on a drive")
-    _parameters(config, recipe, parameters)
-
-
-def _ratio(config: Configuration, recipe: Recipe) -> None:
-    name = "zero_optimization.offload_optimizer.ratio"
-    ratio = config.get(name, 1.0)
-    if ratio == AUTO or config.number(name, 1.0) == 1:
-        config.tell(name, IDLE, "everything is stepped on the host")
-        return
-    config.tell(name, NONE, 'a budget in bytes says it: Offload(budget="20GiB") is what may stay on each device')
-    recipe.notes.append(
-        f"DeepSpeed keeps {1 - ratio:.0%} of the optimizer on the device (ratio {ratio}); here a "
-        'budget in bytes decides: replace offload= by zerolite.Offload(budget="20GiB").'
-    )
-
-
-def _parameters(config: Configuration, recipe: Recipe, device: str) -> None:
-    name = "zero_optimization.offload_param"
-    if device not in ("cpu", "nvme"):
-        config.tell(f"{name}.device", IDLE, "parameters stay on the device")
-        config.tell(f"{name}.nvme_path", IDLE, "nothing lies on a drive")
-        return
-    if not recipe.shards_parameters:
-        config.tell(f"{name}.device", NONE, "parameters leave the device at stage 3 only, as in DeepSpeed")
-        config.tell(f"{name}.nvme_path", IDLE, "parameters stay on the device")
-        return
-    if not recipe.is_offloaded:
-        recipe.notes.append(
-            "DeepSpeed offloads the parameters alone here; Offload(parameters=True) takes gradients and optimizer "
-            "states along."
-        )
-    recipe.is_offloaded = True
-    recipe.offload = {"parameters": "True", **recipe.offload}
-    if device == "nvme":
-        config.tell(f"{name}.device", NONE, "parameters lie in host memory, not on a drive: Offload(parameters=True)")
-        config.tell(
-            f"{name}.nvme_path", NONE, "parameters lie in host memory; Offload(path=) puts the moments on a drive"
-        )
-        return
-    config.use(f"{name}.device", "Offload(parameters=True)")
-    config.tell(f"{name}.nvme_path", IDLE, "nothing lies on a drive")
+    if found.optimizer == "nvme":
+        recipe.offload["path"] = source(found.path or "/local_nvme")
 
 
 def _precision(config: Configuration, recipe: Recipe) -> None:
-    reduce = _reduce(config)
-    sections = {"bf16": "bf16" if "bf16.enabled" in config.leaves else "bfloat16", "fp16": "fp16"}  # the old name, too
+    reduce = DTYPES.get(deepspeed.reduction(config), "")
+    sections = {kind: deepspeed.section_of(config, kind) for kind in ("bf16", "fp16")}
     enabled = {kind: str(config.get(f"{name}.enabled", False)).lower() for kind, name in sections.items()}
     scaler = ", scaler=scaler" if _scaler(config, recipe, enabled["fp16"]) else ""
     found = {
@@ -127,7 +77,7 @@ def _precision(config: Configuration, recipe: Recipe) -> None:
     autos = [kind for kind in found if enabled[kind] == AUTO]
     for kind in found:
         if enabled[kind] == AUTO:
-            auto(recipe, config, f"{sections[kind]}.enabled", f"args.{kind}", "Precision:")
+            _auto(recipe, config, f"{sections[kind]}.enabled", f"args.{kind}", "Precision:")
         elif enabled[kind] == "true":
             recipe.precision = found[kind]
             told = f"Precision({DTYPES[kind]}), reduced in {reduce or DTYPES[kind]} as DeepSpeed does"
@@ -137,8 +87,8 @@ def _precision(config: Configuration, recipe: Recipe) -> None:
     if not recipe.precision and autos:
         recipe.precision = " ".join(f"{found[kind]} if args.{kind} else" for kind in autos) + " None"
         recipe.is_choice = True
-    config.tell("fp16.auto_cast", IDLE, "floating inputs of units are cast always" if recipe.precision else "it is off")
-    moments(config, recipe, "bf16.bf16_optimizer_states")
+    if deepspeed.has_16_bit_states(config, "bf16.bf16_optimizer_states", recipe.is_offloaded):
+        recipe.offload["states"] = '"bf16"'
     if config.is_on("torch_autocast.enabled"):
         given = str(config.get("torch_autocast.dtype", "bfloat16")).removeprefix("torch.")
         recipe.autocast = "torch.float16" if given in ("float16", "fp16", "half") else "torch.bfloat16"
@@ -155,24 +105,6 @@ def _precision(config: Configuration, recipe: Recipe) -> None:
         recipe.notes.append("Neither bf16 nor fp16 is on: parameters keep their dtype, and are reduced in it.")
 
 
-def _reduce(config: Configuration) -> str:
-    """The dtype of the reduction where the file says one; of the sum of gradients too, which is the same here."""
-    given = config.get("communication_data_type")
-    accumulated = config.get("data_types.grad_accum_dtype")
-    for name, value in (("communication_data_type", given), ("data_types.grad_accum_dtype", accumulated)):
-        if value is not None and str(value) not in COMMUNICATED:
-            raise ValueError(f"{name}: expected fp32, fp16 or bf16, got {value!r}")
-        config.tell(name, IDLE, "null is the compute dtype")
-    if accumulated is not None:
-        config.use(
-            "data_types.grad_accum_dtype", "Precision(reduce=): gradients are kept in the dtype they are reduced in"
-        )
-    if given is not None:
-        config.use("communication_data_type", "Precision(reduce=)")
-    chosen = "fp32" if "fp32" in (given, accumulated) else COMMUNICATED.get(given or accumulated, "")
-    return DTYPES.get(chosen, "")
-
-
 def _scaler(config: Configuration, recipe: Recipe, enabled: str) -> bool:
     """Whether the scale has rules, which are written as a GradScaler."""
     names = ("initial_scale_power", "loss_scale_window")
@@ -180,15 +112,116 @@ def _scaler(config: Configuration, recipe: Recipe, enabled: str) -> bool:
         for name in (*names, "loss_scale", "hysteresis", "min_loss_scale", "consecutive_hysteresis"):
             config.tell(f"fp16.{name}", IDLE, "fp16 is off")
         return False
-    power, window = config.count("fp16.initial_scale_power", 16), config.count("fp16.loss_scale_window", 1000)
-    config.use("fp16.initial_scale_power", f"GradScaler(init_scale=2.0**{power})")
-    config.use("fp16.loss_scale_window", f"GradScaler(growth_interval={window})")
-    if AUTO in (power, window):
-        raise ValueError(
-            "fp16.initial_scale_power and fp16.loss_scale_window: auto is no value that transformers fills in"
-        )
+    power, window = deepspeed.loss_scale(config)
     recipe.scaler = {"init_scale": f"2.0**{power}", "growth_interval": str(window)}
     return True
+
+
+def _optimizer(config: Configuration, recipe: Recipe) -> None:
+    clip = config.get("gradient_clipping")
+    if clip == AUTO:
+        recipe.max_grad_norm = _auto(recipe, config, "gradient_clipping", "args.max_grad_norm", "max_grad_norm=:")
+    elif clip:
+        recipe.max_grad_norm = source(config.number("gradient_clipping"))
+        config.use("gradient_clipping", "max_grad_norm= of the optimizer")
+    elif "gradient_clipping" not in config.leaves and config.get("optimizer.params.max_grad_norm"):
+        pass  # DeepSpeed refuses it there, and it is meant: see below
+    elif clip is None and "gradient_clipping" not in config.leaves:
+        recipe.max_grad_norm = source(deepspeed.CLIPPING)
+        recipe.notes.append(
+            f"gradient_clipping is absent: DeepSpeed clips at {deepspeed.CLIPPING} since June 2026 (pull request "
+            f"8068), not before: leave max_grad_norm={deepspeed.CLIPPING} out if yours is older."
+        )
+    else:
+        config.tell("gradient_clipping", IDLE, "0 is no clipping")
+    if "optimizer.type" not in config.leaves:
+        recipe.notes.append(
+            "The file names no optimizer: torch_optimizer is the AdamW or Adam that your program builds; zerolite.like "
+            "takes over its param groups."
+        )
+        return
+    name = deepspeed.optimizer(config)
+    if name is None:
+        given = config.get("optimizer.type")
+        recipe.notes.append(f"{given} has no counterpart. AdamW stands in its place, and learns otherwise.")
+    recipe.optimizer = name or "AdamW"
+    if deepspeed.has_16_bit_states(config, "optimizer.params.fp32_optimizer_states", recipe.is_offloaded, when=False):
+        recipe.offload["states"] = '"bf16"'
+    _hyperparameters(config, recipe)
+
+
+def _hyperparameters(config: Configuration, recipe: Recipe) -> None:
+    params = config.section("optimizer.params")
+    config.tell("optimizer.params.max_grad_norm", IDLE, "0 is no clipping")
+    if params.get("max_grad_norm"):
+        config.use("optimizer.params.max_grad_norm", "max_grad_norm=; DeepSpeed refuses it here")
+        recipe.max_grad_norm = source(config.number("optimizer.params.max_grad_norm"))
+    takes = [name for name in ARGUMENTS if not (name == "eps" and recipe.optimizer == "Lion")]
+    for name in takes:
+        value = params.get(name, DEFAULTS[recipe.optimizer].get(name))
+        if value == AUTO:
+            recipe.hyper[name] = _auto(recipe, config, f"optimizer.params.{name}", ARGUMENTS[name], f"{name}=:")
+        elif value is not None:
+            recipe.hyper[name] = source(value)
+            config.use(f"optimizer.params.{name}", f"{name}= of the optimizer")
+    if "weight_decay" not in params and recipe.optimizer in ("AdamW", "Lamb"):
+        recipe.notes.append(
+            f"weight_decay is absent: DeepSpeed's default is 0 and that of zerolite.{recipe.optimizer} 0.01, so 0 is "
+            "written."
+        )
+
+
+def _scheduler(config: Configuration, recipe: Recipe) -> None:
+    name = deepspeed.schedule(config)
+    if name is None:
+        return
+    params = config.section("scheduler.params")
+    call = {
+        "num_warmup_steps": _steps(
+            config, recipe, "warmup_num_steps", "args.get_warmup_steps(num_training_steps)", 1000
+        )
+    }
+    if name != "constant_with_warmup":
+        call["num_training_steps"] = _steps(
+            config, recipe, "total_num_steps", "num_training_steps", "num_training_steps"
+        )
+    if name == "cosine_with_min_lr":
+        rate = params.get("cos_min_ratio", 0.0001)
+        config.use("scheduler.params.cos_min_ratio", "min_lr_rate")
+        call["scheduler_specific_kwargs"] = f'{{"min_lr_rate": {source(rate)}}}'
+    recipe.schedule, recipe.schedule_arguments = name, call
+    _peak(config, recipe, params)
+    if not deepspeed.is_warmup_linear(config):
+        recipe.notes.append(
+            'DeepSpeed warms up along a logarithm (warmup_type "log", its default); get_scheduler does it linearly.'
+        )
+
+
+def _steps(config: Configuration, recipe: Recipe, name: str, argument: str, default: Any) -> str:
+    key = f"scheduler.params.{name}"
+    value = config.count(key, default) if key in config.leaves else default
+    if value == AUTO:
+        recipe.needs_args = True
+        config.use(key, f"auto is {argument}")
+        return argument
+    config.use(key, "of get_scheduler")
+    return str(value)
+
+
+def _peak(config: Configuration, recipe: Recipe, params: dict[str, Any]) -> None:
+    """DeepSpeed's schedule sets the rate, whatever the optimizer was given."""
+    peak = params.get("warmup_max_lr")
+    if peak is None:
+        return
+    config.use("scheduler.params.warmup_max_lr", "lr= of the optimizer, which the schedule scales")
+    if peak == AUTO:
+        _auto(recipe, config, "scheduler.params.warmup_max_lr", "args.learning_rate", "lr=:")
+    elif recipe.hyper.get("lr") not in (None, source(peak)):
+        recipe.notes.append(
+            f"warmup_max_lr {peak} overrules the optimizer's lr {recipe.hyper['lr']} in DeepSpeed: {peak} is written."
+        )
+    if recipe.optimizer and peak != AUTO:
+        recipe.hyper["lr"] = source(peak)
 
 
 def _batch(config: Configuration, recipe: Recipe) -> None:
@@ -212,10 +245,6 @@ def _batch(config: Configuration, recipe: Recipe) -> None:
                 f"train_batch_size {total} is no multiple of {micro} rows x {counts[2]} steps, which DeepSpeed refuses"
             )
         recipe.num_ranks = recipe.num_ranks or str(total // (micro * counts[2]))
-    config.tell("managed_gradient_accumulation", IDLE, "step() is called by the loop, when it is due")
-    is_mean = config.get("gradient_allreduce_op", "mean") == "mean"
-    told = "gradients are the mean" if is_mean else "gradients are the mean: multiply the loss by the number of ranks"
-    config.tell("gradient_allreduce_op", IDLE if is_mean else NONE, told)
     if config.is_on("dataloader_drop_last"):
         recipe.loader["drop_last"] = "True"
     config.use("dataloader_drop_last", "drop_last= of the DataLoader")

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zerolite.commands import configuration, from_accelerate, from_deepspeed
+from zerolite.commands import from_accelerate, from_deepspeed
 from zerolite.commands.command_line import BAD, OK, Parser, print_json, run, shown, table
-from zerolite.commands.configuration import IDLE, NONE, UNKNOWN, USED, Configuration, Key
-from zerolite.commands.migrate_keys import KNOWN
 from zerolite.commands.recipe import Recipe, note
+from zerolite.foreign import configuration
+from zerolite.foreign.configuration import IDLE, NONE, UNKNOWN, USED, Configuration, Key
+from zerolite.foreign.keys import KNOWN
 
 TOLD = """\
 The file is one of

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from zerolite.config import Precision
 from zerolite.engine import build
 from zerolite.engine.engine import find_engine
+from zerolite.foreign.deepspeed import CLIPPING
 from zerolite.integrations import deepspeed_config
 from zerolite.optim.adam import Adam
 from zerolite.optim.adamw import AdamW
@@ -150,7 +151,8 @@ class ZeroSettings:
             if name in _MIXED and expected != actual and not expected:
                 wrong.append(f"{name}.enabled is false, TrainingArguments({name}=True)")
             elif actual != expected and str(getattr(actual, "value", actual)) != str(expected):
-                said = " (the file has no gradient_clipping)" if name == "max_grad_norm" and not expected else ""
+                is_default = name == "max_grad_norm" and expected == CLIPPING
+                said = " (or the file has no gradient_clipping: say 0 there for none)" if is_default else ""
                 wrong.append(f"{name}={expected!r}{said}, TrainingArguments have {actual!r}")
         if wrong:
             raise ValueError(

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zerolite.commands.migrate_keys import DEFAULTS, KNOWN, NO_COUNTERPART, NOT_NEEDED
+from zerolite.foreign.keys import DEFAULTS, KNOWN, NO_COUNTERPART, NOT_NEEDED, USED_KEYS
 
 USED, IDLE, NONE, UNKNOWN = "used", "not needed", "no counterpart", "unknown"
 AUTO = "auto"
-OFF: tuple[Any, ...] = (False, None, 0, "", "no", "none", [], {})
+OFF: tuple[Any, ...] = (False, None, 0, "", "no", "none", AUTO, [], {})
 MAX_BYTES, MAX_KEYS = 1 << 20, 5000
 
 
@@ -70,19 +70,21 @@ class Configuration:
         """Every key of the file, in its order, with what became of it."""
         return [Key(name, value, *(self._told.get(name) or self._look_up(name))) for name, value in self.leaves.items()]
 
+    def why_idle(self, name: str) -> str | None:
+        """Why a key asks for nothing: its section is off, or its value is none or the default; None where it asks."""
+        value, switch = self.get(name), self.leaves.get(f"{name.split('.')[0]}.enabled", True)
+        is_off = str(switch).lower() in ("false", "no", "0", "none")
+        if is_off or any(value is off or (value == off and type(value) is type(off)) for off in OFF):
+            return "it is off"
+        return "it says what is so anyway" if name in DEFAULTS and value == DEFAULTS[name] else None
+
     def _look_up(self, name: str) -> tuple[str, str]:
         for pattern in _patterns(name):
             if pattern in NOT_NEEDED:
                 return IDLE, NOT_NEEDED[pattern]
-            if pattern in NO_COUNTERPART:
-                switch = f"{name.split('.')[0]}.enabled"
-                is_off = str(self.leaves.get(switch, True)).lower() in ("false", "no", "0", "none")
-                value = self.get(name)
-                if is_off or any(value is off or (value == off and type(value) is type(off)) for off in OFF):
-                    return IDLE, "it is off"
-                if name in DEFAULTS and value == DEFAULTS[name]:
-                    return IDLE, "it says what is so anyway"
-                return NONE, NO_COUNTERPART[pattern]
+            if pattern in NO_COUNTERPART or pattern in USED_KEYS:
+                why = self.why_idle(name)
+                return (IDLE, why) if why else (NONE, NO_COUNTERPART.get(pattern, "nothing reads it here"))
         if self.leaves[name] == {}:
             return IDLE, "it is empty"
         near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.8)

@@ -27,6 +27,8 @@ NOT_NEEDED = {
     "comms_logger.*": _TRACE,
     "flops_profiler.*": _TRACE,
     "aio.*": _DRIVE,
+    "disable_allgather": "parameters are gathered in flat buckets always",
+    "managed_gradient_accumulation": "step() is called by the loop, when it is due",
     "prescale_gradients": "gradients are the mean over ranks, summed in `reduce`",
     "zero_allow_untested_optimizer": "zerolite's optimizers are the only ones",
     "zero_force_ds_cpu_optimizer": "zerolite's workers are the only ones that step in host memory",
@@ -80,6 +82,7 @@ NOT_NEEDED = {
     "zero_optimization.offload_param.buffer_count": _DRIVE,
     "zero_optimization.offload_param.buffer_size": _DRIVE,
     "zero_optimization.offload_param.max_in_cpu": _DRIVE,
+    "fp16.auto_cast": "floating inputs of units are cast to the parameters' dtype always",
     "bf16.immediate_grad_update": "gradients are added to their shard as they come always",
     "bf16.check_grad_overflow": "a step with Inf or NaN changes nothing always",
     "bf16.check_overflow": "a step with Inf or NaN changes nothing always",
@@ -148,7 +151,6 @@ NO_COUNTERPART = {
     "progressive_layer_drop.*": _OTHER_MATHS,
     "sparse_attention.*": _OTHER_MATHS,
     "sparse_gradients": "gradients are dense: build embeddings with sparse=False",
-    "disable_allgather": "there is no counterpart",
     "gradient_predivide_factor": "gradients are the mean over ranks; Precision(reduce=torch.float32) does not overflow",
     "use_data_before_expert_parallelism": "there is no expert parallelism",
     "use_node_local_storage": "every rank must see the folder of a checkpoint",
@@ -157,12 +159,13 @@ NO_COUNTERPART = {
     "fp16.loss_scale": "the scale is dynamic; scaler= sets how it starts",
     "fp16.hysteresis": "the scale falls at the first step with Inf, as torch's GradScaler's",
     "fp16.consecutive_hysteresis": "the scale falls at the first step with Inf, as torch's GradScaler's",
-    "fp16.min_loss_scale": "the scale has no floor",
+    "fp16.min_loss_scale": "the lowest scale is 1",
     "fp16.fp16_master_weights_and_grads": "masters are fp32",
     "bf16.bf16_master_weights_and_grads": "masters are fp32",
     "torch_autocast.lower_precision_safe_modules": "torch.autocast has a list of its own",
     "zero_optimization.zenflow.*": f"{_OTHER_MATHS}: offload already steps beside the next forward",
     "zero_optimization.zero_hpz_partition_size": "a 2-D mesh (replicate x shard) keeps gathers inside a machine",
+    "zero_optimization.mics_shard_size": "a 2-D mesh replicates shards: mesh=",
     "zero_optimization.mics_hierarchical_params_gather": "a 2-D mesh gathers inside its shard dimension",
     "zero_optimization.zero_quantized_weights": "gathers are in the parameters' dtype",
     "zero_optimization.zero_quantized_nontrainable_weights": "gathers are in the parameters' dtype",
@@ -208,6 +211,7 @@ DEFAULTS = {
     "gradient_predivide_factor": 1.0,
     "optimizer.params.bias_correction": True,
     "zero_optimization.zero_hpz_partition_size": 1,
+    "zero_optimization.mics_shard_size": -1,
     "fp16.min_loss_scale": 1,
     "fp16.hysteresis": 1,
     "sequence_parallel_size": 1,
@@ -215,17 +219,17 @@ DEFAULTS = {
     "dynamo_config.dynamo_backend": "NO",
 }
 
-# Keys that lines are written for; the readers in from_deepspeed.py and from_accelerate.py say what.
-USED = {
+# Keys that lines are written for; the readers in commands/ and integrations/ say what.
+USED_KEYS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "managed_gradient_accumulation", "communication_data_type", "gradient_allreduce_op", "dataloader_drop_last",
+    "communication_data_type", "gradient_allreduce_op", "dataloader_drop_last",
     "optimizer.type", "optimizer.params", "optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps",
     "optimizer.params.weight_decay", "optimizer.params.adam_w_mode", "optimizer.params.fp32_optimizer_states",
     "optimizer.params.max_grad_norm", "scheduler.type", "scheduler.params", "data_types.grad_accum_dtype",
-    "fp16.enabled", "fp16.auto_cast", "fp16.initial_scale_power", "fp16.loss_scale_window", "bf16.enabled",
+    "fp16.enabled", "fp16.initial_scale_power", "fp16.loss_scale_window", "bf16.enabled",
     "bfloat16.enabled", "bf16.bf16_optimizer_states", "torch_autocast.enabled", "torch_autocast.dtype",
     "zero_optimization.stage", "zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param",
-    "zero_optimization.cpu_offload_params", "zero_optimization.mics_shard_size",
+    "zero_optimization.cpu_offload_params",
     "zero_optimization.offload_optimizer.device", "zero_optimization.offload_optimizer.nvme_path",
     "zero_optimization.offload_optimizer.ratio", "zero_optimization.offload_param.device",
     "zero_optimization.offload_param.nvme_path",
@@ -239,4 +243,4 @@ USED = {
     "fsdp_config.offload_params", "fsdp_config.cpu_offload", "fsdp_config.activation_checkpointing",
 }  # fmt: skip
 
-KNOWN = USED | NOT_NEEDED.keys() | NO_COUNTERPART.keys()
+KNOWN = USED_KEYS | NOT_NEEDED.keys() | NO_COUNTERPART.keys()

@@ -1,0 +1,1 @@
+"""Configurations of other programs: what their keys mean, for commands and integrations."""
