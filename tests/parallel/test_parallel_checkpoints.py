@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from models import assert_close
 from parallel_runs import Case, difference, run_cases
+from safetensors.torch import load_file
+
+from zerolite.checkpoint.consolidate import consolidate
 
 ONE, TENSOR, PIPELINE, ALL = (1, 1, 1), (1, 2, 2), (2, 2, 1), (2, 2, 2)
 
@@ -50,6 +54,19 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(ranks, tmp_path):
     )
     check(ranks, 8, [Case("llama", ALL, 3, "interleaved", steps=(2, 4), load=plain)])
     check_files(Path(split), 4)
+    check_folders(Path(split), Path(staged), Path(plain))
+
+
+def check_folders(*checkpoints: Path) -> None:
+    """Of two steps alike each: as folders of whole tensors, in the dtypes of all stages."""
+    found = []
+    for checkpoint in checkpoints:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        assert manifest["model"]["dtypes"] == dict.fromkeys(manifest["parameters"], "F64")
+        consolidate(checkpoint, checkpoint.with_suffix(".folder"))
+        found.append(load_file(checkpoint.with_suffix(".folder") / "model.safetensors"))
+    for one in found[:-1]:
+        assert_close(one, found[-1], 1e-9, 1e-12)
 
 
 def check_files(folder: Path, world: int) -> None:

@@ -4,13 +4,15 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from zerolite.checkpoint.about import dtypes_of, ties_away
 from zerolite.checkpoint.slices import buffers_of, saved_names, slots_of
 from zerolite.engine.engine import Engine, all_ranks
 from zerolite.errors import CheckpointError
 from zerolite.optim.base import ShardedOptimizer
 from zerolite.runtime.rank_settings import gather_texts
 
-Description = dict[str, Any]  # "parameters" and "buffers": name -> shape; "optimizer": as it describes itself, or None
+# "parameters" and "buffers": name -> shape; "optimizer": as it describes itself, or None; and what about.py says.
+Description = dict[str, Any]
 
 
 def describe(engine: Engine, optimizer: ShardedOptimizer | None) -> Description:
@@ -42,6 +44,8 @@ def _own(engine: Engine, optimizer: ShardedOptimizer | None) -> Description:
         "parameters": [[names[slot.name], list(slot.whole_shape or slot.shape)] for slot in slots_of(engine)],
         "buffers": {names[name]: list(buffer.shape) for name, buffer in buffers_of(engine.model).items()},
         "optimizer": _renamed(described, names) if described is not None else None,
+        "dtypes": dtypes_of(engine),
+        "ties_away": ties_away(engine),
     }
 
 
@@ -64,7 +68,13 @@ def _together(stages: list[Description]) -> Description:
         if buffers.setdefault(name, shape) != shape:
             raise CheckpointError(f"the buffer {name} has shape {shape} and {buffers[name]} on two pipeline stages")
     optimizers = [stage["optimizer"] for stage in stages]
-    return {"parameters": parameters, "buffers": buffers, "optimizer": _one_optimizer(optimizers)}
+    return {
+        "parameters": parameters,
+        "buffers": buffers,
+        "optimizer": _one_optimizer(optimizers),
+        "dtypes": {name: dtype for stage in stages for name, dtype in stage["dtypes"].items()},
+        "ties_away": [name for stage in stages for name in stage["ties_away"]],
+    }
 
 
 def _one_optimizer(optimizers: list[Description | None]) -> Description | None:

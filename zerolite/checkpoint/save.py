@@ -71,8 +71,9 @@ def save(model: nn.Module, folder, optimizer: ShardedOptimizer | None = None, ex
 
         def commit() -> None:
             if rank == 0:
-                description = of_pipeline or describe(engine, optimizer)
-                _commit(engine, {"frozen": frozen, **description}, written_files, written, folder)
+                told = dict(of_pipeline or describe(engine, optimizer))
+                told |= about(engine, told.pop("dtypes"), told.pop("ties_away"))
+                _commit(engine, {"frozen": frozen, **told}, written_files, written, folder)
 
         together(commit)
     except BaseException:  # Ctrl-C, and another rank that is gone, too
@@ -144,7 +145,6 @@ def _commit(engine: Engine, content: dict, written_files: list[str], written: Pa
         "world_size": len(written_files),
         "files": entries,
         **content,
-        **about(engine),
         "loss_scale": engine.loss_scale.state_dict() if engine.loss_scale is not None else None,
     }
     if mesh.tensor or mesh.pipeline:
