@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import sys
 import threading
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def stopped_and_resumed(argv: list[str], environment: dict[str, str]) -> list[in
     """A run that gets SIGTERM at its third step, a second after its newest checkpoint, and goes on."""
     before = dict(os.environ)
     os.environ.update(environment)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        del sys.modules[name]  # it reads its folder when it is imported, as trl did where its trainers are tested
     add = divergence.Divergence.add
 
     def add_and_stop(self, step: int, optimizer) -> None:
