@@ -104,7 +104,11 @@ def model(stage: int = 2) -> torch.nn.Module:
 
 
 def weight() -> torch.nn.Parameter:
-    return model()[0].weight
+    """Of a model that lives as long as it, as users' models do: a parameter alone keeps no engine alive."""
+    owner = model()
+    parameter = owner[0].weight
+    parameter.owner = owner
+    return parameter
 
 
 # Each is tried on our optimizer and on torch's AdamW: the error's class is torch's. `w` is a parameter of a model.
