@@ -98,7 +98,7 @@ class _Listener(threading.Thread):
             if word.startswith("in no call"):
                 told = f"zerolite ends the process groups of rank {self.rank}: {self.failure.message}"
                 warnings.warn(told, stacklevel=1)
-            _end_collectives()
+            _end_collectives(self.world())
 
     def words(self, store: dist.Store | None = None) -> list[str]:
         """What every rank was doing when it heard of a failure; those that are gone or stopped say nothing."""
@@ -196,17 +196,21 @@ def _until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.02)
 
 
-def _end_collectives() -> None:
-    """Have every collective of this process fail, in flight or to come, whoever called it."""
+def _end_collectives(world: dist.ProcessGroup | None) -> None:
+    """Have every collective of `world` fail on this rank, in flight or to come, whoever called it.
+
+    A program that hears of the failure may start another world at once: that one is left alone.
+    """
     with _lock:
         for group in list(distributed_c10d._world.pg_map):
-            if group.size() > 1:
+            if group.size() > 1 and world is not None and dist.group.WORLD is world:
                 # gloo has no abort; a receive that times out closes its group's connections, here and at other ends.
                 with contextlib.suppress(RuntimeError):
                     work = group.recv([torch.zeros(1)], (group.rank() + 1) % group.size(), UNUSED_TAG)
                     work.wait(datetime.timedelta(milliseconds=1))
         with contextlib.suppress(RuntimeError, AttributeError, AssertionError, ValueError):  # none are left
-            distributed_c10d._abort_process_group()
+            if world is not None:
+                distributed_c10d._abort_process_group(world)  # ValueError where it was destroyed meanwhile
 
 
 def _publish_uncaught(kind, error, trace) -> None:
@@ -227,7 +231,7 @@ def _publish_uncaught(kind, error, trace) -> None:
         own.publish(RANK, f"rank {own.rank} failed: {said}")
     with contextlib.suppress(RuntimeError):
         own.words()  # rank 0 may be the one that has the store: the others are to hear before it ends
-    _end_collectives()
+    _end_collectives(own.world())
 
 
 def _publish_end() -> None:
