@@ -184,7 +184,7 @@ def test_a_mistake_is_refused_by_name(ranks, name):
         ((torch.float16, torch.float32, 1024.0), TypeError),
         ((torch.bfloat16, torch.float32, torch.amp.GradScaler("cpu")), ValueError),
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" object at 0x\w+", "", str(value)),
 )
 def test_precision_refuses_what_it_cannot_do(arguments, kind):
     with pytest.raises(kind):
