@@ -7,7 +7,7 @@ import torch
 
 from zerolite.errors import ZeroliteError
 
-MESSAGE_BYTES = 512
+MESSAGE_BYTES = 1024
 
 
 class Ranks(Protocol):
