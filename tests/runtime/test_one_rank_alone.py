@@ -18,7 +18,7 @@ from saved import attempt, rank
 from torch.distributed.device_mesh import DeviceMesh
 
 import zerolite
-from zerolite.runtime import long_waits
+from zerolite.runtime import abort, long_waits
 
 X = torch.ones(4, 5)
 SECONDS = 2.0  # from the first rank's error to the last one's
@@ -172,3 +172,17 @@ def raise_alone() -> None:
 def test_a_rank_that_has_ended_is_said_to_be_gone(ranks):
     with pytest.raises(RankError, match="a mistake of one rank"):
         ranks(2).run(raise_alone)
+
+
+def ended_late() -> float:
+    """What this rank's group still adds up, after the listener of a group that is gone has ended its collectives."""
+    gone = dist.new_group([0, 1])
+    dist.destroy_process_group(gone)
+    abort._end_collectives(gone)
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def test_the_end_of_a_world_that_is_gone_leaves_the_next_one_alone(ranks):
+    assert ranks(2).run(ended_late) == [2.0, 2.0]

@@ -17,7 +17,14 @@ import zerolite
 from zerolite.config import Offload, Precision
 from zerolite.engine.engine import find_engine
 from zerolite.integrations.lightning_state import dumped, local_folder, read
-from zerolite.integrations.sharding import check_scaler, shard_arguments, shard_on, sharded_optimizer
+from zerolite.integrations.sharding import (
+    DEFAULT_STAGE,
+    check_options,
+    check_scaler,
+    shard_arguments,
+    shard_on,
+    sharded_optimizer,
+)
 from zerolite.shards.units import UnitRule
 
 # Private names of Lightning 2.6 that are used here; tests/integrations/test_fabric.py says which one is gone.
@@ -46,18 +53,13 @@ class FabricZeroStrategy(DDPStrategy):
 
     def __init__(
         self,
-        stage: int = 2,
+        stage: int = DEFAULT_STAGE,
         offload: Offload | str | None = None,
         precision: Precision | None = None,
         units: UnitRule | None = None,
         **options,
     ):
-        unknown = sorted(options.keys() - OPTIONS)
-        if unknown:
-            raise TypeError(
-                f"FabricZeroStrategy got {', '.join(unknown)}, which it has not: it takes stage, offload, precision, "
-                f"units and {', '.join(sorted(OPTIONS))}"
-            )
+        check_options("FabricZeroStrategy", options, OPTIONS)
         super().__init__(**options)
         self._sharding = shard_arguments({"stage": stage, "offload": offload, "precision": precision, "units": units})
         self._backward_sync_control = _SyncControl()

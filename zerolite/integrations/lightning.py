@@ -32,12 +32,18 @@ from zerolite.config import Offload, Precision
 from zerolite.engine.engine import Engine, find_engine
 from zerolite.integrations.fabric import FabricZeroStrategy
 from zerolite.integrations.lightning_state import dumped, local_folder, read
-from zerolite.integrations.sharding import check_scaler, shard_arguments, shard_on, sharded_optimizer
+from zerolite.integrations.sharding import (
+    DEFAULT_STAGE,
+    check_options,
+    check_scaler,
+    shard_arguments,
+    shard_on,
+    sharded_optimizer,
+)
 from zerolite.shards.units import UnitRule
 
 __all__ = ["FabricZeroStrategy", "ZeroStrategy"]
 
-DEFAULT_STAGE = 2
 # Of DDPStrategy: what says where ranks are. The others say how DistributedDataParallel wraps.
 OPTIONS = {
     "accelerator", "parallel_devices", "cluster_environment", "precision_plugin", "process_group_backend", "timeout",
@@ -69,12 +75,7 @@ class ZeroStrategy(DDPStrategy):
         units: UnitRule | None = None,
         **options,
     ):
-        unknown = sorted(options.keys() - OPTIONS)
-        if unknown:
-            raise TypeError(
-                f"ZeroStrategy got {', '.join(unknown)}, which it has not: it takes stage, offload, precision, units "
-                f"and {', '.join(sorted(OPTIONS))}"
-            )
+        check_options("ZeroStrategy", options, OPTIONS)
         super().__init__(**options)
         self._sharding = shard_arguments({"stage": stage, "offload": offload, "precision": precision, "units": units})
 

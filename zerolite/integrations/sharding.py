@@ -1,6 +1,6 @@
 """What every trainer asks for: a model sharded on the trainer's device, torch's optimizer on it, whole values of it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from zerolite.optim.like import like
 from zerolite.shards.layout import Partition
 
 ARGUMENTS = ("stage", "offload", "precision", "units", "mesh")
+DEFAULT_STAGE = 2  # of a strategy
 _DEVICE_BUFFER = "_zerolite_device"
 
 
@@ -33,6 +34,16 @@ def shard_arguments(zero: Mapping[str, Any]) -> dict[str, Any]:
         )
     build.check_arguments(zero["stage"], zero.get("offload"), zero.get("precision"))
     return dict(zero)
+
+
+def check_options(strategy: str, options: Collection[str], known: Collection[str]) -> None:
+    """TypeError for what a strategy of Lightning or Fabric has not."""
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"{strategy} got {', '.join(unknown)}, which it has not: it takes stage, offload, precision, units and "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

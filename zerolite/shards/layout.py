@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch  # for types alone: `zerolite inspect` answers without it
 
-if TYPE_CHECKING:
     from zerolite.shards.blocks import Block
 
 ALIGNMENT_NUMEL = 128  # 256 bytes of bf16; a block of int8 states, so that no block belongs to two parameters

@@ -54,6 +54,7 @@ class FlatParameters:
         self.layout, self.unit_name, self.tensors = spec.layout, spec.unit_name, list(tensors)
         # What is bound: the parameters or, of DTensors, the plain tensors inside, whose `data` is theirs.
         self._locals = list(map(own_local, tensors))
+        self._own = set(map(id, self._locals))
         self._address_of = self._address_inside if any(map(is_distributed, tensors)) else _ADDRESS
         self.unsharded, self.shard = unsharded, shard
         self.stays_unsharded = stays_unsharded
@@ -213,7 +214,7 @@ class FlatParameters:
     def _address_inside(self, parameter: torch.Tensor) -> int:
         """Of a DTensor's memory; none where another tensor than the bound one is inside."""
         local = local_of(parameter)
-        return local.data_ptr() if any(local is own for own in self._locals) else _NO_ADDRESS
+        return local.data_ptr() if id(local) in self._own else _NO_ADDRESS
 
     def _addresses(self) -> list[int]:
         return list(map(_ADDRESS, self._views)) if self._is_bound else self._nan_addresses
