@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Pool, RankError, RankTimeout
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 
 def total(value: int) -> tuple[int, int, int]:
@@ -37,6 +39,15 @@ def say(text: str) -> None:
     print(text)
 
 
+def groups_of_a_mesh(groups_before: int) -> int:
+    """How many groups the mesh of a DTensor resolves that has gone through a function whose result DTensor keeps."""
+    for _ in range(groups_before):
+        dist.new_group([0, 1])
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    whole = distribute_tensor(torch.ones(2, 2), mesh["tp"])
+    return len(whole.double().device_mesh.get_all_groups())
+
+
 def alone() -> tuple[bool, int]:
     return dist.is_initialized(), torch.get_num_threads()
 
@@ -45,6 +56,11 @@ def alone() -> tuple[bool, int]:
 def test_results_come_in_rank_order_from_groups_of_any_size(ranks, world):
     expected = sum(range(10, 10 + world))
     assert ranks(world).run(total, 10) == [(rank, world, expected) for rank in range(world)]
+
+
+def test_a_world_has_its_own_meshes(ranks):
+    """An equal mesh of the world before in the same processes had groups of other names."""
+    assert [ranks(4).run(groups_of_a_mesh, groups_before) for groups_before in (9, 0)] == [[1] * 4] * 2
 
 
 def test_without_torch_distributed(ranks):

@@ -191,3 +191,12 @@ def leave() -> None:
     gc.freeze()  # what is left are modules: the next collection need not look at them
     if dist.is_initialized():
         dist.destroy_process_group()
+        forget_meshes()
+
+
+def forget_meshes() -> None:
+    """DTensor keeps what it has inferred by mesh: an equal mesh of the next world would get the groups of this one."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
