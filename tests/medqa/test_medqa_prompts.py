@@ -120,6 +120,20 @@ def test_a_cutoff_without_room_for_the_template_is_refused():
         encode([DIALOGUE], SHIPPED, 10)
 
 
+def test_what_trains_can_be_asked():
+    """At any cutoff_len that a row of training fits into, its prompt fits too, and leaves an answer at least a token."""
+    lengths = []
+    for cutoff_len in range(8, 80):
+        try:
+            encode([DIALOGUE], SHIPPED, cutoff_len)
+        except ValueError:
+            assert not lengths, "what has room with less has room with more"
+            continue
+        lengths.append((len(encode_prompt(DIALOGUE, SHIPPED, cutoff_len)), cutoff_len))
+    assert len(lengths) > 40 and all(length < cutoff_len for length, cutoff_len in lengths)
+    assert lengths[0][0] > lengths[0][1] // 2, "the template alone takes more than half of the smallest one"
+
+
 def test_a_set_without_labels_is_refused():
     empty = Example(np.array([1, 2], np.int32), np.array([IGNORED, IGNORED], np.int32))
     with pytest.raises(DataError, match="train: 1 rows without a single label token"):

@@ -105,7 +105,7 @@ def _generate(
     signals: StopSignals | None,
 ) -> list[int]:
     """Token ids of the answer, with what ends it; fewer once this process received one of `signals`."""
-    prompt = encode_prompt(conversation, tokenizer, cutoff_len // 2)
+    prompt = encode_prompt(conversation, tokenizer, cutoff_len)
     input_ids = torch.tensor([prompt], device=next(model.parameters()).device)
     config = GenerationConfig(
         do_sample=False,

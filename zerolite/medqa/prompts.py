@@ -91,9 +91,14 @@ class Prompt:
         return ", ".join(lost)
 
 
-def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
-    """Token ids that the answer to the first question is generated from: `room` of them at most, as `prompt_of`."""
-    return prompt_of(replace(conversation, turns=conversation.turns[:1]), tokenizer, room).ids
+def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cutoff_len: int) -> list[int]:
+    """Token ids that the answer to the first question is generated from, shortened as `prompt_of` does it.
+
+    At most half of `cutoff_len`, which the answer shares; more only where the template alone takes half.
+    """
+    first = replace(conversation, turns=conversation.turns[:1])
+    shortest = prompt_of(replace(first, system="", turns=(("?", "?"),)), tokenizer, cutoff_len)
+    return prompt_of(first, tokenizer, max(cutoff_len // 2, min(len(shortest.ids), cutoff_len - 1))).ids
 
 
 def prompt_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, room: int) -> Prompt:
