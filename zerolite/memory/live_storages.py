@@ -6,6 +6,9 @@ return. Scratch inside an operation, memory made before, and mappings (the arena
 """
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +20,12 @@ class LiveStorages(TorchDispatchMode):
     """A mode: inside, every storage that an operation returns is counted until it is freed."""
 
     current_bytes: int  # alive now
-    flops: int  # of matrix products and attention since the start, a multiply-add as two
 
     def __init__(self):
         super().__init__()
-        self.current_bytes = self._peak_bytes = self.flops = 0
+        self.current_bytes = self._peak_bytes = 0
         self._sizes: dict[int, int] = {}
+        self._ends: dict[int, weakref.ref] = {}  # whose callbacks forget
 
     def take_peak(self) -> int:
         """The most bytes that were alive at once since the last call, which this call begins anew."""
@@ -36,7 +39,7 @@ class LiveStorages(TorchDispatchMode):
         if key not in self._sizes:
             self._sizes[key] = 0
             self._resize(key, storage.nbytes())
-            weakref.finalize(storage, self._forget, key)
+            self._ends[key] = weakref.ref(storage, partial(self._forget, key))
 
     def leave_out(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage no more, and as if it had never been."""
@@ -56,21 +59,58 @@ class LiveStorages(TorchDispatchMode):
         self._sizes[key] = nbytes
         self._peak_bytes = max(self._peak_bytes, self.current_bytes)
 
-    def _forget(self, key: int) -> None:
+    def clear(self) -> None:
+        """Count nothing of what is alive any more."""
+        self._ends.clear()
+        self._sizes.clear()
+        self.current_bytes = self._peak_bytes = 0
+
+    def _forget(self, key: int, _: weakref.ref) -> None:
         self.current_bytes -= self._sizes.pop(key)
+        del self._ends[key]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = func(*args, **kwargs) if kwargs else func(*args)
         # A view, or what was written in place, is of memory that somebody else made, here or before.
         made = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in self._sizes]
         if made:
-            given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
+            given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple((kwargs or {}).values())))}
             for tensor in made:
                 if tensor.untyped_storage()._cdata not in given:
                     self.add(tensor)
-        self.flops += _flops(func, args, kwargs, result)
         return result
+
+
+class LiveStoragesAndFlops(LiveStorages):
+    """`LiveStorages` that counts what is computed, too."""
+
+    flops: int  # of matrix products and attention since the start, a multiply-add as two
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.flops += _flops(func, args, kwargs or {}, result)
+        return result
+
+
+Resize = Callable[[torch.UntypedStorage, int], None]
+
+
+@contextmanager
+def resizes_through(resize: Callable[[Resize, torch.UntypedStorage, int], None]) -> Iterator[None]:
+    """Inside, whoever resizes a storage calls `resize(torch's own, storage, nbytes)`, which has to do it.
+
+    The engine gathers and frees units by that; it is no operation, so no mode sees it.
+    """
+    own = torch._C.StorageBase.resize_
+    torch.UntypedStorage.resize_ = lambda storage, nbytes: resize(own, storage, nbytes)
+    try:
+        yield
+    finally:
+        del torch.UntypedStorage.resize_  # it is inherited again
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Bytes of model states by kind, read off an engine's buckets: a dry engine's for plans, a real one's for the tracker."""
+"""Bytes of model states by kind, read off the buckets of a dry engine (a plan) or a real one (the tracker)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def fixed_bytes(buckets: Iterable[Bucket], resident_states: ResidentStates) -> d
 
 
 def arena_bytes(buckets: Iterable[Bucket], total_bytes: int) -> dict[str, int]:
-    """Bytes in the arena by kind, on one rank; the rest of `total_bytes` are the moments, with what whole pages cost."""
+    """Bytes in the arena by kind; the rest of `total_bytes` are moments, with what whole pages cost."""
     found: dict[str, int] = {}
     for bucket in buckets:
         memory = getattr(bucket.shard, "memory", None)

@@ -74,7 +74,12 @@ class Walk:
                 self._micro_batch()
             gradients = sum(map(gradient_bytes, self.engine.reducer.order))
             self._step()
-        found = Walked({**self.fixed, "gradients": gradients}, self.peaks, arena_bytes(self.buckets, self.engine.host.arena.nbytes), self.engine.traffic)
+        found = Walked(
+            {**self.fixed, "gradients": gradients},
+            self.peaks,
+            arena_bytes(self.buckets, self.engine.host.arena.nbytes),
+            self.engine.traffic,
+        )
         host = self.engine.host
         found.arena_bytes, found.pinned_bytes = host.arena.nbytes, host.arena.pinned_bytes
         found.file_bytes = host.states_bytes
