@@ -15,7 +15,7 @@ SHARE = 0.002
 
 @dataclass(frozen=True)
 class HostUsage:
-    """Bytes of one rank at the end of a step; of the last time that it was read."""
+    """Bytes of one rank at the end of a step; PSS is of the last time that it was read."""
 
     process_bytes: int  # PSS of the trainer
     children_bytes: int  # PSS of its optimizer workers and data loaders
@@ -39,24 +39,26 @@ class HostReader:
         self.last = self.read()
 
     def read_if_cheap(self) -> HostUsage:
-        """The last reading, renewed if reading has taken less than `SHARE` of the time since."""
-        if time.monotonic() >= self._next:
-            self.read()
-        return self.last
+        """As `read`, with PSS of its last reading if that has taken more than `SHARE` of the time since."""
+        return self._with(self._pss) if time.monotonic() < self._next else self.read()
 
     def read(self) -> HostUsage:
         begin = time.monotonic()
+        self._pss = _pss(self._process), sum(map(_pss, self._process.children(recursive=True)))
+        end = time.monotonic()
+        self._next = end + (end - begin) / SHARE
+        return self._with(self._pss)
+
+    def _with(self, pss: tuple[int, int]) -> HostUsage:
         total = self._placement.host_bytes
         self.last = HostUsage(
-            process_bytes=_pss(self._process),
-            children_bytes=sum(map(_pss, self._process.children(recursive=True))),
+            process_bytes=pss[0],
+            children_bytes=pss[1],
             arena_bytes=total,
             arena=arena_bytes(self._buckets, total),
             pinned_bytes=self._placement.pinned_bytes,
             file_bytes=self._placement.file_bytes,
         )
-        end = time.monotonic()
-        self._next = end + (end - begin) / SHARE
         return self.last
 
 

@@ -105,12 +105,16 @@ def resizes_through(resize: Callable[[Resize, torch.UntypedStorage, int], None])
 
     The engine gathers and frees units by that; it is no operation, so no mode sees it.
     """
-    own = torch._C.StorageBase.resize_
+    before = vars(torch.UntypedStorage).get("resize_")  # None: it is inherited
+    own = torch.UntypedStorage.resize_
     torch.UntypedStorage.resize_ = lambda storage, nbytes: resize(own, storage, nbytes)
     try:
         yield
     finally:
-        del torch.UntypedStorage.resize_  # it is inherited again
+        if before is None:
+            del torch.UntypedStorage.resize_
+        else:
+            torch.UntypedStorage.resize_ = before
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

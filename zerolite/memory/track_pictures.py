@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zerolite.memory.track_records import OUTSIDE, TRACKED_KINDS, Point, Region
-from zerolite.memory.track_texts import columns, head, host_line, shown, unit_of
+from zerolite.memory.track_texts import columns, head, host_line, kind_rows, shown, unit_of
 
 if TYPE_CHECKING:
     from zerolite.memory.track import Tracker
@@ -55,12 +56,12 @@ class Window:
         return [max(point.bytes_of[index], 0) / self.size for point in self.points]
 
     def phases(self) -> Iterator[tuple[str, float, float]]:
-        """(phase, begin, end) of the runs of points in one phase."""
-        begin, phase = self.points[0].time, self.points[0].phase
-        for point in self.points:
-            if point.phase != phase:
-                yield phase, self.milliseconds(begin), self.milliseconds(point.time)
-                begin, phase = point.time, point.phase
+        """(phase, begin, end) in milliseconds, one after the other."""
+        begin, phase = self.points[0].time, self.points[1].phase
+        for last, point in pairwise(self.points):
+            if point.phase != phase:  # a point's phase is that of the time before it
+                yield phase, self.milliseconds(begin), self.milliseconds(last.time)
+                begin, phase = last.time, point.phase
         yield phase, self.milliseconds(begin), self.milliseconds(self.last)
 
 
@@ -120,9 +121,10 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #212529; max-width: 1140px; margin: 1.5rem auto; padding: 0 1rem }
 h1 { font-size: 1.25rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem } svg { width: 100%; height: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #dee2e6 } th:first-child, td:first-child
-{ text-align: left } .planned { color: #6c757d } .wide { overflow-x: auto } .legend span { margin-right: 1.1rem;
-white-space: nowrap } .legend i { display: inline-block; width: .8em; height: .8em; margin-right: .35em }
+th, td { white-space: nowrap; padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #dee2e6 }
+th:first-child, td:first-child { text-align: left } .planned { color: #6c757d } .wide { overflow-x: auto }
+.legend span { margin-right: 1.1rem; white-space: nowrap }
+.legend i { display: inline-block; width: .8em; height: .8em; margin-right: .35em }
 """
 
 
@@ -225,15 +227,12 @@ def _box(x: float, y: float, width: float, height: float, color: str, title: str
 
 def _kinds(found: Mapping[str, Mapping[str, int]]) -> str:
     """A row a kind, a column a phase, and what was planned for it."""
-    marks = {name: ' class="planned"' if name.endswith("planned") else "" for name in found}
-    rows = ["<tr><th></th>" + "".join(f"<th{marks[name]}>{name}</th>" for name in found) + "</tr>"]
-    kinds = [kind for kind in TRACKED_KINDS if any(bytes_of.get(kind, 0) for bytes_of in found.values())]
-    for kind in kinds:
-        cells = [f"<td{marks[name]}>{shown(bytes_of.get(kind, 0))}</td>" for name, bytes_of in found.items()]
-        rows.append(f"<tr><td>{kind}</td>{''.join(cells)}</tr>")
-    totals = [f"<td{marks[name]}><b>{shown(sum(one.values()))}</b></td>" for name, one in found.items()]
-    rows.append(f"<tr><td><b>together</b></td>{''.join(totals)}</tr>")
-    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+    unit, rows = kind_rows(found)
+    marks = [' class="planned"' if name.endswith("planned") else "" for name in found]
+    lines = [f"<tr><th>{unit}</th>" + "".join(map("<th{}>{}</th>".format, marks, found)) + "</tr>"]
+    for kind, cells in rows.items():
+        lines.append(f"<tr><td>{kind}</td>" + "".join(map("<td{}>{}</td>".format, marks, cells)) + "</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _steps(tracker: Tracker) -> str:

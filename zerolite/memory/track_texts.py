@@ -37,18 +37,24 @@ def columns(peaks: Mapping[str, Peak], plan: Plan | None) -> dict[str, Mapping[s
     return found
 
 
-def kinds_table(found: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Lines: a row a kind that any column has, and the sums."""
+def kind_rows(found: Mapping[str, Mapping[str, int]]) -> tuple[str, dict[str, list[str]]]:
+    """The unit that all numbers are in, and a row for each kind that any column has, with the sums, "together"."""
     totals = {name: sum(bytes_of.values()) for name, bytes_of in found.items()}
     unit, size = unit_of(max(totals.values(), default=0))
-    widths = {name: max(10, len(name) + 2) for name in found}
-    lines = [f"{unit + ' on this device':20}" + "".join(f"{name:>{widths[name]}}" for name in found)]
-    for kind in TRACKED_KINDS:
-        if any(bytes_of.get(kind, 0) >= size / 200 for bytes_of in found.values()):  # as it is printed
-            cells = [f"{bytes_of.get(kind, 0) / size:{widths[name]}.2f}" for name, bytes_of in found.items()]
-            lines.append(f"  {kind:18}" + "".join(cells))
-    lines.append(f"  {'together':18}" + "".join(f"{total / size:{widths[name]}.2f}" for name, total in totals.items()))
-    return lines
+    rows = {
+        kind: [f"{bytes_of.get(kind, 0) / size:.2f}" for bytes_of in found.values()]
+        for kind in TRACKED_KINDS
+        if any(bytes_of.get(kind, 0) >= size / 200 for bytes_of in found.values())  # what is not printed as 0.00
+    }
+    return unit, {**rows, "together": [f"{total / size:.2f}" for total in totals.values()]}
+
+
+def kinds_table(found: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Lines, as of `kind_rows`."""
+    unit, rows = kind_rows(found)
+    widths = [max(10, len(name) + 2) for name in found]
+    lines = [f"{unit + ' on this device':20}" + "".join(map(str.rjust, found, widths))]
+    return [*lines, *(f"  {kind:18}" + "".join(map(str.rjust, cells, widths)) for kind, cells in rows.items())]
 
 
 def head(tracker: Tracker) -> str:

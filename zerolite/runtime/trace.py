@@ -52,6 +52,7 @@ class Watcher(Protocol):
 
 recording: ChromeTrace | None = None  # changed by `start` and `stop` alone
 watcher: Watcher | None = None  # changed by `watch` alone
+_num_watches = 0  # calls of `watch`
 _is_on = False  # whether there is one of the two
 _streams = StreamSpans()
 
@@ -85,15 +86,15 @@ def flight(kind: str, name: str) -> Callable[..., object]:
     """Work that begins now, not shown to profilers; call what is returned, once, when somebody has waited for it."""
     if not _is_on:
         return nothing
-    recorded, told = recording, watcher
-    if told is not None:
-        told.begin(kind, name)
-    end_recorded = _recorded_flight(recorded, kind, name) if recorded is not None else nothing
+    number = _num_watches  # a flight that nobody ends must not keep its watcher alive
+    if watcher is not None:
+        watcher.begin(kind, name)
+    end_recorded = _recorded_flight(recording, kind, name) if recording is not None else nothing
 
     def end() -> None:
         end_recorded()
-        if told is not None and told is watcher:
-            told.end(kind, name)
+        if watcher is not None and number == _num_watches:
+            watcher.end(kind, name)
 
     return end
 
@@ -132,7 +133,8 @@ def stop() -> None:
 
 def watch(told: Watcher | None) -> None:
     """Tell `told` of everything from here on, and nobody else; None: nobody."""
-    global watcher, _is_on
+    global watcher, _num_watches, _is_on
+    _num_watches += 1
     watcher, _is_on = told, told is not None or recording is not None
 
 
