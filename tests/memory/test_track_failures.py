@@ -49,7 +49,7 @@ def failed_run(case: Case, limit_bytes: int, error: type[BaseException]) -> tupl
 
 def check_nothing_is_left() -> None:
     assert trace.watcher is None and trace.phase("forward", "a") is trace.OFF
-    assert "resize_" not in vars(torch.UntypedStorage)
+    assert torch.UntypedStorage.resize_ is torch._C.StorageBase.resize_
     assert _len_torch_dispatch_stack() == 0
 
 

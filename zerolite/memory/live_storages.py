@@ -37,8 +37,9 @@ class LiveStorages(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:
-            self._sizes[key] = 0
-            self._resize(key, storage.nbytes())
+            self._sizes[key] = nbytes = storage.nbytes()
+            self.current_bytes += nbytes
+            self._peak_bytes = max(self._peak_bytes, self.current_bytes)
             self._ends[key] = weakref.ref(storage, partial(self._forget, key))
 
     def leave_out(self, tensor: torch.Tensor) -> None:
@@ -71,14 +72,37 @@ class LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs) if kwargs else func(*args)
-        # A view, or what was written in place, is of memory that somebody else made, here or before.
-        made = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in self._sizes]
+        makes = _MAKES.get(func)
+        if makes is None:
+            makes = _MAKES[func] = _may_make(func)
+        if not makes:
+            return result
+        # What is not declared a view may be one all the same, of memory that somebody else made, here or before.
+        sizes = self._sizes
+        if type(result) is torch.Tensor:
+            made = [result] if result.untyped_storage()._cdata not in sizes else ()
+        else:
+            made = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in sizes]
         if made:
-            given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple((kwargs or {}).values())))}
+            given = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
+            if kwargs:
+                given |= {tensor.untyped_storage()._cdata for tensor in _tensors(tuple(kwargs.values()))}
             for tensor in made:
                 if tensor.untyped_storage()._cdata not in given:
                     self.add(tensor)
         return result
+
+
+# Whether an operation may return memory that it has made; decided once for each, since every one of a step is asked.
+_MAKES: dict[Any, bool] = {}
+
+
+def _may_make(func: Any) -> bool:
+    """False where all that it returns is declared to be a view of its arguments, or what it has written in place."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or schema.name.endswith(("resize_", "set_")):  # of a higher order; it takes other memory
+        return True
+    return any(value.alias_info is None for value in schema.returns)
 
 
 class LiveStoragesAndFlops(LiveStorages):
@@ -121,7 +145,13 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     """Those of an operation's arguments or results, which are tensors, and lists and tuples of them."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, list | tuple) else []
+    found: list[torch.Tensor] = []
+    for part in value if isinstance(value, list | tuple) else ():
+        if isinstance(part, torch.Tensor):
+            found.append(part)
+        elif isinstance(part, list | tuple):
+            found += _tensors(part)
+    return found
 
 
 def _flops(func, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
