@@ -33,7 +33,7 @@ LEVELS = [
 PUBLIC_NAMES = {
     "Adam", "AdamW", "CheckpointError", "DataError", "Lamb", "Lion", "Offload", "Precision", "Usage", "WorkerError",
     "ZeroliteError", "adapters", "compile", "export", "full_params", "like", "load", "load_pretrained", "measure",
-    "no_sync", "save", "shard", "Plan", "plan", "recommend",
+    "no_sync", "save", "shard", "Plan", "plan", "recommend", "track",
 }  # fmt: skip
 
 FLAGS = {

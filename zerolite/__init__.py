@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from zerolite.memory.measure import Usage, measure
     from zerolite.memory.plan import Plan, plan
     from zerolite.memory.recommend import recommend
+    from zerolite.memory.track import track
     from zerolite.optim.adam import Adam
     from zerolite.optim.adamw import AdamW
     from zerolite.optim.lamb import Lamb
@@ -49,6 +50,7 @@ __all__ = [
     "recommend",
     "save",
     "shard",
+    "track",
 ]
 
 # Each name's module is imported when the name is asked for: torch takes over a second and transformers as long again,
@@ -79,6 +81,7 @@ _LAZY = {
     "recommend": "zerolite.memory.recommend",
     "save": "zerolite.checkpoint.save",
     "shard": "zerolite.api",
+    "track": "zerolite.memory.track",
 }
 
 

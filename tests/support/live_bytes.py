@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import zerolite
-from zerolite.memory.live_storages import LiveStorages
+from zerolite.memory.live_storages import LiveStorages, resizes_through
 
 VOCAB, HIDDEN, LAYERS, ROWS, LENGTH = 256, 64, 5, 4, 32
 
@@ -100,11 +100,11 @@ class LiveBytes(LiveStorages):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[LiveBytes]:
-        def resize(storage, nbytes):
-            torch._C.StorageBase.resize_(storage, nbytes)
+        def resize(own, storage, nbytes):
+            own(storage, nbytes)
             self.resized(storage)
 
-        with replaced(torch.UntypedStorage, "resize_", resize), self:
+        with resizes_through(resize), self:
             yield self
 
 

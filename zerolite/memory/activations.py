@@ -1,9 +1,9 @@
 """What lives in a step beside model states: one forward and backward of a model on fake tensors, event by event.
 
 No table of architectures: the model's own code runs, with its attention, its loss and its activation checkpointing, on
-tensors that have shapes and no memory (FakeTensorMode), and `LiveStorages` counts. So what autograd saves is counted by
-the storage, once, and what is only there for a moment is in the peak between two events. Gradients of parameters count
-until autograd hands them over.
+tensors that have shapes and no memory (FakeTensorMode), and `LiveStoragesAndFlops` counts. So what autograd saves is
+counted by the storage, once, and what is only there for a moment is in the peak between two events. Gradients of
+parameters count until autograd hands them over.
 
 [Note: repeated blocks run four times]
 Of a run of blocks that are alike, the first three and the last are run. The others are skipped by a function that only
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from zerolite.engine.graph_task import is_in_backward
 from zerolite.engine.trees import map_tree, tensors_of
-from zerolite.memory.live_storages import LiveStorages
+from zerolite.memory.live_storages import LiveStoragesAndFlops
 from zerolite.memory.moments import Event, Moment, Profile
 from zerolite.memory.skipped_blocks import SkippedBlocks, alike_runs, expanded
 from zerolite.offload.placement import DtypeOf
@@ -78,7 +78,7 @@ def _fakes_left_out(model: nn.Module) -> Iterator[None]:
 
 
 def _run(model, plans, dtype_of: DtypeOf, step: Step, mode) -> tuple[Moment, ...]:
-    live = LiveStorages()
+    live = LiveStoragesAndFlops()
     recorder = _Recorder(live)
     resting = [module for module in model.modules() if not module.training]
     with mode, contextlib.ExitStack() as stack:
@@ -132,7 +132,7 @@ class _Step(nn.Module):
 class _Recorder:
     """Turns what hooks see into moments; the engine's own hooks see the same: engine/hooks.py."""
 
-    def __init__(self, live: LiveStorages):
+    def __init__(self, live: LiveStoragesAndFlops):
         self._live = live
         self._marks: list[tuple[Event, int, str, int, int]] = []  # ..., live bytes, flops until then
         self._peaks: list[int] = []  # before each mark

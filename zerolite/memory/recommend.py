@@ -141,7 +141,7 @@ def recommend(
         subject = Subject(model, adapt, units, step)
         can_checkpoint = hasattr(subject.model, "gradient_checkpointing_enable")
         switches = checkpointing if checkpointing is not None else (False, True) if can_checkpoint else (None,)
-        for stage, offload in _placements(stages, offloads, world_size):
+        for stage, offload in placements(stages, offloads, world_size):
             for switch in switches:
                 plan = plan_of(
                     subject,
@@ -164,7 +164,7 @@ def recommend(
     return Recommendation(tuple(sorted(found, key=_order(limits))), *limits)
 
 
-def _placements(
+def placements(
     stages: Sequence[int], offloads: Sequence[str], world_size: int | tuple[int, int]
 ) -> Iterator[tuple[int, str]]:
     """What is worth a plan: parameters are streamed where they are sharded, and one rank has nothing to share."""

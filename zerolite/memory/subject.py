@@ -101,7 +101,7 @@ class _checkpointing:
                 f"checkpointing={wanted} sets it on models of transformers, and this is a {type(model).__name__}: wrap "
                 "its blocks yourself and leave checkpointing=None"
             )
-        self.is_changed = wanted is not None and wanted != _is_checkpointing(model)
+        self.is_changed = wanted is not None and wanted != is_checkpointing(model)
 
     def __enter__(self) -> None:
         if self.is_changed:
@@ -121,5 +121,6 @@ class _checkpointing:
             getattr(self.model, f"{name}_checkpointing_disable")()
 
 
-def _is_checkpointing(model: nn.Module) -> bool:
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether some block of a model of transformers is recomputed in backward."""
     return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())

@@ -5,7 +5,7 @@ its hooks would tell it, and what it then holds is read off its buckets. So a pe
 moment, not a sum of peaks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,29 +14,21 @@ from zerolite_kernels.cpu.command import BLOCK_NUMEL
 from zerolite.memory.dry_engine import META, DryEngine, Traffic
 from zerolite.memory.live_storages import LiveStorages
 from zerolite.memory.moments import Event, Moment, Profile
-from zerolite.shards.bucket import TrainableBucket, Unit
-from zerolite.shards.parameters import FlatParameters
+from zerolite.memory.state_bytes import (
+    KINDS,
+    PHASES,
+    Peak,
+    arena_bytes,
+    fixed_bytes,
+    freed_units,
+    gradient_bytes,
+    kept_gradient_bytes,
+)
+from zerolite.shards.bucket import Bucket, TrainableBucket
 from zerolite.shards.states import ParameterState
 from zerolite.shards.update import Rule
 
-PHASES = ("forward", "backward", "step")
-# In the order of a stacked bar: what a rank always has, then what comes and goes.
-KINDS = (
-    "parameters", "master", "moments", "gradients", "units in flight", "buckets", "activations", "logits",
-    "step scratch",
-)  # fmt: skip
 _FILE_WIDTHS = {"fp32": 4, "bf16": 2, "int8": 1}
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Bytes by kind on one rank's device at one moment."""
-
-    bytes_of: Mapping[str, int]
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.bytes_of.values())
 
 
 @dataclass
@@ -69,8 +61,8 @@ class Walk:
             for bucket in engine.reducer.order
             for index, slot in enumerate(bucket.layout.slots)
         }  # with what autograd would deliver, which the profile counts
-        self.fixed = self._fixed()
-        self.gathered = list(_freed_units(engine.units))
+        self.fixed = fixed_bytes(self.buckets, self._resident_states)
+        self.gathered = list(freed_units(engine.units))
         self.peaks = {phase: Peak(dict.fromkeys(KINDS, 0)) for phase in PHASES}
         self._num_reduced = self._reduced_bytes = 0  # buckets, in the reducer's order, whose shard has its gradient
         self._base_bytes, self._is_tail = 0, False  # activations before the head; whether it runs
@@ -80,9 +72,14 @@ class Walk:
         with torch.no_grad():
             for _ in range(accumulation):
                 self._micro_batch()
-            gradients = sum(map(_gradient_bytes, self.engine.reducer.order))
+            gradients = sum(map(gradient_bytes, self.engine.reducer.order))
             self._step()
-        found = Walked({**self.fixed, "gradients": gradients}, self.peaks, self._host(), self.engine.traffic)
+        found = Walked(
+            {**self.fixed, "gradients": gradients},
+            self.peaks,
+            arena_bytes(self.buckets, self.engine.host.arena.nbytes),
+            self.engine.traffic,
+        )
         host = self.engine.host
         found.arena_bytes, found.pinned_bytes = host.arena.nbytes, host.arena.pinned_bytes
         found.file_bytes = host.states_bytes
@@ -106,35 +103,9 @@ class Walk:
                 memory.allocate(owned // BLOCK_NUMEL, torch.float32)
         return bucket.shard.new_states(())
 
-    def _fixed(self) -> dict[str, int]:
-        """Bytes of model states that stay on the device, counted as `measure` counts them."""
-        found = dict.fromkeys(("parameters", "master", "moments"), 0)
-        for bucket in self.buckets:
-            found["parameters"] += bucket.parameters.unsharded.untyped_storage().nbytes()
-            for kind, tensor, _ in bucket.shard.device_tensors():
-                if kind == "optimizer":
-                    found["master"] += tensor.nbytes
-                elif not _same_storage(tensor, bucket.parameters.unsharded):
-                    found["parameters"] += tensor.nbytes
-            states = self.states.get(bucket)  # type: ignore[call-overload]
-            if states is not None:
-                found["moments"] += sum(values.nbytes for values in states.resident().values())
-        return found
-
-    def _host(self) -> dict[str, int]:
-        """Bytes in the arena by kind, on one rank."""
-        found: dict[str, int] = {}
-        for bucket in self.buckets:
-            memory = getattr(bucket.shard, "memory", None)
-            if memory is None:
-                continue
-            parts = {"parameters": memory.parameter, "master": memory.master, "sums": memory.sum}
-            if isinstance(bucket, TrainableBucket):
-                parts["gradients"] = memory.gradient
-            for kind, shared in parts.items():
-                found[kind] = found.get(kind, 0) + (shared.nbytes if shared is not None else 0)
-        rest = self.engine.host.arena.nbytes - sum(found.values())
-        return {**found, "moments": rest} if found else {}  # with what whole pages cost
+    def _resident_states(self, bucket: Bucket) -> Iterable[torch.Tensor]:
+        states = self.states.get(bucket)  # type: ignore[call-overload]
+        return states.resident().values() if states is not None else ()
 
     # Events #
 
@@ -218,33 +189,6 @@ class Walk:
         """Of gradients that shards have on the device."""
         order = self.engine.reducer.order
         while self._num_reduced < len(order) and order[self._num_reduced].shard.has_gradient:
-            self._reduced_bytes += _kept_gradient_bytes(order[self._num_reduced])
+            self._reduced_bytes += kept_gradient_bytes(order[self._num_reduced])
             self._num_reduced += 1
         return min(self._reduced_bytes, self.live.current_bytes)
-
-
-def _freed_units(units: Iterable[Unit]) -> Iterator[tuple[FlatParameters, int]]:
-    """Of each unit that is gathered and freed: one of its buckets, which is where the others are, and bytes of all."""
-    for unit in units:
-        freed = [bucket.parameters for bucket in unit.buckets if not bucket.parameters.stays_unsharded]
-        if freed:
-            yield freed[0], sum(parameters.unsharded.nbytes for parameters in freed)
-
-
-def _same_storage(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    return tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
-
-
-def _gradient_bytes(bucket: TrainableBucket) -> int:
-    """Of its gradient on the device, as `measure` counts it: unique storages."""
-    storages = {
-        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-        for kind, tensor, _ in bucket.shard.device_tensors()
-        if kind == "gradients"
-    }
-    return sum(storages.values())
-
-
-def _kept_gradient_bytes(bucket: TrainableBucket) -> int:
-    """What its shard keeps on the device until the step."""
-    return 0 if bucket.shard.steps_in_background else _gradient_bytes(bucket)

@@ -52,6 +52,11 @@ class Arena:
         self.can_pin = True
         self.close = weakref.finalize(self, _close, os.getpid(), self.fd, self._pinned, device)
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Of tensors that are locked for copies."""
+        return sum(memory.nbytes for memory in self._pinned)
+
     def allocate(self, numel: int, dtype: torch.dtype) -> SharedTensor:
         """A tensor of undefined values. Its pages are placed by whoever touches them first."""
         offset = self.nbytes

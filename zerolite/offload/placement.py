@@ -72,6 +72,16 @@ class Placement:
             self.host.check_memory(max(needed_bytes - self.host.free_bytes, 0), what)
 
     @property
+    def offload(self) -> Offload | None:
+        """What the user has asked for; None where all lies on the device."""
+        return self.host.offload if self.host is not None else None
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of `host_bytes`, locked for copies."""
+        return self.host.arena.pinned_bytes if self.host is not None else 0
+
+    @property
     def host_bytes(self) -> int:
         """Host memory that is offloaded to: gradients, parameters, masters, states, and what workers need beside."""
         return self.host.arena.nbytes if self.host is not None else 0

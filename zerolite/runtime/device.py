@@ -49,6 +49,10 @@ class Cpu:
         """Lock host memory in place, so that copies from and to it run beside the host; whether that was done."""
         return False
 
+    def memory_counter(self) -> "AllocatorCounter | None":
+        """What counts the bytes that tensors take on this device; None where no allocator counts."""
+        return None
+
     def unpin(self, memories: Sequence[torch.Tensor]) -> None:
         """Undo `pin`, once every copy has ended. RuntimeError, after trying all, where the driver refuses one."""
 
@@ -108,11 +112,54 @@ class Cuda:
         with contextlib.suppress(RuntimeError):
             torch.empty(1, device=self.device).fill_(0)
 
+    def memory_counter(self) -> "AllocatorCounter | None":
+        return AllocatorCounter(self.device)
+
     def unpin(self, memories: Sequence[torch.Tensor]) -> None:
         torch.cuda.synchronize(self.device)
         codes = [int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())) for memory in memories]
         for code in filter(None, codes):
             raise RuntimeError(f"the driver cannot unlock host memory of {self.device}: {_reason(code)}")
+
+
+class AllocatorCounter:
+    """torch's CUDA allocator of one device: bytes of all tensors of this process, in blocks of 512."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @property
+    def current_bytes(self) -> int:
+        return self._read("allocated_bytes", "current")
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What the allocator has from the driver, with what no tensor uses."""
+        return self._read("reserved_bytes", "current")
+
+    @property
+    def device_bytes(self) -> int:
+        """Of the whole card."""
+        return torch.cuda.get_device_properties(self.device).total_memory
+
+    def take_peak(self) -> int:
+        """The most bytes that were alive at once since the last call, which this call begins anew."""
+        peak = self._read("allocated_bytes", "peak")
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def start_history(self) -> None:
+        """Record where memory is allocated, for `write_history`."""
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
+
+    def write_history(self, path: str) -> None:
+        """Write torch's memory snapshot, which pytorch.org/memory_viz shows, and record no more."""
+        torch.cuda.memory._dump_snapshot(path)
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _read(self, what: str, which: str) -> int:
+        # As a nested dict: `torch.cuda.memory_stats` flattens it, which takes several times as long.
+        return torch.cuda.memory_stats_as_nested_dict(self.device).get(what, {}).get("all", {}).get(which, 0)
 
 
 Device = Cpu | Cuda

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch.autograd import profiler
 
@@ -41,38 +41,66 @@ class _Off:
 
 OFF = _Off()
 
+
+class Watcher(Protocol):
+    """Who is told of phases and flights of this process as they begin and end; it raises nothing."""
+
+    def begin(self, kind: str, name: str) -> None: ...
+
+    def end(self, kind: str, name: str) -> None: ...
+
+
 recording: ChromeTrace | None = None  # changed by `start` and `stop` alone
+watcher: Watcher | None = None  # changed by `watch` alone
+_num_watches = 0  # calls of `watch`
+_is_on = False  # whether there is one of the two
 _streams = StreamSpans()
 
 
 def phase(kind: str, name: str, nbytes: int = 0) -> AbstractContextManager[object]:
     """A context: what this thread does inside is of this kind, for the unit of this name; `nbytes` of a copy."""
-    if recording is None and not profiler._is_profiler_enabled:
+    if not _is_on and not profiler._is_profiler_enabled:
         return OFF
     return _phase(kind, name, nbytes)
 
 
 @contextmanager
 def _phase(kind: str, name: str, nbytes: int) -> Iterator[None]:
-    label, recorded = f"zerolite::{kind} ({name})", recording
+    label, recorded, told = f"zerolite::{kind} ({name})", recording, watcher
     profiled = profiler.record_function(label) if profiler._is_profiler_enabled else OFF
     with profiled, devices.nvtx_range(label):
-        if recorded is None:
-            yield
-            return
-        begin, mark = time.monotonic_ns(), _streams.begin()
+        if told is not None:
+            told.begin(kind, name)
+        begin, mark = time.monotonic_ns(), _streams.begin() if recorded is not None else None
         try:
             yield
         finally:
-            _streams.end(mark, kind, name, nbytes)
-            recorded.add(Span(recorded.this_thread(), kind, name, begin, time.monotonic_ns(), nbytes))
+            if recorded is not None:
+                _streams.end(mark, kind, name, nbytes)
+                recorded.add(Span(recorded.this_thread(), kind, name, begin, time.monotonic_ns(), nbytes))
+            if told is not None and told is watcher:
+                told.end(kind, name)
 
 
 def flight(kind: str, name: str) -> Callable[..., object]:
-    """Work that begins now, in the Chrome trace only; call what is returned, once, when somebody has waited for it."""
-    if recording is None:
+    """Work that begins now, not shown to profilers; call what is returned, once, when somebody has waited for it."""
+    if not _is_on:
         return nothing
-    recorded, begin, mark = recording, time.monotonic_ns(), _streams.begin()
+    number = _num_watches  # a flight that nobody ends must not keep its watcher alive
+    if watcher is not None:
+        watcher.begin(kind, name)
+    end_recorded = _recorded_flight(recording, kind, name) if recording is not None else nothing
+
+    def end() -> None:
+        end_recorded()
+        if watcher is not None and number == _num_watches:
+            watcher.end(kind, name)
+
+    return end
+
+
+def _recorded_flight(recorded: ChromeTrace, kind: str, name: str) -> Callable[[], None]:
+    begin, mark = time.monotonic_ns(), _streams.begin()
     number = recorded.begin_flight(kind)
 
     def end() -> None:
@@ -85,8 +113,8 @@ def flight(kind: str, name: str) -> Callable[..., object]:
 
 def start(folder: str | os.PathLike[str]) -> None:
     """Record a Chrome trace from here on, `rank-00000.json` of rank 0; `ZEROLITE_TRACE` does it from the beginning."""
-    global recording
-    recording = ChromeTrace(Path(folder))
+    global recording, _is_on
+    recording, _is_on = ChromeTrace(Path(folder)), True
 
 
 def write() -> None:
@@ -97,10 +125,17 @@ def write() -> None:
 
 def stop() -> None:
     """Write, and record no more."""
-    global recording
+    global recording, _is_on
     if recording is not None:
         recording.close()
-    recording = None
+    recording, _is_on = None, watcher is not None
+
+
+def watch(told: Watcher | None) -> None:
+    """Tell `told` of everything from here on, and nobody else; None: nobody."""
+    global watcher, _num_watches, _is_on
+    _num_watches += 1
+    watcher, _is_on = told, told is not None or recording is not None
 
 
 if os.environ.get("ZEROLITE_TRACE"):

@@ -14,7 +14,7 @@ as long as the backward of one bucket before it delays anything. Tensors are all
 only behind that wait.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -39,6 +39,11 @@ class BufferPool:
     def clear(self) -> None:
         self._free.clear()
 
+    @property
+    def nbytes(self) -> int:
+        """Of buffers that nobody has borrowed."""
+        return sum(buffer.nbytes for buffers in self._free.values() for buffer in buffers)
+
 
 class FlatGradients:
     """The gradients of one trainable bucket on this rank, until its shard has them."""
@@ -62,6 +67,16 @@ class FlatGradients:
     @property
     def has_unreduced(self) -> bool:
         return any(self._filled)
+
+    def buffers(self) -> Iterator[torch.Tensor]:
+        """What is here on the device beside the shard's gradient: the local sum, and what its reduction reads."""
+        if self.local is not None:
+            yield self.local
+        if self._in_flight is not None:
+            local, shard, pending = self._in_flight
+            yield local
+            yield shard
+            yield from (kept for kept in pending.keepalive if isinstance(kept, torch.Tensor))
 
     def accumulate(self, index: int, gradient: torch.Tensor) -> None:
         """Add one parameter's gradient (its shape, any dtype) into the local sum."""
