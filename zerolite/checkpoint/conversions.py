@@ -172,7 +172,9 @@ def _sources_of(conversion: Conversion, weights: Weights, whole: WholeConversion
             "Files are missing, or config.json is of another model: download all of it"
         ) from error
     operations = ", ".join(type(operation).__name__ for operation in conversion.converter.operations)
-    logging.getLogger(__name__).info("%s is read whole by every rank that needs of it: %s", conversion.first, operations)
+    logging.getLogger(__name__).info(
+        "%s is read whole by every rank that needs of it: %s", conversion.first, operations
+    )
     for name, found in made.items():
         yield name, WholeSource(whole, conversion, name, found.shape)
 
