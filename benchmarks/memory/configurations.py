@@ -58,7 +58,10 @@ def zerolite_training(model, precision: str, stage: int, offload: str, is_lora: 
     if is_lora:
         add_lora(model)
     model = zerolite.shard(model, stage=stage, offload=placement_of(offload), precision=precision_of(precision)).train()
-    return plain_loop(model, zerolite.AdamW(trainable(model), **ADAMW))
+    optimizer = zerolite.AdamW(trainable(model), **ADAMW)
+    training = plain_loop(model, optimizer)
+    training.optimizer = optimizer
+    return training
 
 
 def fsdp2(model, precision: str, is_offloaded: bool) -> Training:

@@ -41,7 +41,7 @@ def cells(row: dict) -> list[str]:
     return [
         name,
         *(f"{nbytes / MIB:.1f}" for nbytes in kinds),
-        f"**{total(row) / MIB:.1f}**",
+        f"**{total(row) / MIB:.1f}**" + (f", {row['allocated'] / MIB:.1f} allocated" if row["allocated"] else ""),
         f"{sum(plan['peak'].values()) / MIB:.1f} ({off_by(row):+.2%})" if plan else DASH,
         f"{row['states'] / MIB:.1f}",
         f"{formula / MIB:.1f}",
@@ -80,12 +80,12 @@ rank. MiB of the rank that takes most; no two ranks of a configuration differ by
 
 {harness.markdown_table(HEADER, [cells(row) for row in rows])}
 
-- States, activations, in flight: what lives at the moment of the peak, of the second step. Every storage is counted from
-  the operation of torch that made it until it is freed (`benchmarks/memory/live_log.py`), for every library alike.
+- States, activations, in flight: what lives at the moment of the second step's peak. Every storage is counted from the
+  operation of torch that made it until it is freed (`benchmarks/memory/live_log.py`), for every library alike.
   States: what lives from step to step, and gradients from backward to the step. In flight: gathered for a while, in a
   collective, or made and freed by the step. Activations: all else, with the gradients of activations.
 - Plan: `zerolite.plan` with the same arguments. {_said_of(gaps)}
-- States after backward: with all gradients, beside the formula (16 bytes a trainable parameter and 2 or 4 a frozen one,
+- States after backward: with all gradients, beside the formula (16 bytes a trainable parameter, 2 or 4 a frozen one,
   divided as the stage divides) and beside the plan's states. DDP keeps its buckets, 4 bytes a parameter, from step to
   step beside the formula; its autocast keeps bf16 copies of weights among the activations.
 - Offloaded: zerolite's arena in host memory, which is none of the columns before. On the CPU what a peer offloads lies
