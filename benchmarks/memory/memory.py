@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import json
 import os
 import statistics
 import sys
@@ -219,15 +220,20 @@ def run(mode: str, ranks: int, work: Work, steps: int, launching: dict) -> dict:
     return row
 
 
-def rounds(options: argparse.Namespace, work: Work, launching: dict) -> Iterator[dict]:
-    """Every mode in its group, DDP before and after each group; rows with a ratio to the mean of those two."""
+def rounds(options: argparse.Namespace, work: Work, launching: dict, done: dict[str, dict]) -> Iterator[dict]:
+    """Every mode in its group, DDP before and after each group; rows with a ratio to the mean of those two.
+
+    done: rows of an earlier run, by mode, which come first as they are.
+    """
 
     def timed(mode: str) -> dict:
         return run(mode, options.ranks, work, options.steps, launching)
 
+    yield from done.values()
     first = timed("ddp")
-    yield first | {"step_to_ddp": 1.0 if "reason" not in first else None, "noise": None}
-    for group in grouped([mode for mode in options.modes if mode != "ddp"], options.group):
+    if "ddp" not in done:
+        yield first | {"step_to_ddp": 1.0 if first.get("step_seconds") else None, "noise": None}
+    for group in grouped([mode for mode in options.modes if mode not in {"ddp", *done}], options.group):
         rows = [timed(mode) for mode in group]
         last = timed("ddp")
         ends = [end["step_seconds"] for end in (first, last) if end.get("step_seconds")]
@@ -242,38 +248,55 @@ def grouped(modes: list[str], size: int) -> list[list[str]]:
     return [modes[start : start + size] for start in range(0, len(modes), size)]
 
 
-def collect(options: argparse.Namespace) -> dict:
-    """What the JSON file holds."""
+def collect(options: argparse.Namespace, earlier: dict | None) -> Iterator[dict]:
+    """What the JSON file holds, after every group and every world size; earlier: such a file, whose rows are kept."""
     facts = harness.machine_facts(("torch", "transformers", "deepspeed", "peft", "torchao"))
     work = Work(options.model, options.precision, options.micro_batch, options.sequence, options.checkpointing)
+    scaled = [mode for mode in SCALED if mode in options.modes] if options.scale else []
+    report = {
+        "facts": facts,
+        "earlier_facts": [earlier["facts"], *earlier["earlier_facts"]] if earlier else [],
+        "settings": settings_of(options, work),
+        "parameters": subject_of(work, False).numel(),
+        "rows": [],
+        "over_ranks": [row for row in earlier["over_ranks"] if "reason" not in row] if earlier else [],
+        "planned_over_ranks": [
+            {"mode": mode, "ranks": ranks, "plan": planned(mode, ranks, work)}
+            for mode in scaled
+            if CONFIGURATIONS[mode].is_planned
+            for ranks in (1, 2, 4, 8, 16, 32, 64)
+        ],
+    }
+    done = {row["mode"]: row for row in earlier["rows"] if "reason" not in row} if earlier else {}
     with tempfile.TemporaryDirectory(prefix="zerolite-ops-") as fresh:
         # Not torch's own folder: a lock that a killed build has left there would hang all.
         ops = os.environ.get("TORCH_EXTENSIONS_DIR", fresh)
         launching = {"env": {"TORCH_EXTENSIONS_DIR": ops}, "timeout": options.timeout}
-        if any(CONFIGURATIONS[mode].library == "deepspeed" for mode in options.modes):
+        if any(CONFIGURATIONS[mode].library == "deepspeed" and mode not in done for mode in options.modes):
             # One process compiles what the others load.
             run("deepspeed3-offload", 1, Work("tiny"), 0, launching | {"timeout": COMPILE_SECONDS})
-        rows = list(rounds(options, work, launching))
-        scaled = [mode for mode in SCALED if mode in options.modes]
-        others = [ranks for ranks in options.scale if ranks != options.ranks]
-        over_ranks = [run(mode, ranks, work, 0, launching) for ranks in others for mode in scaled]
-    lines = [
-        {"mode": mode, "ranks": ranks, "plan": planned(mode, ranks, work)}
-        for mode in scaled
-        if CONFIGURATIONS[mode].is_planned and options.scale
-        for ranks in (1, 2, 4, 8, 16, 32, 64)
-    ]
-    shown = ("ranks", "steps", "timeout", "group", "scale")
-    return {
-        "facts": facts,
-        "settings": dataclasses.asdict(work)
-        | {name: getattr(options, name) for name in shown}
-        | {"device": DEVICE.type, "backend": DEVICE.backend},
-        "parameters": subject_of(work, False).numel(),
-        "rows": rows,
-        "over_ranks": [row for row in rows if row["mode"] in scaled] + over_ranks if options.scale else [],
-        "planned_over_ranks": lines,
-    }
+        for row in rounds(options, work, launching, done):
+            report["rows"].append(row)
+            yield report
+        have = {(row["mode"], row["ranks"]) for row in report["over_ranks"]}
+        report["over_ranks"] += [
+            row for row in report["rows"] if row["mode"] in scaled and (row["mode"], row["ranks"]) not in have
+        ]
+        for ranks in options.scale:
+            for mode in scaled:
+                if ranks != options.ranks and (mode, ranks) not in have:
+                    report["over_ranks"].append(run(mode, ranks, work, 0, launching))
+                    yield report
+    order = list(CONFIGURATIONS)
+    report["rows"].sort(key=lambda row: order.index(row["mode"]))
+    yield report
+
+
+def settings_of(options: argparse.Namespace, work: Work) -> dict:
+    """What rows of two runs must have in common."""
+    shown = ("ranks", "steps", "group", "scale")
+    device = {"device": DEVICE.type, "backend": DEVICE.backend}
+    return dataclasses.asdict(work) | {name: getattr(options, name) for name in shown} | device
 
 
 def main() -> None:
@@ -293,6 +316,7 @@ def main() -> None:
     parser.add_argument(
         "--modes", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS), help="ddp is always run"
     )
+    parser.add_argument("--resume", action="store_true", help="keep the rows of the file that an earlier run has left")
     parser.add_argument("--output", type=Path, default=harness.RESULTS)
     options = parser.parse_args()
     if options.device == "cuda" and not is_gpu:
@@ -302,12 +326,17 @@ def main() -> None:
     options.modes = ["ddp", *(mode for mode in options.modes if mode != "ddp")]
     if options.scale is None:
         options.scale = [ranks for ranks in (1, 2, 4) if not is_gpu or ranks <= torch.cuda.device_count()]
-    report = collect(options)
     name = f"memory_{options.model}_{options.precision}_{DEVICE.type}"
-    text = memory_report.markdown(report)
-    target = harness.write_report(options.output, name, report, text)
-    memory_report.draw(target.with_suffix(".png"), report)
-    print(text)
+    file, earlier = options.output / f"{name}.json", None
+    if options.resume and file.is_file():
+        earlier = json.loads(file.read_text())
+        work = Work(options.model, options.precision, options.micro_batch, options.sequence, options.checkpointing)
+        if earlier["settings"] != (now := settings_of(options, work)):
+            parser.error(f"--resume: {file.name} is of {earlier['settings']}, this would be {now}")
+    for report in collect(options, earlier):
+        harness.write_report(options.output, name, report, memory_report.markdown(report))
+    memory_report.draw(file.with_suffix(".png"), report)
+    print(file.with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":

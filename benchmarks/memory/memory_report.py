@@ -74,7 +74,7 @@ def markdown(report: dict) -> str:
     text = f"""# Where a rank's memory goes: {title_of(report)}
 
 {harness.facts_markdown(report["facts"])}
-
+{_earlier(report)}
 Micro-batch {settings["micro_batch"]} x {settings["sequence"]} tokens a rank, AdamW, fresh processes of one thread a
 rank. MiB of the rank that takes most; no two ranks of a configuration differ by more than {spread:.1%}.
 
@@ -93,13 +93,21 @@ rank. MiB of the rank that takes most; no two ranks of a configuration differ by
 - Process: PSS of a rank and its workers above what it was before the model, between backward and step.
 - Step: barrier to barrier on rank 0, the median of {settings["steps"]}, over the mean of the DDP runs before and after
   the group of {settings["group"]}. Those two differ by {_noise_text(noise)}, so nothing smaller than that is a result.
-- A contender is ended after {settings["timeout"]:.0f} s. bf16: an fp32 master beside bf16 parameters (zerolite,
+- bf16: an fp32 master beside bf16 parameters (zerolite,
   DeepSpeed), autocast over fp32 (DDP), fp32 shards gathered in bf16 (FSDP2), nothing beside bf16 (torchao), a frozen
   base in bf16 under an fp32 adapter (PEFT).
 """
     if report["over_ranks"]:
         text += "\n## Over world size\nPeak MiB a rank; in brackets the plan's.\n\n" + _scale_table(report) + "\n"
     return text
+
+
+def _earlier(report: dict) -> str:
+    """The runs before this one, whose rows it kept."""
+    return "".join(
+        f"\nSome rows are of {facts['date']} · commit {facts['commit']} · `{facts['command']}`\n"
+        for facts in report["earlier_facts"]
+    )
 
 
 def _total(rank: dict) -> int:
