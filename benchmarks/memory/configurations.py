@@ -90,7 +90,15 @@ def torchao_8bit(model, precision: str) -> Training:
 
     low = precision == "bf16"
     model = torch.nn.parallel.DistributedDataParallel(model.to(torch.bfloat16) if low else model)
-    return plain_loop(model, AdamW8bit(model.parameters(), bf16_stochastic_round=low, **ADAMW))
+    training = plain_loop(model, AdamW8bit(model.parameters(), bf16_stochastic_round=low, **ADAMW))
+    step = training.step
+
+    def eager_step():
+        with torch.compiler.set_stance("force_eager"):  # compiled code cannot be counted
+            step()
+
+    training.step = eager_step
+    return training
 
 
 def torchao_offloaded(model, precision: str) -> Training:

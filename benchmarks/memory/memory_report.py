@@ -32,10 +32,10 @@ def off_by(row: dict) -> float | None:
 
 def cells(row: dict) -> list[str]:
     formula = row["formula"]["device"] + row["formula"]["host"] * row["counts_host"]
-    name = row["mode"] + (" (host included)" if row["counts_host"] else "")
     if "reason" in row:
         reason = f"did not run: {row['reason']}".replace("|", "/")
-        return [name, reason, *[DASH] * 5, f"{formula / MIB:.1f}", *[DASH] * 5]
+        return [row["mode"], reason, *[DASH] * 5, f"{formula / MIB:.1f}", *[DASH] * 5]
+    name = row["mode"] + (" (host included)" if row["counts_host"] else "")
     peak, plan = row["peak"], row["plan"]
     kinds = [peak["states"] + peak["gradients"], peak["activations"], peak["in flight"]]
     return [
@@ -93,9 +93,9 @@ rank. MiB of the rank that takes most; no two ranks of a configuration differ by
 - Process: PSS of a rank and its workers above what it was before the model, between backward and step.
 - Step: barrier to barrier on rank 0, the median of {settings["steps"]}, over the mean of the DDP runs before and after
   the group of {settings["group"]}. Those two differ by {_noise_text(noise)}, so nothing smaller than that is a result.
-- bf16: an fp32 master beside bf16 parameters (zerolite,
-  DeepSpeed), autocast over fp32 (DDP), fp32 shards gathered in bf16 (FSDP2), nothing beside bf16 (torchao), a frozen
-  base in bf16 under an fp32 adapter (PEFT).
+- bf16: an fp32 master beside bf16 parameters (zerolite, DeepSpeed), autocast over fp32 (DDP), fp32 shards gathered in
+  bf16 (FSDP2), nothing beside bf16 (torchao, whose step is not compiled here, since compiled code cannot be counted), a
+  frozen base in bf16 under an fp32 adapter (PEFT).
 """
     if report["over_ranks"]:
         text += "\n## Over world size\nPeak MiB a rank; in brackets the plan's.\n\n" + _scale_table(report) + "\n"
