@@ -89,6 +89,19 @@ PARTS = {
     "offload-states": Part(
         "--ranks GPUS -- --max_steps 60", "--ranks GPUS -- --max_steps 2 --max_samples 8", "offload/offload_states.py"
     ),
+    "memory": Part(
+        "--model 1b --ranks GPUS --sequence 1024 --steps 3 --timeout 120 --modes zerolite0 zerolite1 zerolite2 "
+        "zerolite3 zerolite2-optimizer zerolite3-parameters zerolite0-lora zerolite3-parameters-lora fsdp2 "
+        "fsdp2-offload",
+        "--model tiny --ranks GPUS --steps 1 --scale --modes zerolite2",
+        "memory/memory.py",
+    ),
+    "memory-peers": Part(
+        "--model 1b --ranks GPUS --sequence 1024 --steps 3 --timeout 120 --scale --modes deepspeed1 deepspeed2 "
+        "deepspeed3 deepspeed2-offload deepspeed3-offload peft-lora torchao-8bit torchao-offload",
+        benchmark="memory/memory.py",
+    ),
+    "memory-table": Part("--measure GPUS --timeout 100", benchmark="memory/hardware_table.py"),
     "host": Part(
         "--sizes 64 --rounds 3 --groups adam lion",
         "--sizes 1 --rounds 1 --groups adam --layouts 1x1 --sample 1",

@@ -7,6 +7,7 @@ rank returns comes back as a list. This file is also the program those processes
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.metadata
@@ -112,10 +113,20 @@ def launch(worker: Callable, arguments: dict, ranks: int, env: dict | None = Non
             _wait(processes, folder, time.monotonic() + timeout)
         finally:
             for process, log in zip(processes, logs, strict=True):
-                process.kill()  # a no-op for those that have ended
-                process.wait()
+                _end(process)
                 log.close()
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Kill a rank, unless it has ended, and what it has started: a compiler would go on, and hold its lock."""
+    if process.poll() is None:
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for child in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.wait()
 
 
 def start_rank(script: str, function: str, folder: str, environment: Mapping[str, str], log: IO) -> subprocess.Popen:

@@ -1,13 +1,16 @@
 """Benchmarks run from end to end on a tiny model; what they write is complete, and its losses agree."""
 
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import programs
+import psutil
 import pytest
 from limits import load
 from paths import ROOT
@@ -37,6 +40,26 @@ def test_ranks_of_the_harness_are_fresh_interpreters(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[['who', '0', '3', False], ['who', '1', '3', False]]"
+
+
+def test_a_hung_rank_is_ended_with_what_it_has_started(monkeypatch):
+    """A compiler that goes on would hold the lock that later ranks wait for."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    harness, started = importlib.import_module("harness"), []
+
+    def start_rank(script, function, folder, environment, log):
+        started.append(subprocess.Popen(["sh", "-c", "sleep 100 & wait"]))
+        while not psutil.Process(started[0].pid).children():
+            time.sleep(0.01)
+        started.extend(psutil.Process(started[0].pid).children())
+        return started[0]
+
+    monkeypatch.setattr(harness, "start_rank", start_rank)
+    with pytest.raises(harness.RankError, match="did not end in time"):
+        harness.launch(load, {}, 1, timeout=0.2)
+    child = started[1]
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_zero_step_writes_complete_results(tmp_path):
