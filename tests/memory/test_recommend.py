@@ -80,13 +80,18 @@ def test_the_fastest_that_fits_comes_first_and_each_other_says_why():
 
 
 def test_a_host_has_limits_too():
-    """Where the host has no room for what is offloaded, offload is rejected for it."""
+    """Where the host has no room for what is offloaded, offload is rejected for it; a CPU's memory is the host's."""
     case = Case("llama")
-    roomy = recommended(case, 1 << 40)
-    processes = min(candidate.plan.host_bytes for candidate in roomy.candidates)
-    found = recommended(case, 1 << 40, processes)
-    assert {candidate.offload for candidate in found.candidates if candidate.fits} == {"none"}
-    assert all("GiB a host" in candidate.why for candidate in found.candidates if candidate.offload != "none")
+    options = {"precision": case.precision, "batch": ROWS, "length": LENGTH}
+    for device in ("cuda", "cpu"):
+        roomy = zerolite.recommend(case.build(), WORLD, 1 << 40, device=device, **options)
+        least = min(candidate.plan.host_bytes for candidate in roomy.candidates)
+        found = zerolite.recommend(case.build(), WORLD, 1 << 40, least, device=device, **options)
+        assert {candidate.offload for candidate in found.candidates if candidate.fits} == {"none"}
+        assert all("GiB a host" in candidate.why for candidate in found.candidates if candidate.offload != "none")
+        peaks = {candidate.stage: candidate.plan for candidate in roomy.candidates if candidate.offload == "none"}
+        apart = peaks[0].host_bytes - peaks[3].host_bytes
+        assert apart == (WORLD * (peaks[0].peak_bytes - peaks[3].peak_bytes) if device == "cpu" else 0)
 
 
 def test_nothing_fits_is_said_with_what_is_nearest():

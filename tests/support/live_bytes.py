@@ -68,6 +68,7 @@ class Case(NamedTuple):
     lora: bool = False
     budget: int | None = None
     accumulation: int = 1
+    no_sync: bool = False  # but in the last micro-batch
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
@@ -140,10 +141,11 @@ def counted_run(case: Case) -> Counted:
             live.take_peak()
             sent.update(reduce=0, gather=0)
             peaks = dict.fromkeys(("forward", "backward", "step"), 0)
-            for _ in range(case.accumulation):
-                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-                peaks["forward"] = max(peaks["forward"], live.take_peak())
-                loss.backward()
+            for index in range(case.accumulation):
+                with zerolite.no_sync(model, enabled=case.no_sync and index + 1 < case.accumulation):
+                    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                    peaks["forward"] = max(peaks["forward"], live.take_peak())
+                    loss.backward()
                 del loss
                 peaks["backward"] = max(peaks["backward"], live.take_peak())
             usage = zerolite.measure(model, optimizer)

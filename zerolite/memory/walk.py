@@ -51,6 +51,7 @@ class Walked:
     pinned_bytes: int = 0
     file_bytes: int = 0
     stepped_by_workers_numel: int = 0
+    stepped_here_numel: int = 0  # on the device
 
 
 class Walk:
@@ -75,10 +76,11 @@ class Walk:
         self._num_reduced = self._reduced_bytes = 0  # buckets, in the reducer's order, whose shard has its gradient
         self._base_bytes, self._is_tail = 0, False  # activations before the head; whether it runs
 
-    def run(self, accumulation: int) -> Walked:
-        """`accumulation` micro-batches, each reduced, and a step."""
+    def run(self, accumulation: int, no_sync: bool) -> Walked:
+        """`accumulation` micro-batches, each reduced or all but the last inside `zerolite.no_sync`, and a step."""
         with torch.no_grad():
-            for _ in range(accumulation):
+            for index in range(accumulation):
+                self.engine.is_syncing = index + 1 == accumulation or not no_sync
                 self._micro_batch()
             gradients = sum(map(_gradient_bytes, self.engine.reducer.order))
             self._step()
@@ -86,8 +88,11 @@ class Walk:
         host = self.engine.host
         found.arena_bytes, found.pinned_bytes = host.arena.nbytes, host.arena.pinned_bytes
         found.file_bytes = host.states_bytes
-        stepped = (bucket.shard for bucket in self.engine.reducer.order if bucket.shard.steps_in_background)
-        found.stepped_by_workers_numel = sum(shard.range.numel for shard in stepped)
+        for bucket in self.engine.reducer.order:
+            if bucket.shard.steps_in_background:
+                found.stepped_by_workers_numel += bucket.shard.range.numel
+            else:
+                found.stepped_here_numel += bucket.shard.range.numel
         return found
 
     # What there is before the first step #
@@ -161,7 +166,8 @@ class Walk:
         elif moment.event is Event.GRADIENT:
             bucket, index, gradient = self.slots[moment.parameter]
             bucket.gradients.accumulate(index, gradient)
-            engine.reducer.mark_ready(bucket, index)
+            if engine.is_syncing:
+                engine.reducer.mark_ready(bucket, index)
         elif moment.event is Event.END:
             engine.finish_backward()
 
