@@ -47,7 +47,7 @@ def with_memory(device: float, argv: list[str], trains: bool) -> dict:
 
 
 def test_less_memory_means_another_choice(ranks, base, tmp_path, capfd):
-    """Two ranks: with room nothing leaves or is recomputed; with what the least takes, what fits is chosen, and told."""
+    """Two ranks: with room nothing leaves or is recomputed; with what the least takes, what fits is, and is told."""
     roomy, other = ranks(2).run(with_memory, ROOMY, arguments(base, tmp_path / "roomy", auto=True), False)
     assert roomy == other and (roomy["offload"], roomy["gradient_checkpointing"]) == ("none", False)
     assert "--auto: --stage" in capfd.readouterr().out
