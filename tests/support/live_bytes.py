@@ -53,7 +53,7 @@ def mixtral() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "t5": t5, "mixtral": mixtral}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFLOADS = {"none": None, "optimizer": zerolite.Offload(), "parameters": zerolite.Offload(parameters=True)}
 
 
@@ -69,6 +69,7 @@ class Case(NamedTuple):
     budget: int | None = None
     accumulation: int = 1
     no_sync: bool = False  # but in the last micro-batch
+    optimizer: str = "AdamW"
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
@@ -135,7 +136,7 @@ def counted_run(case: Case) -> Counted:
         if case.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model = zerolite.shard(model, stage=case.stage, offload=case.placement, precision=case.precision)
-        optimizer = zerolite.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+        optimizer = getattr(zerolite, case.optimizer)((p for p in model.parameters() if p.requires_grad), lr=1e-3)
         tokens = torch.randint(0, VOCAB, (ROWS, LENGTH))
         for _ in range(2):
             live.take_peak()

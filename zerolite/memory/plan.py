@@ -195,9 +195,9 @@ def plan(
 
     Activations are counted by running the model's own code on fake tensors with attention as torch has it on the CPU
     (fused, as a GPU's; with dropout in attention torch's unfused one), on rows without padding. Not counted: what a
-    kernel or cuBLAS takes inside, fragmentation of an allocator, an output in fp32 that loss scaling of fp16 adds, and
-    the partial sums of LAMB.
-    Raises ValueError and TypeError as `zerolite.shard`, and for a model that is sharded, unknown or cannot be run so.
+    kernel or cuBLAS takes inside, and fragmentation of an allocator.
+    Raises ValueError and TypeError as `zerolite.shard`, and for a model that is sharded, unknown, of DTensors, or
+    cannot be run so.
     """
     if batch is not None and not (isinstance(batch, int) and batch >= 1):
         raise ValueError(f"batch= is a number of rows of at least 1, or None for model states alone; got {batch!r}")

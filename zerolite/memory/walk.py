@@ -7,6 +7,7 @@ moment, not a sum of peaks.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from zerolite_kernels.cpu.command import BLOCK_NUMEL
@@ -17,7 +18,7 @@ from zerolite.memory.moments import Event, Moment, Profile
 from zerolite.shards.bucket import TrainableBucket, Unit
 from zerolite.shards.parameters import FlatParameters
 from zerolite.shards.states import ParameterState
-from zerolite.shards.update import Rule
+from zerolite.shards.update import Rule, TwoPassRule, Update
 
 PHASES = ("forward", "backward", "step")
 # In the order of a stacked bar: what a rank always has, then what comes and goes.
@@ -178,6 +179,8 @@ class Walk:
             self.engine.before_step()
             for bucket in self.engine.reducer.order:  # the norm
                 bucket.shard.sum_of_squares([True] * len(bucket.layout.slots), is_exact=False)
+            if self.rule.is_per_parameter:
+                self._prepare(cast(TwoPassRule, self.rule))
             for bucket in self.engine.reducer.order:
                 width = bucket.shard.spec.stepped_dtype.itemsize
                 if not bucket.shard.steps_in_background:
@@ -190,6 +193,18 @@ class Walk:
             self._note("step", None, {"step scratch": scratch})
             self.engine.clear_gradients()
             self.engine.fetch()
+
+    def _prepare(self, rule: TwoPassRule) -> None:
+        """What LAMB's first pass adds: rows of sums, and those of all ranks in one gather (`Lamb._sum_over_ranks`)."""
+        order, rows = self.engine.reducer.order, []
+        for bucket in order:
+            slots = bucket.layout.slots
+            updates = list(_updates(bucket)) if bucket.shard.steps_in_background else []  # a device's need no memory
+            rows.append(bucket.shard.prepare(rule, self.states[bucket], updates, len(slots)).view(-1))
+        flat = torch.cat([row.to(META) for row in rows])
+        if not all(bucket.shard.spec.owns_all for bucket in order):
+            flat = torch.empty(self.engine.mesh.shard.size, flat.numel(), dtype=flat.dtype, device=META).sum(dim=0)
+        self._note("step", None)
 
     def _note(self, phase: str, moment: Moment | None, more: Mapping[str, int] | None = None) -> None:
         """Keep what lives now, if it is the most of this phase."""
@@ -227,6 +242,16 @@ class Walk:
             self._reduced_bytes += _kept_gradient_bytes(order[self._num_reduced])
             self._num_reduced += 1
         return min(self._reduced_bytes, self.live.current_bytes)
+
+
+def _updates(bucket: TrainableBucket) -> Iterator[Update]:
+    """One of each part of a parameter in each shard that this rank owns, as `ShardedOptimizer` makes them."""
+    hyper = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}
+    for shard in bucket.layout.shard_ranges(bucket.shard.range):
+        for index, slot in enumerate(bucket.layout.slots):
+            part = slot.range.intersect(shard)
+            if part.numel:
+                yield Update(part, hyper, step=1, multiplier=1.0, slot=index)
 
 
 def _freed_units(units: Iterable[Unit]) -> Iterator[tuple[FlatParameters, int]]:
