@@ -8,7 +8,6 @@ Without options it trains a small LLaMA from scratch on the shipped corpus. `--h
 model says is no medical advice.
 """
 
-import dataclasses
 import math
 import signal
 import sys
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 import zerolite
 from zerolite.medqa import (
     answers,
+    auto,
     continuing,
     corpus,
     model,
@@ -88,13 +88,12 @@ def prepare(options: Options) -> Run:
     ranks = processes.join()
     check_shared(folder, ranks)
     options = options.resolved(ranks.device.type)
-    stage, why_stage = tuning.stage_of(options, config, ranks)
-    options = dataclasses.replace(options, stage=stage)
+    options, why_so = auto.placed(options, config, adapt, ranks)
     data_print = fingerprint(data.train)
     if len({tuple(row) for row in ranks.gather(*map(ord, data_print))}) > 1:
         raise ValueError("the ranks read different training rows: every machine needs the same files and tokenizer")
     told = [options.told(ranks.device.type) + data.summary, continuing.changes(options), unlocked]
-    ranks.print("\n".join(filter(None, [*told, chosen, data.first_row, why_stage])))
+    ranks.print("\n".join(filter(None, [*told, chosen, data.first_row, why_so])))
 
     global_batch_rows = ranks.world_size * options.per_device_train_batch_size * options.gradient_accumulation_steps
     order = Order([len(example.input_ids) for example in data.train], global_batch_rows, options.seed)

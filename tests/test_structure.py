@@ -37,7 +37,8 @@ PUBLIC_NAMES = {
 }  # fmt: skip
 
 FLAGS = {
-    "columns", "cutoff_len", "eval_steps", "export", "export_merged", "finetuning_type", "gradient_accumulation_steps",
+    "auto", "columns", "cutoff_len", "eval_steps", "export", "export_merged", "finetuning_type",
+    "gradient_accumulation_steps",
     "gradient_checkpointing", "learning_rate", "logging_steps", "lora_alpha", "lora_dropout", "lora_rank",
     "lora_target", "loraplus_lr_ratio", "lr_scheduler_type", "max_grad_norm", "max_samples", "max_steps",
     "model_name_or_path", "num_train_epochs", "num_virtual_tokens", "offload", "offload_budget", "offload_parameters",

@@ -29,6 +29,7 @@ def test_defaults_that_depend_on_start_and_device():
     assert (scratch.learning_rate, scratch.num_train_epochs, scratch.precision) == (1e-3, 8.0, "fp32")
     assert (pretrained.learning_rate, pretrained.num_train_epochs, pretrained.precision) == (2e-5, 3.0, "bf16")
     given = ["--learning_rate", "0.1", "--num_train_epochs", "1", "--precision", "fp16", "--weight_decay", "0.2"]
+    given += ["--offload", "none", "--no-offload_parameters", "--no-gradient_checkpointing"]
     assert parse(given).resolved("cpu") == parse(given)
 
 
@@ -51,7 +52,7 @@ def test_offloading_is_switched_on_and_off(tmp_path):
     assert parse(argv).placement() == zerolite.Offload(budget="20GiB", workers=2, states="int8")
     (tmp_path / "run.yaml").write_text(parse(argv).to_yaml())
     config = ["--config", str(tmp_path / "run.yaml")]
-    assert parse(config) == parse(argv) and parse([*config, "--offload", "none"]) == Options()
+    assert parse(config) == parse(argv) and parse([*config, "--offload", "none"]) == Options(offload="none")
     with pytest.raises(ValueError, match="--offload_workers is part of offloading"):
         parse([*config, "--offload", "none", "--offload_workers", "2"])
 

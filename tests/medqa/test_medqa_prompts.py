@@ -121,7 +121,7 @@ def test_a_cutoff_without_room_for_the_template_is_refused():
 
 
 def test_what_trains_can_be_asked():
-    """At any cutoff_len that a row of training fits into, its prompt fits too, and leaves an answer at least a token."""
+    """At any cutoff_len that a row of training fits into, its prompt fits too, and leaves an answer a token."""
     lengths = []
     for cutoff_len in range(8, 80):
         try:

@@ -28,7 +28,8 @@ FEW_BYTES = 8192  # a rank: numbers that ranks exchange before a step, header me
 def planned(case: Case, world: int) -> Plan:
     subject = Subject(case.build(), case.adapt)
     inputs = Inputs(ROWS, LENGTH, checkpointing=case.checkpointing)
-    options = {"inputs": inputs, "accumulation": case.accumulation, "device": "cpu"}
+    options = {"inputs": inputs, "accumulation": case.accumulation, "no_sync": case.no_sync, "device": "cpu"}
+    options["optimizer"] = case.optimizer
     return plan_of(subject, case.stage, world, case.placement, case.precision, **options)
 
 
@@ -59,6 +60,11 @@ CASES = [
     (2, Case("mixtral", 0, "optimizer", "fp32")),
     (2, Case("llama", 2, "optimizer", "bf16", accumulation=2)),
     (2, Case("llama", 3, accumulation=2)),
+    (2, Case("llama", 2, "none", "bf16", accumulation=2, no_sync=True)),
+    (2, Case("gpt2", 3, "parameters", accumulation=3, no_sync=True)),
+    (2, Case("llama", 2, "none", "fp16")),
+    (2, Case("llama", 3, "optimizer", optimizer="Lamb")),
+    (4, Case("gpt2", 1, "none", "bf16", optimizer="Lamb")),
 ]
 
 

@@ -53,7 +53,7 @@ def mixtral() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "t5": t5, "mixtral": mixtral}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFLOADS = {"none": None, "optimizer": zerolite.Offload(), "parameters": zerolite.Offload(parameters=True)}
 
 
@@ -68,6 +68,8 @@ class Case(NamedTuple):
     lora: bool = False
     budget: int | None = None
     accumulation: int = 1
+    no_sync: bool = False  # but in the last micro-batch
+    optimizer: str = "AdamW"
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
@@ -134,16 +136,17 @@ def counted_run(case: Case) -> Counted:
         if case.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model = zerolite.shard(model, stage=case.stage, offload=case.placement, precision=case.precision)
-        optimizer = zerolite.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+        optimizer = getattr(zerolite, case.optimizer)((p for p in model.parameters() if p.requires_grad), lr=1e-3)
         tokens = torch.randint(0, VOCAB, (ROWS, LENGTH))
         for _ in range(2):
             live.take_peak()
             sent.update(reduce=0, gather=0)
             peaks = dict.fromkeys(("forward", "backward", "step"), 0)
-            for _ in range(case.accumulation):
-                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-                peaks["forward"] = max(peaks["forward"], live.take_peak())
-                loss.backward()
+            for index in range(case.accumulation):
+                with zerolite.no_sync(model, enabled=case.no_sync and index + 1 < case.accumulation):
+                    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                    peaks["forward"] = max(peaks["forward"], live.take_peak())
+                    loss.backward()
                 del loss
                 peaks["backward"] = max(peaks["backward"], live.take_peak())
             usage = zerolite.measure(model, optimizer)

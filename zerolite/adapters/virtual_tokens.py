@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from zerolite.adapters.config import PromptConfig
 
@@ -56,7 +57,7 @@ class VirtualTokens(nn.Module):
         self.to(device=device, dtype=dtype)
 
     def forward(self) -> Tensor:
-        if self.source_ids is not None:
+        if self.source_ids is not None and not isinstance(self.embedding, FakeTensor):  # a plan's, which has no values
             raise ValueError(
                 "this prompt starts from values of the base model, which had none when it was added: "
                 "zerolite.load_pretrained(adapt=...) and zerolite.shard(model) compute them; where neither is called, "

@@ -5,7 +5,6 @@ Names are LLaMA-Factory's where it has one. The command line wins over the file,
 
 import argparse
 import dataclasses
-import operator
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import zerolite
 from zerolite.medqa import names
 from zerolite.medqa.layouts import columns_of
 from zerolite.medqa.split import check_size
+from zerolite.medqa.values import checked
 
 CORPUS = Path(__file__).parent / "corpus"
 OPTIONS = "options.yaml"  # of a run, in its output folder
@@ -72,6 +72,9 @@ class Options:
     )
     export_merged: bool = option(False, bool, "also write the model with its LoRA merged, as a Hugging Face folder")
     # Memory
+    auto: bool = option(
+        False, bool, "stage, offload and gradient_checkpointing as zerolite.recommend has it; what you set stays"
+    )
     stage: int | None = option(
         None,
         int,
@@ -81,16 +84,23 @@ class Options:
     precision: str | None = option(
         None, str, "dtype of parameters (default: bf16 on CUDA, fp32 on the CPU)", choices=("fp32", "bf16", "fp16")
     )
-    gradient_checkpointing: bool = option(False, bool, "recompute activations in the backward pass")
-    offload: str = option(
-        "none", str, "cpu: gradients and optimizer states lie, and are stepped, on the host", choices=("none", "cpu")
+    gradient_checkpointing: bool | None = option(
+        None, bool, "recompute activations in the backward pass (default: no, or by --auto)"
+    )
+    offload: str | None = option(
+        None,
+        str,
+        "cpu: gradients and optimizer states lie, and are stepped, on the host (default: none, or by --auto)",
+        choices=("none", "cpu"),
     )
     offload_budget: str | None = option(
         None, str, "device memory for model states on each rank, as 20GiB: only the rest leaves (default: all leave)"
     )
     offload_workers: int | None = option(None, int, "optimizer processes of each rank (default: 1)", least=1)
     offload_states: str = option("fp32", str, "how the host keeps moments", choices=("fp32", "bf16", "int8"))
-    offload_parameters: bool = option(False, bool, "parameters in host memory too, at stage 3")
+    offload_parameters: bool | None = option(
+        None, bool, "parameters in host memory too, at stage 3 (default: no, or by --auto)"
+    )
     offload_path: str | None = option(
         None, str, "folder on a local NVMe drive for the moments (default: in host memory)"
     )
@@ -165,12 +175,18 @@ class Options:
         return self.finetuning_type != "full"
 
     def resolved(self, device_type: str) -> "Options":
-        """With the defaults that depend on the device and on the kind of start filled in, but for the stage."""
+        """With the defaults that depend on the device and on the kind of start filled in.
+
+        Not filled in is what is chosen later: the stage, and with `auto` all of `PLACED`.
+        """
         is_pretrained = self.model_name_or_path is not None
         usual_rate = zerolite.adapters.PRESETS[self.finetuning_type].learning_rate if is_pretrained else 1e-3
         usual_decay = 0.0 if self.is_adapter else 0.1
+        usual = {} if self.auto else {"offload": "none", "offload_parameters": False, "gradient_checkpointing": False}
+        chosen = {name: value for name, value in usual.items() if getattr(self, name) is None}
         return dataclasses.replace(
             self,
+            **chosen,
             precision=self.precision or ("bf16" if device_type == "cuda" else "fp32"),
             num_train_epochs=self.num_train_epochs or (3.0 if is_pretrained else 8.0),
             learning_rate=self.learning_rate or usual_rate,
@@ -210,8 +226,8 @@ class Options:
 
     def placement(self) -> zerolite.Offload | None:
         """What leaves the device; None: nothing does. ValueError for options that do not go together."""
-        chosen = [name for name in OFFLOADED if getattr(self, name) != FIELDS[name].default]
-        if self.offload == "none":
+        chosen = [name for name in OFFLOADED if getattr(self, name) not in (FIELDS[name].default, False)]
+        if self.offload in (None, "none"):
             if chosen:
                 raise ValueError(f"--{chosen[0]} is part of offloading, which is off: add --offload cpu")
             return None
@@ -224,7 +240,8 @@ class Options:
         if self.offload_path is not None and not Path(self.offload_path).is_dir():
             raise ValueError(f"--offload_path {self.offload_path}: expected a folder on a local drive, there is none")
         try:
-            return zerolite.Offload(**{name.removeprefix("offload_"): getattr(self, name) for name in OFFLOADED})
+            details = {name.removeprefix("offload_"): getattr(self, name) for name in OFFLOADED}
+            return zerolite.Offload(**details | {"parameters": bool(self.offload_parameters)})
         except ValueError as error:
             raise ValueError(f"--offload_budget: {error}") from None
 
@@ -260,6 +277,7 @@ def _yaml(values: dict) -> str:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 OFFLOADED = [name for name in FIELDS if name.startswith("offload_")]
+PLACED = ("stage", "offload", "offload_parameters", "gradient_checkpointing")  # what --auto chooses
 LORA = [name for name in FIELDS if name.startswith("lora")] + ["use_rslora", "use_dora", "export_merged"]
 PROMPT = [name for name in FIELDS if name.startswith("prompt_")] + ["num_virtual_tokens"]
 
@@ -268,6 +286,7 @@ def parse(argv: list[str]) -> Options:
     """Options from a command line (without the program's name).
 
     `--resume` without `--config` reads the options of the run that it goes on with, from the folder that it names.
+    With `--auto` beside it, what --auto chooses is chosen anew.
     `--offload none` here also takes back the file's offload options, `--num_train_epochs` its max_steps. `--help`
     prints and leaves with status 0.
     Raises ValueError for an unknown option, one without its value, a value out of range, options that do not go
@@ -299,11 +318,13 @@ def parse(argv: list[str]) -> Options:
         values = read_config(given.pop("config"))
     elif given.get("resume") and (file := options_file(Path(given["resume"]))) is not None:
         values = {**read_config(file), "output_dir": str(file.parent)}  # it may have been moved since
+        if given.get("auto"):
+            values = {name: value for name, value in values.items() if name not in PLACED}
     if given.get("offload") == "none":
         values = {name: value for name, value in values.items() if name not in OFFLOADED}
     if "num_train_epochs" in given:
         values.pop("max_steps", None)
-    values.update({name: _check(f"--{name}", FIELDS[name], value) for name, value in given.items()})
+    values.update({name: checked(f"--{name}", FIELDS[name], value) for name, value in given.items()})
     options = Options(**values)
     options.placement()
     options.check_adapter()
@@ -341,53 +362,4 @@ def read_config(path: str | Path) -> dict:
     for name in values:
         if name not in FIELDS:
             raise ValueError(f"--config {path}: {names.unknown(str(name), list(FIELDS))}")
-    return {name: _check(f"{path}: {name}", FIELDS[name], value) for name, value in values.items()}
-
-
-def _check(name: str, field: dataclasses.Field, value):
-    """A value from outside as the field's type; None only where the default is None."""
-    if value is None and field.default is None:
-        return None
-    if field.metadata["many"]:
-        values = value if isinstance(value, list) else [value]
-        if not values:
-            raise ValueError(f"{name}: expected at least one value, got none")
-        checked = tuple(_check_one(name, field, one) for one in values)
-        return names.targets(checked) if field.name == "lora_target" else checked
-    return _check_one(name, field, value)
-
-
-def _check_one(name: str, field: dataclasses.Field, value):
-    limits = field.metadata
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[limits["kind"]]
-    try:
-        value = names.our_value(field.name, value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    try:
-        checked = _convert(limits["kind"], value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}") from None
-    if limits["choices"] and checked not in limits["choices"]:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, limits['choices']))}, got {value!r}")
-    for key, sign, holds in (("least", ">=", operator.ge), ("above", ">", operator.gt), ("most", "<=", operator.le)):
-        if limits[key] is not None and not holds(checked, limits[key]):  # also where it is not a number
-            raise ValueError(f"{name}: expected {expected} {sign} {limits[key]}, got {value!r}")
-    if checked in (float("inf"), float("-inf")):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return checked
-
-
-def _convert(kind: type, value):
-    """Strict, but for one thing: YAML reads 3e-4 as a text, which is a number here."""
-    if kind is bool or isinstance(value, bool):
-        if not (kind is bool and isinstance(value, bool)):
-            raise TypeError
-        return value
-    if kind is str:
-        if not isinstance(value, str) or not value:
-            raise TypeError
-        return value
-    if not isinstance(value, (int, float, str)) or (kind is int and isinstance(value, float)):
-        raise TypeError
-    return kind(value)
+    return {name: checked(f"{path}: {name}", FIELDS[name], value) for name, value in values.items()}

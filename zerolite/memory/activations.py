@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from zerolite.config import Precision
 from zerolite.engine.graph_task import is_in_backward
 from zerolite.engine.trees import map_tree, tensors_of
 from zerolite.memory.live_storages import LiveStoragesAndFlops
@@ -75,6 +76,34 @@ def _fakes_left_out(model: nn.Module) -> Iterator[None]:
                 del vars(module)[name]
                 if name in attributes:
                     vars(module)[name] = attributes[name]
+
+
+@contextlib.contextmanager
+def scaled_output(model: nn.Module, precision: Precision | None) -> Iterator[None]:
+    """Inside, an fp16 model returns fp32 copies, as the engine's loss scaling has it: engine/hooks.py, `scale_loss`."""
+    if precision is None or precision.param is not torch.float16:
+        yield
+        return
+
+    def copied(leaf: torch.Tensor) -> torch.Tensor:
+        return _Scaled.apply(leaf) if leaf.requires_grad and leaf.is_floating_point() else leaf
+
+    hook = model.register_forward_hook(lambda module, args, output: map_tree(copied, output))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: torch.Tensor):
+        ctx.dtype = output.dtype
+        return output.to(torch.float32, copy=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient * 1.0).to(ctx.dtype)
 
 
 def _run(model, plans, dtype_of: DtypeOf, step: Step, mode) -> tuple[Moment, ...]:

@@ -1,6 +1,7 @@
 """Measure `Rates` on this machine: copies, matrix products, the host's optimizer step, an all-reduce under torchrun."""
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ def measure_rates(seconds: float) -> Rates:
     """Each rate from repetitions of about `seconds`, the best of which counts. Collective under torchrun.
 
     Where torchrun has started several ranks their all-reduce is measured too; host figures are then taken by all ranks
-    at once, each with its share of the cores.
+    at once, each with its share of the cores; that of the step is of all ranks of the machine together.
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -41,12 +42,32 @@ def measure_rates(seconds: float) -> Rates:
             matmul_flop_per_s={name: _matmul(device, dtype, seconds) for name, dtype in MATMUL_DTYPES.items()},
             device_copy_bytes_per_s=_device_copy(device, seconds) if h2d is not None else of_host,
             host_copy_bytes_per_s=of_host,
-            host_step_elements_per_s=_host_step(cpu, seconds),
+            host_step_elements_per_s=_host_step(cpu, seconds, num_local),
             h2d_bytes_per_s=h2d,
             d2h_bytes_per_s=d2h,
             all_reduce_bytes_per_s=_all_reduce(device, seconds) if num_ranks > 1 else None,
             num_ranks=num_ranks,
         )
+
+
+def slowest_rates(seconds: float) -> Rates:
+    """As `measure_rates`, of the slowest rank, the same on every rank. Collective where there is a process group."""
+    rates = measure_rates(seconds)
+    if not dist.is_initialized():
+        return rates
+    from zerolite.runtime.mesh import mesh_of  # as below
+
+    group = mesh_of(None, devices.default()).shard
+    names = [entry.name for entry in dataclasses.fields(rates) if isinstance(getattr(rates, entry.name), float)]
+    products = list(rates.matmul_flop_per_s)
+    own = [*rates.matmul_flop_per_s.values(), *(getattr(rates, name) for name in names)]
+    least = (
+        group.all_gather_scalars(torch.tensor(own, dtype=torch.float64, device=devices.default()))
+        .min(dim=0)
+        .values.tolist()
+    )
+    matmul = dict(zip(products, least, strict=False))
+    return dataclasses.replace(rates, matmul_flop_per_s=matmul, **dict(zip(names, least[len(products) :], strict=True)))
 
 
 @contextlib.contextmanager
@@ -116,8 +137,8 @@ def _once_s(device: Device, left: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _host_step(cpu: Device, seconds: float) -> float | None:
-    """None where the C++ kernels are not built."""
+def _host_step(cpu: Device, seconds: float, num_local: int) -> float | None:
+    """Of all ranks of this machine together; None where the C++ kernels are not built."""
     tensors = {name: torch.zeros(STEP_NUMEL) for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq")}
     if not cpu_kernels.serves(*tensors.values()):
         return None
@@ -126,7 +147,7 @@ def _host_step(cpu: Device, seconds: float) -> float | None:
         beta1=0.9, beta2=0.999, eps=1e-8, bias_correction1=0.1, bias_correction2_sqrt=0.03, trust_ratio=1.0,
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )  # fmt: skip
-    return STEP_NUMEL / _best_s(cpu, lambda: cpu_kernels.execute(command), seconds)
+    return num_local * STEP_NUMEL / _best_s(cpu, lambda: cpu_kernels.execute(command), seconds)
 
 
 def _all_reduce(device: Device, seconds: float) -> float:

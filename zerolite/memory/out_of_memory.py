@@ -121,7 +121,7 @@ class _Changes:
         """Stages and offloads, the simplest first; each has to save more than those before it."""
         mesh = self.engine.mesh
         best, told = self._needs(self.present) - int(LEAST_SHARE * peak_bytes), 0
-        for stage, name in placements(range(4), tuple(OFFLOADS), (mesh.replicas.size, mesh.shard.size)):
+        for stage, name in placements(range(4), OFFLOADS, (mesh.replicas.size, mesh.shard.size)):
             needs = self._needs(self._plan(stage, OFFLOADS[name]))
             if needs >= best or told == MAX_CHANGES:
                 continue

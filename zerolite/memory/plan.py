@@ -17,7 +17,7 @@ from zerolite.memory import activations
 from zerolite.memory.dry_engine import Traffic, dry_engine
 from zerolite.memory.rates import Rates
 from zerolite.memory.subject import Inputs, Subject
-from zerolite.memory.times import StepTime, completed, step_time
+from zerolite.memory.times import StepTime, Work, completed, step_time
 from zerolite.memory.walk import Peak, Walk
 from zerolite.offload.placement import Policy
 from zerolite.optim.adam import Adam
@@ -37,6 +37,7 @@ OPTIMIZERS: dict[str, type[ShardedOptimizer]] = {"adamw": AdamW, "adam": Adam, "
 class Target:
     """What differs between devices in a plan."""
 
+    is_host: bool  # the device's memory is the host's
     receives_apart: bool  # a reduction receives into memory of its own
     scratch_numel: int  # elements that a step works on at once beside its operands
     overhead_bytes: int  # of a process on its device, before any tensor
@@ -49,10 +50,10 @@ class Target:
 WORKER_BYTES = 12 * 2**20
 TARGETS = {
     "cuda": Target(
-        False, Cuda.chunk_numel, 3 * GIB // 4, 5 * GIB // 4,
+        False, False, Cuda.chunk_numel, 3 * GIB // 4, 5 * GIB // 4,
         "a CUDA context with its kernels and NCCL takes 0.75 GiB of the card and 1.25 GiB of the host (assumed)",
     ),
-    "cpu": Target(True, 0, 0, 320 * 2**20, "a process takes 0.3 GiB of the host (measured with torch 2.13)"),
+    "cpu": Target(True, True, 0, 0, 320 * 2**20, "a process takes 0.3 GiB of the host (measured with torch 2.13)"),
 }  # fmt: skip
 
 
@@ -77,7 +78,7 @@ class Plan:
     pinned_bytes: int
     file_bytes: int
     overhead_bytes: int  # on the device, of the process
-    host_bytes: int  # of one host: arenas and processes of its ranks, workers included
+    host_bytes: int  # of one host: arenas and processes of its ranks, workers included; on the CPU their peaks, too
     traffic: Traffic  # of one step
     flops: int  # of one step's forward and backward
     time: StepTime
@@ -167,6 +168,7 @@ def plan(
     chunked_loss: bool = False,
     step: activations.Step | None = None,
     accumulation: int = 1,
+    no_sync: bool = False,
     device: str = "cuda",
     ranks_per_host: int = 8,
     rates: Rates | None = None,
@@ -186,15 +188,16 @@ def plan(
         states alone, without activations.
     checkpointing: recompute blocks in backward; None: as the model is set. chunked_loss: logits are never whole.
     step: for other models, one forward with inputs that it makes, returning the loss; in place of batch and length.
-    accumulation: micro-batches a step, each reduced (not inside `no_sync`, which costs a whole gradient).
+    accumulation: micro-batches a step. no_sync: all but the last run inside `zerolite.no_sync`, which costs a whole
+        gradient; else each is reduced.
     device: "cuda" or "cpu", what a process takes there and how it communicates. ranks_per_host: processes of one host.
     rates: what the time is computed from; None: assumed ones, which the plan tells.
 
     Activations are counted by running the model's own code on fake tensors with attention as torch has it on the CPU
     (fused, as a GPU's; with dropout in attention torch's unfused one), on rows without padding. Not counted: what a
-    kernel or cuBLAS takes inside, fragmentation of an allocator, an output in fp32 that loss scaling of fp16 adds, and
-    the partial sums of LAMB.
-    Raises ValueError and TypeError as `zerolite.shard`, and for a model that is sharded, unknown or cannot be run so.
+    kernel or cuBLAS takes inside, and fragmentation of an allocator.
+    Raises ValueError and TypeError as `zerolite.shard`, and for a model that is sharded, unknown, of DTensors, or
+    cannot be run so.
     """
     if batch is not None and not (isinstance(batch, int) and batch >= 1):
         raise ValueError(f"batch= is a number of rows of at least 1, or None for model states alone; got {batch!r}")
@@ -209,6 +212,7 @@ def plan(
         optimizer=optimizer,
         inputs=inputs,
         accumulation=accumulation,
+        no_sync=no_sync,
         device=device,
         ranks_per_host=ranks_per_host,
         rates=rates,
@@ -225,6 +229,7 @@ def plan_of(
     optimizer: str | type[ShardedOptimizer] = "AdamW",
     inputs: Inputs,
     accumulation: int = 1,
+    no_sync: bool = False,
     device: str = "cuda",
     ranks_per_host: int = 8,
     rates: Rates | None = None,
@@ -241,14 +246,17 @@ def plan_of(
     plans = subject.unit_plans(precision)
     policy = Policy(Partition(stage), num_shards, precision, subject.dtype_of(precision))
     engine = dry_engine(plans, policy, offload, num_replicas, target.receives_apart)
-    walked = Walk(engine, rule, profile, target.scratch_numel).run(accumulation)
+    walked = Walk(engine, rule, profile, target.scratch_numel).run(accumulation, no_sync)
     num_here = min(ranks_per_host, num_shards * num_replicas)
+    on_host = max(peak.total_bytes for peak in walked.peaks.values()) if target.is_host else 0
     workers = WORKER_BYTES * (offload.workers or 1) if offload is not None and walked.arena_bytes else 0
     whole, said = completed(rates)
     flops = profile.flops * accumulation
     states_bytes = sum(walked.states[kind] for kind in ("gradients", "master", "moments"))
     dtype = policy.dtype_of(next(iter(subject.model.parameters())))
-    time = step_time(flops, dtype, walked.traffic, states_bytes, walked.stepped_by_workers_numel * num_here, whole)
+    work = Work(
+        flops, dtype, walked.traffic, states_bytes, walked.stepped_here_numel, walked.stepped_by_workers_numel, num_here
+    )
     assumptions = [said, f"{num_here} rank{'s' * (num_here > 1)} a host", target.assumption]
     if profile.is_real:
         assumptions.append("values decide the shapes of this model: activations are of one run on random ones")
@@ -267,10 +275,10 @@ def plan_of(
         pinned_bytes=walked.pinned_bytes,
         file_bytes=walked.file_bytes,
         overhead_bytes=target.overhead_bytes,
-        host_bytes=num_here * (target.process_bytes + walked.arena_bytes + workers),
+        host_bytes=num_here * (target.process_bytes + walked.arena_bytes + workers + on_host),
         traffic=walked.traffic,
         flops=flops,
-        time=time,
+        time=step_time(work, whole, target.is_host),
         assumptions=tuple(assumptions),
     )
 

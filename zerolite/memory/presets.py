@@ -89,17 +89,30 @@ def language_model_step(batch: int, length: int, is_chunked: bool) -> Callable[[
             inputs["use_cache"] = False
         if not is_chunked:
             return model(**inputs, labels=tokens).loss
-        head = model.get_output_embeddings()
+        head, losses, returned = model.get_output_embeddings(), [], []
         targets = torch.zeros(batch * length, dtype=torch.int64)
 
         def loss_of(hidden: torch.Tensor) -> torch.Tensor:
-            return linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets, head.bias, ignore_index=None)
+            hidden = hidden[:, -length:].flatten(0, 1)  # virtual tokens of a prompt come first
+            losses.append(linear_cross_entropy(hidden, head.weight, targets, head.bias, ignore_index=None))
+            return losses[-1]
+
+        def remember(module, args, output) -> None:
+            returned.append(output.logits)
 
         head.forward = loss_of
+        hook = model.register_forward_hook(remember, prepend=True)  # before loss scaling changes it
         try:
-            return model(**inputs).logits
+            output = model(**inputs)
         finally:
             del head.forward
+            hook.remove()
+        if returned[0] is not losses[0]:
+            raise ValueError(
+                f"chunked_loss=True needs a model that returns what its output layer gives; {type(model).__name__} "
+                "changes its logits"
+            )
+        return output.logits
 
     return step
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from zerolite.config import Offload, Precision, parse_bytes
 from zerolite.memory import activations
+from zerolite.memory.measured_rates import slowest_rates
 from zerolite.memory.plan import GIB, Plan, plan_of
 from zerolite.memory.rates import Rates
 from zerolite.memory.subject import Inputs, Subject
@@ -20,6 +21,7 @@ Adapt = Callable[[nn.Module], object]
 
 # A plan leaves out what an allocator cannot reuse: a device has to have so much more than the plan says.
 RESERVE = 0.05
+MEASURED_S = 0.05  # that each rate takes
 OFFLOADS: dict[str, Offload | None] = {
     "none": None,
     "optimizer": Offload(),
@@ -33,7 +35,7 @@ class Candidate:
 
     method: str  # "full", or what adapts the model
     stage: int
-    offload: str  # name in OFFLOADS
+    offload: str  # name in OFFLOADS, or of what was given in its place
     checkpointing: bool | None
     plan: Plan
     why: str
@@ -52,7 +54,7 @@ class Candidate:
     @property
     def shard_arguments(self) -> dict[str, Any]:
         """`stage` and `offload` as `zerolite.shard` takes them."""
-        return {"stage": self.stage, "offload": OFFLOADS[self.offload]}
+        return {"stage": self.stage, "offload": self.plan.offload}
 
     def as_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("name", "method", "stage", "offload", "checkpointing", "why")}
@@ -102,7 +104,7 @@ def recommend(
     *,
     methods: Mapping[str, Adapt | None] | None = None,
     stages: Sequence[int] = (0, 1, 2, 3),
-    offloads: Sequence[str] = tuple(OFFLOADS),
+    offloads: Sequence[str] | Mapping[str, Offload | None] = tuple(OFFLOADS),
     checkpointing: Sequence[bool | None] | None = None,
     precision: Precision | None = None,
     optimizer: str | type[ShardedOptimizer] = "AdamW",
@@ -114,7 +116,8 @@ def recommend(
     accumulation: int = 1,
     device: str = "cuda",
     ranks_per_host: int = 8,
-    rates: Rates | None = None,
+    no_sync: bool = False,
+    rates: Rates | str | None = None,
 ) -> Recommendation:
     """The fastest way to train a model that fits its devices and hosts, by its plan, and why each other does not.
 
@@ -124,8 +127,11 @@ def recommend(
         such as "24GiB"; a twentieth of the device stays free. None: the host is not asked.
     methods: by name, what adapts a model before it is sharded, None for nothing: {"full": None, "lora": add}. Each is
         applied to a model of its own, so that several need a preset or a folder. None: {"full": None}.
-    stages, offloads ("none", "optimizer", "parameters"), checkpointing (None: as the model is set): what may be chosen.
-        checkpointing=None: off, and on where that does not fit, for a model of transformers.
+    stages, offloads ("none", "optimizer", "parameters", or a mapping of names to what `zerolite.shard` takes, the
+        simplest first), checkpointing (None: as the model is set): what may be chosen. checkpointing=None: off, and on
+        where that does not fit, for a model of transformers.
+    rates: as of `zerolite.plan`, or "measured": here and now, in about a second. Every rank must call it then, and
+        the slowest counts.
     Everything else as of `zerolite.plan`. Raises ValueError as that, for unknown offloads, and where nothing is listed.
     """
     limits = parse_bytes(device_memory), parse_bytes(host_memory) if host_memory is not None else None
@@ -133,57 +139,63 @@ def recommend(
         methods = {"full": None}
     if isinstance(model, nn.Module) and (len(methods) > 1 or any(methods.values())):
         raise ValueError("methods= are applied to a model of their own each: name a preset or a folder, not a model")
-    unknown = [name for name in offloads if name not in OFFLOADS]
-    if unknown:
-        raise ValueError(f"offloads= are of {', '.join(OFFLOADS)}; got {unknown[0]!r}")
+    if not isinstance(offloads, Mapping):
+        unknown = [name for name in offloads if name not in OFFLOADS]
+        if unknown:
+            raise ValueError(f"offloads= are of {', '.join(OFFLOADS)}; got {unknown[0]!r}")
+        offloads = {name: offload for name, offload in OFFLOADS.items() if name in offloads}
+    if isinstance(rates, str):
+        if rates != "measured":
+            raise ValueError(f'rates= takes Rates, "measured" or None, got {rates!r}')
+        rates = slowest_rates(MEASURED_S)
     found: list[Candidate] = []
     for method, adapt in methods.items():
         subject = Subject(model, adapt, units, step)
         can_checkpoint = hasattr(subject.model, "gradient_checkpointing_enable")
         switches = checkpointing if checkpointing is not None else (False, True) if can_checkpoint else (None,)
-        for stage, offload in placements(stages, offloads, world_size):
+        for stage, name in placements(stages, offloads, world_size):
             for switch in switches:
                 plan = plan_of(
                     subject,
                     stage,
                     world_size,
-                    OFFLOADS[offload],
+                    offloads[name],
                     precision,
                     optimizer=optimizer,
                     inputs=Inputs(batch, length, switch, chunked_loss),
                     accumulation=accumulation,
+                    no_sync=no_sync,
                     device=device,
                     ranks_per_host=ranks_per_host,
                     rates=rates,
                 )
-                found.append(Candidate(method, stage, offload, switch, plan, _why(plan, *limits)))
+                found.append(Candidate(method, stage, name, switch, plan, _why(plan, *limits)))
                 if found[-1].fits:
                     break  # what recomputes only takes longer
     if not found:
         raise ValueError("no configuration is listed: give stages= and offloads= that go together")
-    return Recommendation(tuple(sorted(found, key=_order(limits))), *limits)
+    return Recommendation(tuple(sorted(found, key=_order(limits, tuple(offloads)))), *limits)
 
 
 def placements(
-    stages: Sequence[int], offloads: Sequence[str], world_size: int | tuple[int, int]
+    stages: Sequence[int], offloads: Mapping[str, Offload | None], world_size: int | tuple[int, int]
 ) -> Iterator[tuple[int, str]]:
     """What is worth a plan: parameters are streamed where they are sharded, and one rank has nothing to share."""
     num_shards = world_size[1] if isinstance(world_size, tuple) else world_size
-    for name, offload in OFFLOADS.items():
+    for name, offload in offloads.items():
         of_offload = list(stages) if num_shards > 1 else list(stages)[:1]
         if offload is not None and offload.parameters:
             of_offload = [stage for stage in stages if Partition(stage).shards_parameters]
-        if name in offloads:
-            yield from ((stage, name) for stage in of_offload)
+        yield from ((stage, name) for stage in of_offload)
 
 
-def _order(limits: tuple[int, int | None]) -> Callable[[Candidate], tuple]:
+def _order(limits: tuple[int, int | None], offloads: Sequence[str]) -> Callable[[Candidate], tuple]:
     """What fits first, the fastest, and of those alike to two digits the simplest; then by what is missing."""
 
     def key(candidate: Candidate) -> tuple:
         missing = sum(_lacks(candidate.plan, *limits).values())
         seconds = float(f"{candidate.plan.time.total_seconds:.1e}")
-        return missing, seconds, list(OFFLOADS).index(candidate.offload), candidate.stage, candidate.plan.peak_bytes
+        return missing, seconds, offloads.index(candidate.offload), candidate.stage, candidate.plan.peak_bytes
 
     return key
 

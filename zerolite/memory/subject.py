@@ -13,6 +13,7 @@ from zerolite.engine.extensions import extensions_of
 from zerolite.engine.shardable import check_parameters, is_computed_in
 from zerolite.memory import activations, presets
 from zerolite.memory.moments import Profile
+from zerolite.shards.dtensors import is_distributed
 from zerolite.shards.units import UnitPlan, UnitRule, plan_units
 
 
@@ -47,6 +48,12 @@ class Subject:
         if adapt is not None:
             adapt(self.model)
         check_parameters(self.model)
+        distributed = next((name for name, p in self.model.named_parameters() if is_distributed(p)), None)
+        if distributed is not None:
+            raise ValueError(
+                f"{distributed} is a DTensor, and a plan does not count tensor parallelism: plan the model as it was "
+                "before parallelize_module; its ranks share what that splits"
+            )
         self.units, self.step = units, step
         self._plans: dict[torch.dtype | None, list[UnitPlan]] = {}
         self._profiles: dict[tuple, Profile] = {}
@@ -76,7 +83,11 @@ class Subject:
             if inputs.batch is None:
                 self._profiles[key] = Profile.without_activations(plans)
             else:
-                with _checkpointing(self.model, inputs.checkpointing), presets.rows_are_not_packed():
+                with (
+                    _checkpointing(self.model, inputs.checkpointing),
+                    presets.rows_are_not_packed(),
+                    activations.scaled_output(self.model, precision),
+                ):
                     step = self._step(inputs.batch, inputs)
                     self._profiles[key] = activations.profile(self.model, plans, self.dtype_of(precision), step)
         return self._profiles[key]

@@ -4,6 +4,7 @@
 Forward and backward are bound by matrix products. Reductions and gathers run beside them, and so do copies to and from
 the host; each takes the longer of the two. The step of shards on the device reads and writes each byte of state once.
 Workers step at the host's rate, shared by the ranks of a host, behind the next forward: a third of the computation.
+Where the device is the host's CPU, the same cores do all of it, the step of shards at the workers' rate: nothing hides.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -50,21 +51,32 @@ def completed(rates: Rates | None) -> tuple[Rates, str]:
     return whole, said + (f", but for {', '.join(missing)}, which are assumed" if missing else "")
 
 
-def step_time(
-    flops: int, dtype: torch.dtype, traffic: Traffic, states_bytes: int, worker_numel: int, rates: Rates
-) -> StepTime:
-    """See [Note: what is assumed].
+@dataclass(frozen=True)
+class Work:
+    """What one rank does in a step."""
 
-    flops: of forward and backward, in `dtype`. states_bytes: that a step on the device reads, and writes. worker_numel:
-    elements that the workers of all ranks of a host step. rates: of `completed`.
-    """
-    matmul = rates.matmul_flop_per_s
-    compute = flops / matmul.get(_NAMES.get(dtype, "fp32"), min(matmul.values()))
+    flops: int  # of forward and backward
+    dtype: torch.dtype  # of the parameters
+    traffic: Traffic
+    states_bytes: int  # that a step on the device reads, and writes
+    stepped_numel: int  # elements that it steps there
+    worker_numel: int  # elements that its workers step
+    num_here: int  # ranks of a host
+
+
+def step_time(work: Work, rates: Rates, is_host: bool) -> StepTime:
+    """See [Note: what is assumed]. rates: of `completed`. is_host: the device is the host's CPU."""
+    matmul, traffic = rates.matmul_flop_per_s, work.traffic
+    compute = work.flops / matmul.get(_NAMES.get(work.dtype, "fp32"), min(matmul.values()))
     link = traffic.sent_bytes / _rate(rates.all_reduce_bytes_per_s)
+    host_step = work.worker_numel * work.num_here / _rate(rates.host_step_elements_per_s)
+    if is_host:
+        bus = traffic.bus_bytes / _rate(rates.host_copy_bytes_per_s)
+        device_step = work.stepped_numel * work.num_here / _rate(rates.host_step_elements_per_s)
+        return StepTime(compute, link, bus, device_step, host_step, compute + link + bus + device_step + host_step)
     to_host = traffic.to_host_bytes / _rate(rates.d2h_bytes_per_s)
     bus = max(to_host, traffic.to_device_bytes / _rate(rates.h2d_bytes_per_s))
-    device_step = states_bytes / _rate(rates.device_copy_bytes_per_s)
-    host_step = worker_numel / _rate(rates.host_step_elements_per_s)
+    device_step = work.states_bytes / _rate(rates.device_copy_bytes_per_s)
     longest = max(compute, link, bus)
     total = longest + device_step + max(0.0, host_step - longest / 3)
     return StepTime(compute, link, bus, device_step, host_step, total)

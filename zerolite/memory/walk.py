@@ -5,8 +5,9 @@ its hooks would tell it, and what it then holds is read off its buckets. So a pe
 moment, not a sum of peaks.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from zerolite_kernels.cpu.command import BLOCK_NUMEL
@@ -26,7 +27,7 @@ from zerolite.memory.state_bytes import (
 )
 from zerolite.shards.bucket import Bucket, TrainableBucket
 from zerolite.shards.states import ParameterState
-from zerolite.shards.update import Rule
+from zerolite.shards.update import Rule, TwoPassRule, Update
 
 _FILE_WIDTHS = {"fp32": 4, "bf16": 2, "int8": 1}
 
@@ -43,6 +44,7 @@ class Walked:
     pinned_bytes: int = 0
     file_bytes: int = 0
     stepped_by_workers_numel: int = 0
+    stepped_here_numel: int = 0  # on the device
 
 
 class Walk:
@@ -67,10 +69,11 @@ class Walk:
         self._num_reduced = self._reduced_bytes = 0  # buckets, in the reducer's order, whose shard has its gradient
         self._base_bytes, self._is_tail = 0, False  # activations before the head; whether it runs
 
-    def run(self, accumulation: int) -> Walked:
-        """`accumulation` micro-batches, each reduced, and a step."""
+    def run(self, accumulation: int, no_sync: bool) -> Walked:
+        """`accumulation` micro-batches, each reduced or all but the last inside `zerolite.no_sync`, and a step."""
         with torch.no_grad():
-            for _ in range(accumulation):
+            for index in range(accumulation):
+                self.engine.is_syncing = index + 1 == accumulation or not no_sync
                 self._micro_batch()
             gradients = sum(map(gradient_bytes, self.engine.reducer.order))
             self._step()
@@ -83,8 +86,11 @@ class Walk:
         host = self.engine.host
         found.arena_bytes, found.pinned_bytes = host.arena.nbytes, host.arena.pinned_bytes
         found.file_bytes = host.states_bytes
-        stepped = (bucket.shard for bucket in self.engine.reducer.order if bucket.shard.steps_in_background)
-        found.stepped_by_workers_numel = sum(shard.range.numel for shard in stepped)
+        for bucket in self.engine.reducer.order:
+            if bucket.shard.steps_in_background:
+                found.stepped_by_workers_numel += bucket.shard.range.numel
+            else:
+                found.stepped_here_numel += bucket.shard.range.numel
         return found
 
     # What there is before the first step #
@@ -132,7 +138,8 @@ class Walk:
         elif moment.event is Event.GRADIENT:
             bucket, index, gradient = self.slots[moment.parameter]
             bucket.gradients.accumulate(index, gradient)
-            engine.reducer.mark_ready(bucket, index)
+            if engine.is_syncing:
+                engine.reducer.mark_ready(bucket, index)
         elif moment.event is Event.END:
             engine.finish_backward()
 
@@ -143,6 +150,8 @@ class Walk:
             self.engine.before_step()
             for bucket in self.engine.reducer.order:  # the norm
                 bucket.shard.sum_of_squares([True] * len(bucket.layout.slots), is_exact=False)
+            if self.rule.is_per_parameter:
+                self._prepare(cast(TwoPassRule, self.rule))
             for bucket in self.engine.reducer.order:
                 width = bucket.shard.spec.stepped_dtype.itemsize
                 if not bucket.shard.steps_in_background:
@@ -155,6 +164,18 @@ class Walk:
             self._note("step", None, {"step scratch": scratch})
             self.engine.clear_gradients()
             self.engine.fetch()
+
+    def _prepare(self, rule: TwoPassRule) -> None:
+        """What LAMB's first pass adds: rows of sums, and those of all ranks in one gather (`Lamb._sum_over_ranks`)."""
+        order, rows = self.engine.reducer.order, []
+        for bucket in order:
+            slots = bucket.layout.slots
+            updates = list(_updates(bucket)) if bucket.shard.steps_in_background else []  # a device's need no memory
+            rows.append(bucket.shard.prepare(rule, self.states[bucket], updates, len(slots)).view(-1))
+        flat = torch.cat([row.to(META) for row in rows])
+        if not all(bucket.shard.spec.owns_all for bucket in order):
+            flat = torch.empty(self.engine.mesh.shard.size, flat.numel(), dtype=flat.dtype, device=META).sum(dim=0)
+        self._note("step", None)
 
     def _note(self, phase: str, moment: Moment | None, more: Mapping[str, int] | None = None) -> None:
         """Keep what lives now, if it is the most of this phase."""
@@ -192,3 +213,13 @@ class Walk:
             self._reduced_bytes += kept_gradient_bytes(order[self._num_reduced])
             self._num_reduced += 1
         return min(self._reduced_bytes, self.live.current_bytes)
+
+
+def _updates(bucket: TrainableBucket) -> Iterator[Update]:
+    """One of each part of a parameter in each shard that this rank owns, as `ShardedOptimizer` makes them."""
+    hyper = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}
+    for shard in bucket.layout.shard_ranges(bucket.shard.range):
+        for index, slot in enumerate(bucket.layout.slots):
+            part = slot.range.intersect(shard)
+            if part.numel:
+                yield Update(part, hyper, step=1, multiplier=1.0, slot=index)

@@ -83,6 +83,8 @@ class ShardMemory:
     def set_values(self, values: torch.Tensor) -> None:
         """Store a master, and round it to the parameter. Waits."""
         self.wait()
+        if values.is_meta:  # a plan's: there is nothing to store
+            return
         if self.dtype == torch.bfloat16 and self.master is not None:
             split_bf16(
                 values.to(self.parameter.values.device, torch.float32), self.parameter.values, self.master.values
@@ -217,6 +219,6 @@ def round_bf16(values: torch.Tensor) -> torch.Tensor:
 
 def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`values` in the parameters' dtype as a step on the host rounds them."""
-    if dtype == torch.bfloat16 and values.dtype == torch.float32:
+    if dtype == torch.bfloat16 and values.dtype == torch.float32 and not values.is_meta:
         return round_bf16(values)
     return values.to(dtype)

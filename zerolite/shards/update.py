@@ -40,6 +40,9 @@ class Rule(Protocol):
     @property
     def state_names(self) -> tuple[str, ...]: ...
 
+    @property
+    def is_per_parameter(self) -> bool: ...  # whether it is a `TwoPassRule`
+
     def numbers(self, update: Update) -> dict[str, float]: ...
 
     def step(self, operands: Operands, update: Update) -> None: ...
