@@ -9,13 +9,34 @@ import json
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from zerolite.runtime.safetensors_file import DTYPES
+
+
+class FileNames(NamedTuple):
+    """How a library names the files of one model."""
+
+    stem: str
+
+    @property
+    def single(self) -> str:
+        return f"{self.stem}.safetensors"
+
+    @property
+    def index(self) -> str:
+        return f"{self.stem}.safetensors.index.json"
+
+    def part(self, number: int, of: int) -> str:
+        return f"{self.stem}-{number:05d}-of-{of:05d}.safetensors"
+
+
+TRANSFORMERS, DIFFUSERS = FileNames("model"), FileNames("diffusion_pytorch_model")
 FLOATS = {"F64", "F32", "F16", "BF16"}
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 END_BYTES = 1 << 20  # of each end of a file, in a digest
 # Tensors beside or in place of weights: DeepSeek's and compressed-tensors' fp8, bitsandbytes, GPTQ and AWQ.
 QUANTISED = re.compile(
@@ -30,12 +51,21 @@ class Weights:
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder: give a local Hugging Face model folder")
+        if (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
+            models = sorted(path.parent.name for path in folder.glob("*/config.json"))
+            raise ValueError(
+                f"{folder} is a pipeline of diffusers, and a model is loaded: give the folder of one of its models "
+                f"({', '.join(models[:8]) or 'it holds none'})"
+            )
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no config.json: give a local Hugging Face model folder")
-        if (folder / SINGLE).is_file():
-            names = [SINGLE]
-        elif (folder / INDEX).is_file():
-            names = _indexed(folder / INDEX)
+        for library in (TRANSFORMERS, DIFFUSERS):
+            if (folder / library.single).is_file():
+                names = [library.single]
+                break
+            if (folder / library.index).is_file():
+                names = _indexed(folder / library.index)
+                break
         else:
             names = sorted(path.name for path in folder.glob("*.safetensors"))
         missing = [name for name in names if not (folder / name).is_file()]
@@ -86,8 +116,16 @@ class Weights:
                 "other, so use a folder of weights in 16 or 32 bits"
             )
 
+    def first_float_dtype(self) -> torch.dtype:
+        """Of the first tensor of floats, as transformers takes it where config.json says none; else fp32."""
+        found = (BY_NAME.get(self.entries[key].get_slice(key).get_dtype(), torch.float32) for key in self.entries)
+        return next((dtype for dtype in found if dtype.is_floating_point), torch.float32)
+
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.entries[key].get_slice(key).get_shape())
+
+    def whole(self, key: str) -> torch.Tensor:
+        return self.entries[key].get_tensor(key)
 
     def read(self, key: str, start: int, stop: int, out: torch.Tensor) -> None:
         """out (stop - start,) = elements [start, stop) of the flattened tensor; reads the rows that hold them."""
