@@ -100,7 +100,12 @@ def joint_batch(family: str, step: int) -> Batch:
     if family in ("sd3", "flux"):
         batch["pooled_projections"] = noise(POOLED)
     if family == "flux":
-        batch |= {"hidden_states": noise(6, 8), "target": noise(6, 8), "timestep": times / 1000.0, "guidance": times / 9}
+        batch |= {
+            "hidden_states": noise(6, 8),
+            "target": noise(6, 8),
+            "timestep": times / 1000.0,
+            "guidance": times / 9,
+        }
     return batch
 
 

@@ -30,6 +30,7 @@ COLOURS, NEW_COLOURS = [*shapes.COLOURS][:-1], [*shapes.COLOURS][-1:]
 SAVED = 500  # steps between checkpoints
 AVERAGED = 10  # steps between updates of the average, which keeps DECAY of itself
 DECAY = 0.9
+PAINTED = 25  # Euler steps of a picture
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
 
 
@@ -76,15 +77,15 @@ def loss_of(model: nn.Module, pictures: Tensor, words: Tensor, noise: Tensor, ti
 
 
 @torch.no_grad()
-def paint(model: nn.Module, prompts: list[str], steps: int = 25, guidance: float = 3.0) -> Tensor:
+def paint(model: nn.Module, prompts: list[str], guidance: float = 3.0) -> Tensor:
     """From noise to pictures by Euler steps, with classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598)."""
     pictures = torch.randn(len(prompts), 3, shapes.SIZE, shapes.SIZE, generator=torch.Generator().manual_seed(0))
     words = shapes.encode([*prompts, *[""] * len(prompts)])
-    for step in range(steps, 0, -1):
-        t, twice = step / steps, torch.cat([pictures, pictures])
+    for step in range(PAINTED, 0, -1):
+        t, twice = step / PAINTED, torch.cat([pictures, pictures])
         painted = model(twice, encoder_hidden_states=words, timestep=torch.full((len(twice),), 1000 * t)).sample
         asked, unasked = ((twice - painted) / t).chunk(2)
-        pictures = pictures - (unasked + guidance * (asked - unasked)) / steps
+        pictures = pictures - (unasked + guidance * (asked - unasked)) / PAINTED
     return pictures
 
 

@@ -35,7 +35,9 @@ def encode(prompts: list[str]) -> Tensor:
     for row, prompt in enumerate(prompts):
         words = re.findall("|".join(sorted(WORDS, key=len, reverse=True)), prompt)
         if prompt and ("".join(words) != prompt.replace(" ", "") or len(words) != LENGTH):
-            raise ValueError(f"a prompt is like 'a red circle' or '红色的圆', got {prompt!r}; words: {', '.join(WORDS)}")
+            raise ValueError(
+                f"a prompt is like 'a red circle' or '红色的圆', got {prompt!r}; words: {', '.join(WORDS)}"
+            )
         for place, word in enumerate(words):
             one_hot[row, place, WORDS.index(word)] = 1.0
     return one_hot
