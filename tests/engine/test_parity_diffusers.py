@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from models import assert_close
+import torch
+from models import assert_close, assert_same_bits
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install diffusers")
 
-from diffusers_runs import FAMILIES, Result, Run, reference, train  # noqa: E402
+from diffusers_runs import FAMILIES, Result, Run, exported, in_fp32, joint_batch, output_of, reference, train  # noqa: E402
 
 
 def assert_equal(results: list[Result], expected: Result) -> None:
@@ -37,3 +38,19 @@ def test_training_equals_plain_torch(ranks, tmp_path, family, lora, checkpointin
 def test_a_checkpoint_goes_on_at_another_stage(ranks, tmp_path, family, offload, then, stage):
     run = Run(family, then=then, offload=offload)
     assert_equal(ranks(2).run(train, run, stage, str(tmp_path / "saved")), reference(run, 2))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("then", [1, 2, 3])
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("family", [*FAMILIES])
+def test_an_export_paints_the_same_in_diffusers_and_loads_with_the_same_bits(
+    ranks, tmp_path, family, offload, then, stage
+):
+    run = Run(family, offload=offload)
+    for output, trained, loaded in ranks(2).run(exported, run, stage, then, str(tmp_path / "model")):
+        assert_same_bits(loaded, trained)
+    opened = type(FAMILIES[family]()).from_pretrained(tmp_path / "model")
+    assert_same_bits(dict(opened.named_parameters()), trained)
+    with torch.no_grad():
+        assert torch.equal(output_of(opened, in_fp32(joint_batch(family, 1))), output)

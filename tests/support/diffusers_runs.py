@@ -182,6 +182,27 @@ def train(run: Run, stage: int, folder: str) -> Result:
         return Result(tuple(losses), tuple(norms), whole(model))
 
 
+def in_fp32(batch: Batch) -> Batch:
+    return {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
+
+
+def exported(run: Run, stage: int, then: int, folder: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """On a rank, in fp32: trained at one stage, exported, loaded at another.
+
+    Returns what it paints, its parameters and the loaded ones.
+    """
+    model = zerolite.shard(make(run).float(), stage=stage, offload="cpu" if run.offload else None)
+    optimizer = optimizer_of(zerolite.AdamW, model)
+    loss_of(model, in_fp32(joint_batch(run.family, 0))).backward()
+    optimizer.step()
+    zerolite.export(model, folder)
+    with torch.no_grad(), zerolite.full_params(model):
+        output, before = output_of(model, in_fp32(joint_batch(run.family, 1))), whole(model)
+    model = zerolite.load_pretrained(folder, stage=then, offload="cpu" if run.offload else None)
+    with zerolite.full_params(model):
+        return output, before, whole(model)
+
+
 def twin_of(run: Run) -> tuple[nn.Module, dict[str, str]]:
     """The same model without zerolite, an adapter being PEFT's: (model, its names by those of ours)."""
     from peft import LoraConfig, inject_adapter_in_model
