@@ -3,6 +3,7 @@
 diffusers is imported here alone, and only for a folder that is one of its models.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ def empty_diffusers_model(folder: Path, weights: Weights) -> nn.Module:
     except ImportError as error:
         raise ImportError(f"{folder} is a model of diffusers: pip install 'zerolite[diffusion]' ({error})") from error
     try:
-        config = diffusers.ModelMixin.load_config(folder, local_files_only=True)
-        name = config.get(CLASS_NAME)
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))[CLASS_NAME]
         cls: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
         if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
             raise ValueError(f"{CLASS_NAME} names {str(name)[:80]!r}, which is no model class of diffusers")
+        config = cls.load_config(folder, local_files_only=True)
         for key, value in config.items():
             if key.endswith("layers") and isinstance(value, int) and value > len(weights.entries):
                 raise ValueError(f"{key} asks for {value:,}, and the weights are {len(weights.entries):,} tensors")

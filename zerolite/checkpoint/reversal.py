@@ -1,7 +1,7 @@
 """Tensors of a model under the names and in the shapes that `save_pretrained` writes, some at a time.
 
-The way back of conversions.py, [Note: conversions]. transformers reverts a whole state dict at once; here come the tensors
-of one unit after the other. Those that one conversion takes together wait for each other.
+The way back of conversions.py, [Note: conversions]. transformers reverts a whole state dict at once; here come the
+tensors of one unit after the other. Those that one conversion takes together wait for each other.
 """
 
 from collections import defaultdict
