@@ -40,6 +40,7 @@ def test_a_checkpoint_goes_on_at_another_stage(ranks, tmp_path, family, offload,
     assert_equal(ranks(2).run(train, run, stage, str(tmp_path / "saved")), reference(run, 2))
 
 
+@pytest.mark.each  # every kind of folder: tests/checkpoint/test_diffusers_folders.py
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("then", [1, 2, 3])
 @pytest.mark.parametrize("offload", [False, True])
@@ -48,7 +49,8 @@ def test_an_export_paints_the_same_in_diffusers_and_loads_with_the_same_bits(
     ranks, tmp_path, family, offload, then, stage
 ):
     run = Run(family, offload=offload)
-    for output, trained, loaded in ranks(2).run(exported, run, stage, then, str(tmp_path / "model")):
+    results = ranks(2).run(exported, run, stage, then, str(tmp_path / "model"))
+    for output, trained, loaded in results:
         assert_same_bits(loaded, trained)
     opened = type(FAMILIES[family]()).from_pretrained(tmp_path / "model")
     assert_same_bits(dict(opened.named_parameters()), trained)

@@ -1,4 +1,4 @@
-"""Does the example that paints train as plain torch does, go on from its checkpoints, and paint what prompts ask for?"""
+"""Does the example that paints train as plain torch does, go on from checkpoints, and paint what a prompt asks for?"""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from example_runs import Result, run  # noqa: E402
 from PIL import Image  # noqa: E402
 from trainer_tasks import largest_difference  # noqa: E402
 
-from zerolite.adapters import add_lora, load  # noqa: E402
+from zerolite.adapters import load  # noqa: E402
 from zerolite.examples import diffusion, shapes  # noqa: E402
 
 SMALL = {"WIDTH": 16, "ROWS": 4, "AVERAGED": 2, "SAVED": 2, "PAINTED": 2}
+RIGHT = r"^(.+): colour right in (\d+) of \d+, shape in (\d+) of"
 PAIRS = [(colour, shape) for colour in shapes.COLOURS for shape in shapes.SHAPES]
 
 
@@ -56,7 +57,7 @@ def test_it_leaves_pictures_a_model_and_an_adapter(ranks, tmp_path):
     options = {"stage": 3, "offload": "cpu", "steps": 5, "folder": str(tmp_path), "resume": ""}
     ranks(2).run(program_on_rank, options)
     with Image.open(tmp_path / "samples.png") as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 1000
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
     model = PixArtTransformer2DModel.from_pretrained(tmp_path / "model")
     plain = diffusion.paint(model, ["a red circle", "紫色的圆"])
     load(model, tmp_path / "adapter")
@@ -83,7 +84,13 @@ def test_prompts_in_both_languages_are_words():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_after_training_colour_and_shape_are_what_the_prompt_says(ranks, tmp_path):
-    """The command of the page, at its defaults."""
-    ranks(2, timeout=3000).run(diffusion.program, 2, None, 1500, str(tmp_path), "")
+    """The command of the page, at its defaults, on two ranks at stage 3 with offload."""
+    ranks(2, timeout=7000).run(diffusion.program, 3, "cpu", diffusion.STEPS, str(tmp_path), "")
+    said = (tmp_path / "samples.txt").read_text(encoding="utf-8")
+    rights = {title: (int(colour), int(shape)) for title, colour, shape in re.findall(RIGHT, said, re.MULTILINE)}
+    assert rights["before"][0] <= 8 and rights["before"][1] <= 8
+    for title in ("after", "after, in Chinese"):
+        assert rights[title][0] >= 15 and rights[title][1] >= 13, said
+    assert rights["after LoRA"][0] == 4, said

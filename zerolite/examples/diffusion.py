@@ -11,6 +11,7 @@ import argparse
 import itertools
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ import zerolite  # zerolite
 from zerolite import adapters
 from zerolite.examples import shapes
 
-ROWS = 32  # pictures of an optimizer step, over all ranks
+STEPS, ROWS = 1600, 24  # optimizer steps; pictures of each, over all ranks
 WIDTH, HEADS, LAYERS = 96, 4, 3
 COLOURS, NEW_COLOURS = [*shapes.COLOURS][:-1], [*shapes.COLOURS][-1:]
 SAVED = 500  # steps between checkpoints
@@ -36,7 +37,7 @@ LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "targets": ("to_q", "to_k", "to_v",
 
 def build() -> nn.Module:
     """Captions are one-hot words, so the model's own projection of captions is the text embedding."""
-    return PixArtTransformer2DModel(
+    model = PixArtTransformer2DModel(
         num_attention_heads=HEADS,
         attention_head_dim=WIDTH // HEADS,
         num_layers=LAYERS,
@@ -47,6 +48,10 @@ def build() -> nn.Module:
         sample_size=shapes.SIZE,
         patch_size=4,
     )
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            block.scale_shift_table[[2, 5]] = 1.0  # the gates of attention and MLP: nearly shut, it would learn late
+    return model
 
 
 def batches(colours: list[str], steps: range, rank: int, world: int) -> Iterator[tuple[Tensor, ...]]:
@@ -61,7 +66,8 @@ def batches(colours: list[str], steps: range, rank: int, world: int) -> Iterator
             shapes.prompt_of(*pair, is_chinese=choice % 2 == 0) if choice else ""
             for pair, choice in zip(pairs, languages, strict=True)
         ]
-        noise, times = torch.randn(pictures.shape, generator=generator), torch.rand(ROWS, generator=generator)
+        noise, times = (torch.randn(size, generator=generator) for size in (pictures.shape, (ROWS,)))
+        times = times.sigmoid()  # most in the middle (Esser et al. 2024, arXiv 2403.03206)
         yield tuple(whole[rank::world] for whole in (pictures, shapes.encode(prompts), noise, times))
 
 
@@ -106,7 +112,7 @@ def place() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def main(stage: int = 3, offload: str | None = None, steps: int = 1500, folder: str = "outputs/diffusion", resume=""):
+def main(stage: int = 3, offload: str | None = None, steps: int = STEPS, folder: str = "outputs/diffusion", resume=""):
     """Train from random values, with checkpoints in `folder`; (losses, the model with averaged parameters)."""
     rank, world = place()
     if world > 1 and not dist.is_initialized():
@@ -118,7 +124,7 @@ def main(stage: int = 3, offload: str | None = None, steps: int = 1500, folder: 
     # was: model = DistributedDataParallel(model)
     model = zerolite.shard(model, stage=stage, offload=offload)  # zerolite
     optimizer = zerolite.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)  # zerolite
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50, (steps - step) / 400))
     first = 0
     if resume:
         # was: saved = torch.load(resume, weights_only=True)
@@ -153,9 +159,7 @@ def main(stage: int = 3, offload: str | None = None, steps: int = 1500, folder: 
 
 def adapt(folder: str, stage: int, offload: str | None, steps: int) -> nn.Module:
     """LoRA on the attention of the model in `folder` learns new colours; the sharded model."""
-    model = PixArtTransformer2DModel.from_pretrained(folder)
-    adapters.add_lora(model, **LORA)
-    model = zerolite.shard(model, stage=stage, offload=offload)
+    model = zerolite.load_pretrained(folder, stage, offload=offload, adapt=partial(adapters.add_lora, **LORA))
     optimizer = zerolite.AdamW(adapters.parameter_groups(model, lr=2e-3))
     for _ in learn(model, optimizer, batches(NEW_COLOURS, range(steps), *place())):
         pass
@@ -186,8 +190,9 @@ def program(stage: int, offload: str | None, steps: int, folder: str, resume: st
         sections = {"before": before, "after": english, "after, in Chinese": chinese}
         sections |= {"a colour that it never saw": unseen, "after LoRA": learned}
         shapes.sheet(sections, Path(folder) / "samples.png")
-        for title, (pairs, pictures) in sections.items():
-            print(f"{title}: {shapes.share(pictures, pairs)}")
+        said = [f"{title}: {shapes.share(pictures, pairs)}\n" for title, (pairs, pictures) in sections.items()]
+        (Path(folder) / "samples.txt").write_text("".join(said), encoding="utf-8")
+        print(*said, sep="", end="")
         print(f"pictures: {folder}/samples.png; model: {folder}/model; adapter: {folder}/adapter")
 
 
@@ -195,7 +200,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, default=2, help="0 to 3 (default 2)")
     parser.add_argument("--offload", choices=["cpu"], help="gradients and optimizer states in host memory")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps; LoRA has a fifth of them more")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps; LoRA has a fifth of them more")
     parser.add_argument("--folder", default="outputs/diffusion")
     parser.add_argument("--resume", default="", help="a checkpoint: outputs/diffusion/step-500")
     program(**vars(parser.parse_args()))

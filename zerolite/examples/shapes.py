@@ -60,8 +60,8 @@ def outlines(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 def draw(colours: list[str], shapes: list[str], generator: torch.Generator) -> Tensor:
     """A picture each, (rows, 3, SIZE, SIZE) in -1 to 1: place, size and the pale background are drawn at random."""
     rows = len(colours)
-    x, y = 12 + 8 * torch.rand(2, rows, generator=generator)
-    every = outlines(x, y, 7 + 3 * torch.rand(rows, generator=generator))
+    x, y = 14 + 4 * torch.rand(2, rows, generator=generator)
+    every = outlines(x, y, 8.5 + 2.5 * torch.rand(rows, generator=generator))
     mask = every[[SHAPES.index(shape) for shape in shapes], range(rows)][:, None]
     background = 0.8 + 0.2 * torch.rand(rows, 1, 1, 1, generator=generator)
     ink = torch.tensor([COLOURS[colour] for colour in colours])[:, :, None, None]
