@@ -13,6 +13,7 @@ from trainer_tasks import largest_difference
 LOOPS = ["from_ddp", "from_deepspeed", "from_fsdp2", "nanogpt_shape", "plain_loop"]
 NAMES = [*LOOPS, "accelerate_no_trainer", "lightning_module"]
 WITHOUT_ORIGINAL = {"from_deepspeed"}  # DeepSpeed is no dependency, and has no CPU build here
+ALL = [*NAMES, "diffusion"]  # which test_diffusion_example.py runs
 
 
 def both_on_rank(name: str, stages: list[int], folder: str, options: dict) -> tuple[Result, list[Result]]:
@@ -109,13 +110,13 @@ def test_the_page_counts_what_changes():
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     rows = {name: (int(new), int(was)) for name, new, was in re.findall(r"\| `(\w+)` \|.*\| (\d+) \| (\d+) \|", page)}
     counted = {}
-    for name in NAMES:
+    for name in ALL:
         lines = source_of(name).splitlines()
         counted[name] = (sum(line.endswith(NEW) for line in lines), sum(bool(WAS.match(line)) for line in lines))
     assert {name: rows[name] for name in counted} == counted
 
 
 def test_examples_use_public_names_only():
-    for name in [*NAMES, "tiny"]:
+    for name in [*ALL, "tiny", "shapes"]:
         modules = re.findall(r"^\s*(?:import|from) (zerolite[\w.]*)", source_of(name), re.MULTILINE)
-        assert not [m for m in modules if not re.fullmatch(r"zerolite(\.(examples\.tiny|integrations\.\w+))?", m)]
+        assert not [m for m in modules if not re.fullmatch(r"zerolite(\.(examples(\.tiny)?|integrations\.\w+))?", m)]

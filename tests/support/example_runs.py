@@ -44,11 +44,12 @@ def original(source: str) -> str:
     return "\n".join(WAS.sub(r"\1\2", line) for line in kept)
 
 
-def run(name: str, is_original: bool, dtype: torch.dtype = torch.float64, **options: Any) -> Result:
-    """On a rank: what `main` returns, with models built in `dtype`."""
+def run(name: str, is_original: bool, dtype: torch.dtype = torch.float64, constants=None, **options: Any) -> Result:
+    """On a rank: what `main` returns, with models built in `dtype`; `constants` of the example have other values."""
     source = source_of(name)
     namespace: dict[str, Any] = {"__name__": name}
     exec(compile(original(source) if is_original else source, f"{name}.py", "exec", dont_inherit=True), namespace)
+    namespace.update(constants or {})
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     torch.set_default_dtype(dtype)
