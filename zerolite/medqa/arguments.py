@@ -48,6 +48,9 @@ class Options:
     finetuning_type: str = option(
         "full", str, "all parameters, or an adapter of a frozen pretrained model", choices=FINETUNING_TYPES
     )
+    freeze_vision_tower: bool = option(
+        True, bool, "of a model that reads images: its tower does not train, and names in lora_target are none of its"
+    )
     lora_rank: int = option(8, int, "r: columns that a LoRA adds to a projection", least=1, most=256)
     lora_alpha: float = option(16.0, float, "what a LoRA adds is scaled by alpha / r", above=0)
     lora_dropout: float = option(0.05, float, "of a LoRA's inputs, in training", least=0)
@@ -111,6 +114,9 @@ class Options:
         None,
         str,
         "what the columns of your files are: question=title,context=ask,answer=reply (default: known layouts)",
+    )
+    image_folder: str | None = option(
+        None, str, "folder of the images that your rows name (`images`, `image`), of a model that reads images"
     )
     max_samples: int | None = option(None, int, "use at most so many rows of each file (default: all)", least=1)
     cutoff_len: int = option(512, int, "longest sequence in tokens; longer rows are shortened and counted", least=16)
@@ -202,11 +208,23 @@ class Options:
             if not self.train_file:
                 raise ValueError("--val_size: is of rows of yours (--train_file); the shipped ones have others")
             check_size(self.val_size)
+        if self.image_folder is not None:
+            self._check_images()
         if self.packing and self.is_adapter and self.finetuning_type != "lora":
             raise ValueError(
                 f"--packing: virtual tokens of --finetuning_type {self.finetuning_type} stand before a sequence, not "
                 "before each row in it"
             )
+
+    def _check_images(self) -> None:
+        is_prompt = self.is_adapter and self.finetuning_type != "lora"
+        if self.model_name_or_path is None:
+            raise ValueError("--image_folder: expected a model that reads images (--model_name_or_path)")
+        if not (self.train_file or self.validation_file):
+            raise ValueError("--image_folder: is of rows of yours (--train_file); the shipped ones have no images")
+        if self.packing or is_prompt:
+            other = "--packing" if self.packing else f"--finetuning_type {self.finetuning_type}"
+            raise ValueError(f"--image_folder and {other}: expected one of them; images have positions of their own")
 
     def placement(self) -> zerolite.Offload | None:
         """What leaves the device; None: nothing does. ValueError for options that do not go together."""

@@ -4,14 +4,17 @@ What is asked is what was trained: both are tokenised from the chat template's t
 its texts, never in what the template writes around them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from zerolite.medqa.data import Conversation
+from zerolite.medqa.images.files import ImageFile
+from zerolite.medqa.images.sight import sight_of
 from zerolite.medqa.template import template_of
 from zerolite.medqa.tokens import IGNORED, Example, Tokens, tokenize, tokenize_all
 
@@ -46,8 +49,11 @@ def encode(
     for given, row, tokens in zip(conversations, rows, tokenize_all(segments, template), strict=True):
         num_shortened += row != given or len(tokens.ids) > cutoff_len
         if len(tokens.ids) > cutoff_len:
-            _, tokens = _named(row, lambda row=row, tokens=tokens: _shortened(row, tokens, tokens_of, cutoff_len, 1))
-        examples.append(_named(row, tokens.example))
+            row, tokens = _named(row, lambda row=row, tokens=tokens: _shortened(row, tokens, tokens_of, cutoff_len, 1))
+        example = _named(row, tokens.example)
+        if row.images:
+            example = replace(example, images=row.images, sight=sight_of(tokenizer))
+        examples.append(example)
     return examples, num_shortened
 
 
@@ -80,6 +86,7 @@ class Prompt:
     num_turns_lost: int = 0
     is_system_lost: bool = False
     is_question_cut: bool = False
+    images: tuple[ImageFile, ...] = ()  # that stand in it
 
     @property
     def loss(self) -> str:
@@ -93,7 +100,7 @@ class Prompt:
 
 def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
     """Token ids that the answer to the first question is generated from: `room` of them at most, as `prompt_of`."""
-    return prompt_of(replace(conversation, turns=conversation.turns[:1]), tokenizer, room).ids
+    return prompt_of(conversation.part(0, 1), tokenizer, room).ids
 
 
 def prompt_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, room: int) -> Prompt:
@@ -116,7 +123,16 @@ def prompt_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, ro
         num_turns_lost=len(whole.turns) - len(row.turns),
         is_system_lost=bool(whole.system.strip()) and not row.system,
         is_question_cut=row.turns[-1][0] != whole.turns[-1][0],
+        images=row.images,
     )
+
+
+def images_beside(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What a model is given beside `input_ids` (prompts, tokens): nothing where no prompt has an image."""
+    images = [image for prompt in prompts for image in prompt.images]
+    return sight_of(tokenizer).inputs(images, input_ids) if images else {}
 
 
 # --- rows that are too long -----------------------------------------------------------------------------------------
@@ -129,7 +145,7 @@ def _bounded(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cut
     out.
     """
     texts = [conversation.system, *(text for turn in conversation.turns for text in turn)]
-    if sum(map(len, texts)) <= WHOLE_CHARACTERS:
+    if sum(map(len, texts)) <= WHOLE_CHARACTERS or conversation.images:
         return conversation
     turns, length = [], 0
     for question, answer in reversed(conversation.turns):
@@ -166,12 +182,16 @@ def _shortened(
 ) -> tuple[Conversation, Tokens]:
     """What of a row fits into `cutoff_len`, and its tokens; `is_answer_there`: 0 for a prompt, which ends before it."""
     while (excess := len(tokens.ids) - cutoff_len) > 0 and len(conversation.turns) > 1:
-        begins = [begin for segment, begin, _ in tokens.spans() if segment.slot and segment.slot[0] == "question"]
+        of_turns: dict[int, int] = {}  # where each begins, with its images
+        for segment, begin, _ in tokens.spans():
+            if segment.slot and segment.slot[0] in ("question", "image"):
+                of_turns.setdefault(segment.slot[1], begin)
+        begins = [*of_turns.values()]
         drop = 0
         while drop < len(begins) - 1 and excess > 0:
             excess -= int(tokens.of(begins[drop], begins[drop + 1]).sum())
             drop += 1
-        conversation = replace(conversation, turns=conversation.turns[drop:], trained=conversation.trained[drop:])
+        conversation = conversation.part(drop)
         tokens = tokens_of(conversation)
     if len(tokens.ids) > cutoff_len and conversation.system:
         conversation = replace(conversation, system="")
@@ -184,6 +204,12 @@ def _shortened(
 
 def _cut(conversation: Conversation, tokens: Tokens, is_answer_there: int, excess: int, room: int) -> Conversation:
     """A conversation of one turn with `excess` tokens less, of the longer one of its texts first."""
+    if conversation.images:
+        of_images = sum(int(tokens.of(b, e).sum()) for s, b, e in tokens.spans() if s.slot and s.slot[0] == "image")
+        raise ValueError(
+            f"cutoff_len: {room} tokens have no room for its {len(tokens.ids)}, of which {of_images} are of "
+            f"{len(conversation.images)} images; rows with images are not cut"
+        )
     counts, spans, texts = {"question": 0, "answer": 0}, {}, {"answer": conversation.turns[0][1]}
     for segment, begin, end in tokens.spans():
         if segment.slot:
