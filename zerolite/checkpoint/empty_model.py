@@ -1,11 +1,15 @@
 """The model that a Hugging Face folder describes, on the meta device: what a stranger wrote there is a ValueError."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
+from transformers.core_model_loading import build_glob_alternation
 
+from zerolite.checkpoint.conversions import Source
 from zerolite.checkpoint.weight_files import Weights
 from zerolite.engine import meta_init
 
@@ -13,18 +17,21 @@ from zerolite.engine import meta_init
 def empty_model(folder: Path, weights: Weights) -> transformers.PreTrainedModel:
     """The model of `config.json`, its parameters on the meta device, with the folder's generation config.
 
-    No code of the folder is run. Raises ValueError, with folder and cause, for a configuration that needs such code,
-    that no model can be built from, or that asks for other layers and shapes than the weights have.
+    Parameters have the dtypes that `from_pretrained` gives them. No code of the folder is run. Raises ValueError, with
+    folder and cause, for a configuration that needs such code, that no model can be built from, or that asks for more
+    layers than the weights have.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _check_layers(config, weights)
+        if config.dtype is None:
+            config.dtype = weights.first_float_dtype()
         model = build_empty(config)
+        _keep_in_fp32(model, config.dtype)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever a wrong value happens to hit
         raise ValueError(f"{folder}: config.json cannot be used: {cause_of(error)}") from error
-    _check_shapes(model, weights)
     return model
 
 
@@ -52,14 +59,56 @@ def _check_layers(config: transformers.PretrainedConfig, weights: Weights) -> No
         raise ValueError(f"it asks for {num_layers:,} layers, and the weights are {len(weights.entries):,} tensors")
 
 
-def _check_shapes(model: transformers.PreTrainedModel, weights: Weights) -> None:
-    """Before memory is taken for what config.json claims."""
-    for name, parameter in model.named_parameters():
-        if name in weights.entries and weights.shape(name) != tuple(parameter.shape):
+def _keep_in_fp32(model: transformers.PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters that their class keeps in fp32 where the rest is of 16 bits."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, by_group, _ = build_glob_alternation(list(plan))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        match = pattern.search(name)
+        if match is not None and tensor.is_floating_point():
+            tensor.data = tensor.data.to(plan[by_group[match.lastgroup]])
+
+
+def check_sources(model: nn.Module, weights: Weights, sources: dict[str, Source]) -> None:
+    """Before memory is taken for what config.json claims: every parameter has values of its shape.
+
+    Parameters whose class lets them be missing (tables that are computed) get their initial values here.
+    Raises ValueError for a parameter without values, or with those of another shape, and for a quantised folder.
+    """
+    parameters = dict(model.named_parameters())
+    weights.check_unquantised([*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())])
+    may_miss = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    missing = [name for name in parameters if name not in sources]
+    for name in missing:
+        if not any(re.search(pattern, name) for pattern in may_miss):
             raise ValueError(
-                f"{name} in {weights.folder} has shape {weights.shape(name)}, config.json asks for "
-                f"{tuple(parameter.shape)}"
+                f"{weights.folder} holds no weights for {name}: they are of another model than config.json tells, or "
+                "files are missing; download all of it"
             )
+    for name, tensor in [*parameters.items(), *model.named_buffers()]:
+        source = sources.get(name)
+        if source is not None and source.shape != tensor.shape:
+            keys = " + ".join(source.keys[:2]) + (f" + {len(source.keys) - 2} more" if len(source.keys) > 2 else "")
+            raise ValueError(
+                f"{keys} in {weights.folder} has shape {tuple(source.shape)}, config.json asks for "
+                f"{tuple(tensor.shape)}{'' if keys == name else f' of {name}'}"
+            )
+    for name in missing:
+        _initialise(model, name)
+
+
+def _initialise(model: nn.Module, name: str) -> None:
+    """Give one parameter on the meta device the value that its class computes."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    parameter = model.get_parameter(name)
+    filled = meta_init.unset_like(parameter, torch.device("cpu"))
+    torch.utils.swap_tensors(parameter, nn.Parameter(filled, requires_grad=parameter.requires_grad))
+    with torch.no_grad():
+        model._init_weights(module)
+    if meta_init.is_unset(parameter):
+        raise ValueError(f"{name} is not in the folder, and {type(module).__name__} computes no values for it")
 
 
 def cause_of(error: Exception) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from zerolite.checkpoint.empty_model import empty_model
+from zerolite.checkpoint.conversions import Source, ignored, transformers_sources
+from zerolite.checkpoint.empty_model import check_sources, empty_model
 from zerolite.checkpoint.weight_files import Weights
 from zerolite.config import Offload, Precision
 from zerolite.engine import build, meta_init
@@ -21,7 +22,7 @@ from zerolite.runtime.mesh import RankMesh, mesh_of
 from zerolite.runtime.rank_errors import Ranks, on_all_ranks
 from zerolite.shards.bucket import Bucket
 from zerolite.shards.dtensors import is_distributed
-from zerolite.shards.layout import Partition
+from zerolite.shards.layout import Partition, Range
 from zerolite.shards.units import UnitRule
 
 
@@ -37,7 +38,9 @@ def load_pretrained(
     """Build a sharded model, in eval mode, from a local Hugging Face folder with safetensors. Collective.
 
     path: the folder. No rank builds the whole model: each reads its own ranges, and where unsharded parameters stay
-        (stages 0 to 2) ranks gather the rest from each other.
+        (stages 0 to 2) ranks gather the rest from each other. What transformers renames, joins or cuts on load (vision
+        and language, experts) is read by ranges as well. What it permutes or computes is read whole, the tensors of one
+        parameter at a time; `logging` tells which at level INFO.
     adapt: called with the model before it is sharded, its parameters on the meta device, to freeze some or to add
         adapters: `adapt=zerolite.adapters.add_lora`.
     stage, mesh, offload, precision, units: as of `shard`.
@@ -50,19 +53,21 @@ def load_pretrained(
     offload = build.check_arguments(stage, offload, precision)
     folder = Path(path)
     with contextlib.ExitStack() as stack:
-        opened: list[tuple[Weights, nn.Module]] = []
+        opened: list[tuple[Weights, nn.Module, dict[str, Source]]] = []
 
         def open_folder() -> str:
             weights = stack.enter_context(Weights(folder))
             model = empty_model(folder, weights)
+            sources = transformers_sources(model, weights)
+            check_sources(model, weights, sources)
             if adapt is not None:
                 adapt(model)
-            opened.append((weights, model))
+            opened.append((weights, model, sources))
             return weights.digest()
 
         # A rank that cannot open the folder has no model that tells where it trains, and is waited for all the same.
         work = _Attempt(open_folder)
-        model = opened[0][1] if opened else nn.Module()
+        model: nn.Module = opened[0][1] if opened else nn.Module()
         if any(map(is_distributed, model.parameters())):
             raise ValueError(
                 "load_pretrained does not read into DTensor parameters: build the model with from_pretrained, call "
@@ -72,10 +77,14 @@ def load_pretrained(
         ranks = mesh_of(mesh, device)
         if len(set(work.on_all_ranks(_RanksOf(ranks, device), folder))) > 1:
             raise CheckpointError(f"ranks see different folders at {folder}: give all of them the same files")
-        ((weights, model),) = opened
+        weights, model, sources = opened.pop()
+        used = {key for source in sources.values() for key in source.keys}
+        unused = sorted(set(weights.entries) - used - ignored(model, list(weights.entries)))
+        if unused:
+            warnings.warn(f"{folder}: weights without a place: {', '.join(unused[:8])}", stacklevel=2)
         engine = Engine(model, Partition(stage), ranks, device, precision)
         build.build(engine, units, offload, meta_init.leave_meta, has_values=False)
-        _Attempt(lambda: _read(engine, weights)).on_all_ranks(engine, folder)
+        _Attempt(lambda: _read(engine, weights, sources)).on_all_ranks(engine, folder)
         _gather(engine)
     build.finish(engine)
     return model.eval()
@@ -119,20 +128,19 @@ class _Attempt:
         return words
 
 
-def _read(engine: Engine, weights: Weights) -> None:
-    """Read this rank's shards, and the buffers that the files hold."""
-    keys = _keys_of(engine, weights)
+def _read(engine: Engine, weights: Weights, sources: dict[str, Source]) -> None:
+    """Read this rank's shards, and the buffers that the files hold; `sources` is empty then."""
     for bucket in _without_values(engine):
         shard, spec = bucket.shard, bucket.shard.spec
         values = shard.values()
         for slot in bucket.layout.slots:
             part = slot.range.intersect(spec.shard_range)
-            weights.read(keys[slot.name], *part.relative_to(slot.range), part.of(values, shard.range))
+            sources[slot.name].read(weights, part.relative_to(slot.range), part.of(values, shard.range))
         shard.set_values(values)
     for name, buffer in engine.model.named_buffers():
-        if name in weights.entries:
-            weights.check_dtype(name, buffer.dtype)
-            weights.read(name, 0, buffer.numel(), buffer.data.view(-1))
+        if name in sources:
+            sources[name].read(weights, Range(0, buffer.numel()), buffer.data.view(-1))
+    sources.clear()
 
 
 def _gather(engine: Engine) -> None:
@@ -152,37 +160,3 @@ def _gather(engine: Engine) -> None:
 def _without_values(engine: Engine) -> list[Bucket]:
     """Buckets whose parameters were on the meta device when the model was sharded."""
     return [bucket for unit in engine.units for bucket in unit.buckets if bucket.group.is_on_meta]
-
-
-def _keys_of(engine: Engine, weights: Weights) -> dict[str, str]:
-    """Parameter name -> name in the files: its own or a tied one's, with or without the base model's prefix."""
-    model = engine.model
-    weights.check_unquantised([*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())])
-    prefix = getattr(model, "base_model_prefix", "")
-    aliases: dict[str, list[str]] = {}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for alias, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(names[id(parameter)], []).append(alias)
-    keys: dict[str, str] = {}
-    for slot, dtype in [(slot, b.shard.spec.dtype) for b in _without_values(engine) for slot in b.layout.slots]:
-        names_here = aliases[slot.name]
-        candidates = [*names_here, *(f"{prefix}.{name}" for name in names_here)]
-        candidates += [name.removeprefix(f"{prefix}.") for name in names_here]
-        key = next((candidate for candidate in candidates if candidate in weights.entries), None)
-        if key is None:
-            raise ValueError(
-                f"{weights.folder} holds no weights for {slot.name}: they are of another model than "
-                "config.json tells, or transformers converts them on load; then build the model with "
-                "from_pretrained and give it to zerolite.shard"
-            )
-        if weights.shape(key) != slot.shape:
-            raise ValueError(
-                f"{key} in {weights.folder} has shape {weights.shape(key)}, config.json asks for {slot.shape}"
-            )
-        weights.check_dtype(key, dtype)
-        keys[slot.name] = key
-    known = {*keys.values(), *(alias for group in aliases.values() for alias in group), *dict(model.named_buffers())}
-    unused = sorted(set(weights.entries) - known - {f"{prefix}.{name}" for name in known})
-    if unused:
-        warnings.warn(f"{weights.folder}: weights without a place: {', '.join(unused[:8])}", stacklevel=3)
-    return keys

@@ -13,9 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from zerolite.runtime.safetensors_file import DTYPES
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 END_BYTES = 1 << 20  # of each end of a file, in a digest
 # Tensors beside or in place of weights: DeepSeek's and compressed-tensors' fp8, bitsandbytes, GPTQ and AWQ.
 QUANTISED = re.compile(
@@ -86,8 +89,16 @@ class Weights:
                 "other, so use a folder of weights in 16 or 32 bits"
             )
 
+    def first_float_dtype(self) -> torch.dtype:
+        """Of the first tensor of floats, as transformers takes it where config.json says none; else fp32."""
+        found = (BY_NAME.get(self.entries[key].get_slice(key).get_dtype(), torch.float32) for key in self.entries)
+        return next((dtype for dtype in found if dtype.is_floating_point), torch.float32)
+
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.entries[key].get_slice(key).get_shape())
+
+    def whole(self, key: str) -> torch.Tensor:
+        return self.entries[key].get_tensor(key)
 
     def read(self, key: str, start: int, stop: int, out: torch.Tensor) -> None:
         """out (stop - start,) = elements [start, stop) of the flattened tensor; reads the rows that hold them."""
