@@ -36,7 +36,7 @@ LLAVA = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + '\\n' }}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 ORDERED = (
     "{{% for message in messages %}}{{{{ '### ' + message['role'] + '\\n' }}}}{{% if message['content'] is string %}}"
@@ -86,7 +86,11 @@ def build(family: str, dtype: torch.dtype = torch.float32, hidden: int = 32, see
             "depth": 2, "embed_dim": hidden, "hidden_size": hidden, "num_heads": 2, "mlp_ratio": 2,
             "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2,
         }  # fmt: skip
-        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        rope = {
+            "rope_type": "default",
+            "mrope_section": [hidden // 32, hidden // 32, hidden // 16],
+            "rope_theta": 10000.0,
+        }
         config = Qwen2VLConfig(
             vision_config=vision, text_config={**text, "rope_parameters": rope}, image_token_id=image,
             video_token_id=others[0], vision_start_token_id=others[1], vision_end_token_id=others[2],
@@ -98,7 +102,12 @@ def build(family: str, dtype: torch.dtype = torch.float32, hidden: int = 32, see
             "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2,
             "image_size": SIDE,
         }  # fmt: skip
-        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+        rope = {
+            "rope_type": "default",
+            "mrope_section": [hidden // 32, hidden // 32, hidden // 16],
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+        }
         config = Glm4vConfig(
             vision_config=vision, text_config={**text, "rope_parameters": rope}, image_token_id=image,
             video_token_id=others[0], image_start_token_id=others[1], image_end_token_id=others[2],

@@ -105,7 +105,8 @@ def _generate(
     signals: StopSignals | None,
 ) -> list[int]:
     """Token ids of the answer, with what ends it; fewer once this process received one of `signals`."""
-    found = prompt_of(conversation.part(0, 1), tokenizer, cutoff_len // 2)
+    room = cutoff_len - 1 if conversation.images else cutoff_len // 2  # images are not cut, and their row has room
+    found = prompt_of(conversation.part(0, 1), tokenizer, room)
     prompt, device = found.ids, next(model.parameters()).device
     input_ids = torch.tensor([prompt])
     beside = images_beside([found], tokenizer, input_ids)

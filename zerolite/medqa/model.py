@@ -95,7 +95,9 @@ def load_config(options: Options, tokenizer: PreTrainedTokenizerBase) -> Pretrai
     on_meta(options, config)
     check_vocabulary(tokenizer, config)
     if options.model_name_or_path is not None and look(folder, tokenizer, config) is None and options.image_folder:
-        raise ValueError(f"--image_folder: {folder} is a model that reads texts alone: rows have images for one that sees")
+        raise ValueError(
+            f"--image_folder: {folder} is a model that reads texts alone: rows have images for one that sees"
+        )
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 40
     num_virtual = num_virtual_tokens(options)
     if options.cutoff_len + num_virtual > longest:

@@ -70,6 +70,23 @@ def tokens_within(
     return _shortened(row, tokens_of(row), tokens_of, cutoff_len, is_answer_there=1)
 
 
+def check_room(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cutoff_len: int) -> None:
+    """ValueError for a row with images that has no room in `cutoff_len`: no such row is cut."""
+    template = template_of(tokenizer)
+    tokens = next(tokenize_all([template.segments(conversation)], template))
+    if len(tokens.ids) > cutoff_len:
+        raise ValueError(_no_room(conversation, tokens, cutoff_len))
+
+
+def _no_room(conversation: Conversation, tokens: Tokens, cutoff_len: int) -> str:
+    spans = [(begin, end) for segment, begin, end in tokens.spans() if segment.slot and segment.slot[0] == "image"]
+    of_images = sum(int(tokens.of(begin, end).sum()) for begin, end in spans)
+    return (
+        f"cutoff_len: {cutoff_len} tokens have no room for its {len(tokens.ids)}, of which {of_images} are of "
+        f"{len(conversation.images)} images; rows with images are not cut"
+    )
+
+
 def _named(row: Conversation, make: Callable[[], T]) -> T:
     """What `make` gives; its ValueError with the row's beginning."""
     try:
@@ -205,11 +222,7 @@ def _shortened(
 def _cut(conversation: Conversation, tokens: Tokens, is_answer_there: int, excess: int, room: int) -> Conversation:
     """A conversation of one turn with `excess` tokens less, of the longer one of its texts first."""
     if conversation.images:
-        of_images = sum(int(tokens.of(b, e).sum()) for s, b, e in tokens.spans() if s.slot and s.slot[0] == "image")
-        raise ValueError(
-            f"cutoff_len: {room} tokens have no room for its {len(tokens.ids)}, of which {of_images} are of "
-            f"{len(conversation.images)} images; rows with images are not cut"
-        )
+        raise ValueError(_no_room(conversation, tokens, room))
     counts, spans, texts = {"question": 0, "answer": 0}, {}, {"answer": conversation.turns[0][1]}
     for segment, begin, end in tokens.spans():
         if segment.slot:

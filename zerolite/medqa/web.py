@@ -9,10 +9,12 @@ import html
 import os
 import re
 import threading
+from pathlib import Path
 
 from zerolite.medqa import terminal
 from zerolite.medqa.answers import NOTICE
 from zerolite.medqa.desk import Desk, Dialogue, Said
+from zerolite.medqa.images.files import FORMATS
 from zerolite.medqa.opening import open_variants
 from zerolite.medqa.terminal import NOTICES
 
@@ -26,6 +28,7 @@ TEXTS = {
         "chat": "Dialogue",
         "empty": "Ask a question. The model answers from what it has learned, and knows nothing about you.",
         "ask": "Your question",
+        "pictures": "Pictures of the question",
         "send": "Send",
         "stop": "Stop",
         "clear": "New dialogue",
@@ -51,6 +54,7 @@ TEXTS = {
         "chat": "对话",
         "empty": "请输入问题。模型只根据训练所得作答，并不了解您的情况。",
         "ask": "您的问题",
+        "pictures": "问题所附图片",
         "send": "发送",
         "stop": "停止",
         "clear": "新对话",
@@ -189,6 +193,15 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
             send = gradio.Button(variant="primary", scale=1, min_width=90, elem_id="send")
             stop = gradio.Button(variant="stop", scale=1, min_width=90, visible=False, elem_id="stop")
             clear = gradio.Button(scale=1, min_width=130, elem_id="clear")
+        # No gradio.Image, which decodes and writes what it is given again: what the model reads is the file itself.
+        pictures = gradio.File(
+            file_count="multiple",
+            file_types=[f".{name.lower()}" for name in (*FORMATS, "jpg", "tif")],
+            type="filepath",
+            height=110,
+            visible=desk.is_seeing,
+            elem_id="pictures",
+        )
         with gradio.Accordion(open=False, elem_id="settings") as settings:
             adapter = gradio.Dropdown(choices("en"), value=desk.first or "", visible=has_choice, elem_id="adapter")
             system_text = gradio.Textbox(value=system, lines=2, max_lines=8, elem_id="system")
@@ -205,6 +218,7 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
                 gradio.update(label=texts["settings"]),
                 gradio.update(label=texts["adapter"], choices=choices(language)),
                 gradio.update(label=texts["system"], info=texts["system_info"]),
+                gradio.update(label=texts["pictures"]),
             ]
 
         def begin(request: gradio.Request) -> list:
@@ -215,6 +229,7 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
 
         def answer(
             question: str,
+            pictures: list[str] | None,
             adapter: str,
             system: str,
             language: str,
@@ -227,9 +242,16 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
                 yield {}
                 return
             dialogue = Dialogue() if dialogue is None else dialogue
-            before = [*shown, {"role": "user", "content": plain(question.strip())}]
-            cleared = {"question": "", "send": gradio.update(visible=False), "stop": gradio.update(visible=True)}
-            for said in desk.answer(request.session_hash, dialogue, adapter or None, system, question):
+            files = [Path(path) for path in pictures or ()]
+            asked = [*({"path": str(path)} for path in files), plain(question.strip())]
+            before = [*shown, *({"role": "user", "content": content} for content in asked)]
+            cleared = {
+                "question": "",
+                "pictures": None,
+                "send": gradio.update(visible=False),
+                "stop": gradio.update(visible=True),
+            }
+            for said in desk.answer(request.session_hash, dialogue, adapter or None, system, question, files):
                 shown = [*before, {"role": "assistant", "content": plain(said.text)}] if said.text else before
                 yield updates(chat=shown, status=told(said, language), **cleared)
                 cleared = {}
@@ -240,7 +262,7 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
         def updates(**values) -> dict:
             components = {
                 "chat": chat, "status": status, "question": question, "send": send, "stop": stop, "shown": shown,
-                "dialogue": dialogue,
+                "dialogue": dialogue, "pictures": pictures,
             }  # fmt: skip
             return {components[name]: value for name, value in values.items()}
 
@@ -250,15 +272,15 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
         def forget() -> list:
             return [None, [], [], ""]
 
-        texts = [notice, chat, question, send, stop, clear, settings, adapter, system_text]
+        texts = [notice, chat, question, send, stop, clear, settings, adapter, system_text, pictures]
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "undocumented"}
         blocks.load(begin, None, [language, *texts], api_name="begin", **quick)
         language.change(labels, language, texts, api_name="labels", **quick)
         gradio.on(
             [question.submit, send.click],
             answer,
-            [question, adapter, system_text, language, dialogue, shown],
-            [chat, status, question, send, stop, shown, dialogue],
+            [question, pictures, adapter, system_text, language, dialogue, shown],
+            [chat, status, question, send, stop, shown, dialogue, pictures],
             trigger_mode="once",
             concurrency_limit=MAX_WAITING,
             show_progress="hidden",

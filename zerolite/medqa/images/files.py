@@ -41,7 +41,9 @@ class ImageFile:
 def inside(folder: Path, name: object) -> Path:
     """The file that a row names. Raises ValueError for a name that leaves the folder, or that is no file's."""
     if isinstance(name, dict):
-        raise ValueError(f"image: expected a file name, got an object with {shown(sorted(map(str, name)))}: write files")
+        raise ValueError(
+            f"image: expected a file name, got an object with {shown(sorted(map(str, name)))}: write files"
+        )
     if not isinstance(name, str) or not name.strip() or "\x00" in name:
         raise ValueError(f"image: expected a file name, got {shown(name)}")
     if name.startswith(("http://", "https://", "data:", "file:")):
@@ -97,12 +99,12 @@ def _check(path: Path, opened: Image.Image) -> None:
     """By what stands in the file's head, before it is decoded."""
     width, height = opened.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"image {path}: has {width} x {height} pixels, expected at most {MAX_PIXELS:,}: make it smaller")
+        raise ValueError(f"image {path}: has {width} x {height} pixels, expected at most {MAX_PIXELS:,}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"image {path}: has {width} x {height} pixels: one side is over {MAX_ASPECT} times the other")
     if opened.mode.startswith(("I", "F")):
         raise ValueError(
-            f"image {path}: has more than 8 bits a channel (mode {opened.mode}), of which the highest would be cut off: "
+            f"image {path}: has more than 8 bits a channel (mode {opened.mode}), of which high values would be cut off: "
             "choose a window and write it with 8 bits"
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -21,15 +21,29 @@ from zerolite.medqa.images.files import ImageFile
 from zerolite.medqa.rows import PLACE, Conversation, Row, is_absent, shown
 
 KEYS = ("images", "image")
+Reading = Callable[[object, Counter[str] | None], Row]  # what a row says; the counter takes keys that are not used
 # The line feeds that people write around a place: the template puts its own there.
 AROUND = re.compile(rf"\s*\n\s*(?={PLACE})|(?<={PLACE})\s*\n\s*")
 
 
-def usable(folder: Path) -> Callable[[object, Counter[str] | None], Row]:
-    """As `rows.usable`, with images, which are files below `folder`. Each file is decoded once.
+def usable(folder: Path, of_text: Reading = rows.usable) -> Reading:
+    """As `of_text`, with images, which are files below `folder`. Raises ValueError where there is no such folder."""
+    read = reader(folder)
 
-    Raises ValueError where there is no such folder.
-    """
+    def of(row: object, ignored: Counter[str] | None = None) -> Row:
+        plain, names = apart(row)
+        found = of_text(plain, ignored)
+        if isinstance(found, Conversation):
+            return with_images(found, [read(name) for name in names], _places(plain))
+        if names:
+            raise ValueError("`images` beside `text`: an image stands in a question, and a text has none")
+        return found
+
+    return of
+
+
+def reader(folder: Path) -> Callable[[object], ImageFile]:
+    """Gives the file below `folder` of a name, decoded once. Raises ValueError where there is no such folder."""
     if not folder.is_dir():
         raise ValueError(f"--image_folder {folder}: expected a folder, there is none")
     known: dict[Path, ImageFile | str] = {}
@@ -46,28 +60,16 @@ def usable(folder: Path) -> Callable[[object, Counter[str] | None], Row]:
             raise ValueError(found)
         return found
 
-    def of(row: object, ignored: Counter[str] | None = None) -> Row:
-        plain, names = apart(row)
-        found = rows.usable(plain, ignored)
-        num_places = _places(plain) if isinstance(row, dict) else 0
-        if isinstance(found, Conversation):
-            return with_images(found, [read(name) for name in names], num_places)
-        if names:
-            raise ValueError("`images` beside `text`: an image stands in a question, and a text has none")
-        return found
-
-    return of
+    return read
 
 
-def fitting(
-    of: Callable[[object, Counter[str] | None], Row], tokenizer: PreTrainedTokenizerBase, cutoff_len: int
-) -> Callable[[object, Counter[str] | None], Row]:
-    """`of`, with ValueError for a row whose images have no room in `cutoff_len`, so that it is told with its line."""
+def fitting(of: Reading, tokenizer: PreTrainedTokenizerBase, cutoff_len: int) -> Reading:
+    """`of`, with ValueError for a row with images that has no room in `cutoff_len`: it is told with its line."""
 
     def checked(row: object, ignored: Counter[str] | None = None) -> Row:
         found = of(row, ignored)
         if isinstance(found, Conversation) and found.images:
-            prompts.tokens_within(found, tokenizer, cutoff_len)
+            prompts.check_room(found, tokenizer, cutoff_len)
         return found
 
     return checked
@@ -80,11 +82,11 @@ def with_images(conversation: Conversation, images: list[ImageFile], num_places:
     places and images are not as many, and for a place outside of a question.
     """
     turns = conversation.turns
-    places = [question.count(PLACE) for question, _ in turns]
-    num_places = sum(places) if num_places is None else num_places
+    counts = [question.count(PLACE) for question, _ in turns]
+    num_places = sum(counts) if num_places is None else num_places
     if images and not num_places:
-        turns = ((PLACE * len(images) + turns[0][0], turns[0][1]), *turns[1:])
-        places = [len(images), *places[1:]]
+        turns = ((places(images) + turns[0][0], turns[0][1]), *turns[1:])
+        counts = [len(images), *counts[1:]]
         num_places = len(images)
     if num_places != len(images):
         raise ValueError(f"has {num_places} places for images ({PLACE}), and {len(images)} images: expected as many")
@@ -95,7 +97,12 @@ def with_images(conversation: Conversation, images: list[ImageFile], num_places:
     turns = tuple((AROUND.sub("", question), answer) for question, answer in turns)
     if empty := [question for question, _ in turns if is_absent(question.replace(PLACE, ""))]:
         raise ValueError(f"question: is empty but for its images ({shown(empty[0])})")
-    return dataclasses.replace(conversation, turns=turns, images=tuple(images[: sum(places)]))
+    return dataclasses.replace(conversation, turns=turns, images=tuple(images[: sum(counts)]))
+
+
+def places(images: Sequence[ImageFile]) -> str:
+    """What stands before a question that these images are of."""
+    return PLACE * len(images)
 
 
 def apart(row: object) -> tuple[object, list[object]]:

@@ -38,7 +38,7 @@ def _token_id(config: PretrainedConfig) -> int | None:
 
 
 def look(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Sight | None:
-    """Let conversations of this tokenizer have images, where the model reads some; its files are read when one comes."""
+    """Let conversations of this tokenizer have images, where the model reads some; its files are read as one comes."""
     if not is_seeing(config):
         return None
     SIGHTS[tokenizer] = Sight(folder, tokenizer, config)
@@ -100,9 +100,10 @@ class Sight:
         }
         for name, value in expected.items():
             there = getattr(processor, name, None)
-            if there != value and (there is not None or (value is not None and name == "merge_size")):
+            is_told = name == "merge_size" or (isinstance(there, int) and isinstance(value, int))
+            if is_told and there != value:
                 raise ValueError(
-                    f"{self.folder}: the image processor is of another model: its {name} is {there}, the model's {value}"
+                    f"{self.folder}: the image processor is of another model: {name} is {there} there, {value} here"
                 )
         side, crop = getattr(vision, "image_size", None), getattr(processor, "crop_size", None)
         if expected["merge_size"] is None and crop and side and (crop["height"], crop["width"]) != (side, side):
