@@ -14,6 +14,7 @@ import yaml
 
 import zerolite
 from zerolite.medqa import names
+from zerolite.medqa.images import options as of_images
 from zerolite.medqa.layouts import columns_of
 from zerolite.medqa.split import check_size
 
@@ -48,9 +49,7 @@ class Options:
     finetuning_type: str = option(
         "full", str, "all parameters, or an adapter of a frozen pretrained model", choices=FINETUNING_TYPES
     )
-    freeze_vision_tower: bool = option(
-        True, bool, "of a model that reads images: its tower does not train, and names in lora_target are none of its"
-    )
+    freeze_vision_tower: bool = option(True, bool, "the tower of a model that reads images does not train")
     lora_rank: int = option(8, int, "r: columns that a LoRA adds to a projection", least=1, most=256)
     lora_alpha: float = option(16.0, float, "what a LoRA adds is scaled by alpha / r", above=0)
     lora_dropout: float = option(0.05, float, "of a LoRA's inputs, in training", least=0)
@@ -115,9 +114,7 @@ class Options:
         str,
         "what the columns of your files are: question=title,context=ask,answer=reply (default: known layouts)",
     )
-    image_folder: str | None = option(
-        None, str, "folder of the images that your rows name (`images`, `image`), of a model that reads images"
-    )
+    image_folder: str | None = option(None, str, "folder of the images that rows name, for a model that reads images")
     max_samples: int | None = option(None, int, "use at most so many rows of each file (default: all)", least=1)
     cutoff_len: int = option(512, int, "longest sequence in tokens; longer rows are shortened and counted", least=16)
     packing: bool = option(False, bool, "several rows in one sequence of cutoff_len, where no token sees another row")
@@ -208,23 +205,12 @@ class Options:
             if not self.train_file:
                 raise ValueError("--val_size: is of rows of yours (--train_file); the shipped ones have others")
             check_size(self.val_size)
-        if self.image_folder is not None:
-            self._check_images()
+        of_images.check(self)
         if self.packing and self.is_adapter and self.finetuning_type != "lora":
             raise ValueError(
                 f"--packing: virtual tokens of --finetuning_type {self.finetuning_type} stand before a sequence, not "
                 "before each row in it"
             )
-
-    def _check_images(self) -> None:
-        is_prompt = self.is_adapter and self.finetuning_type != "lora"
-        if self.model_name_or_path is None:
-            raise ValueError("--image_folder: expected a model that reads images (--model_name_or_path)")
-        if not (self.train_file or self.validation_file):
-            raise ValueError("--image_folder: is of rows of yours (--train_file); the shipped ones have no images")
-        if self.packing or is_prompt:
-            other = "--packing" if self.packing else f"--finetuning_type {self.finetuning_type}"
-            raise ValueError(f"--image_folder and {other}: expected one of them; images have positions of their own")
 
     def placement(self) -> zerolite.Offload | None:
         """What leaves the device; None: nothing does. ValueError for options that do not go together."""

@@ -28,7 +28,6 @@ TEXTS = {
         "chat": "Dialogue",
         "empty": "Ask a question. The model answers from what it has learned, and knows nothing about you.",
         "ask": "Your question",
-        "pictures": "Pictures of the question",
         "send": "Send",
         "stop": "Stop",
         "clear": "New dialogue",
@@ -54,7 +53,6 @@ TEXTS = {
         "chat": "对话",
         "empty": "请输入问题。模型只根据训练所得作答，并不了解您的情况。",
         "ask": "您的问题",
-        "pictures": "问题所附图片",
         "send": "发送",
         "stop": "停止",
         "clear": "新对话",
@@ -187,21 +185,16 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
         )
         status = gradio.Textbox(show_label=False, container=False, interactive=False, elem_id="status", max_lines=3)
         with gradio.Row():
-            question = gradio.Textbox(
-                scale=8, lines=1, max_lines=6, autofocus=True, show_label=False, container=False, elem_id="ask"
+            box, own = gradio.Textbox, {}
+            if desk.is_seeing:  # pictures are the files themselves; a gradio.Image would decode and write them again
+                box = gradio.MultimodalTextbox
+                own = {"file_count": "multiple", "file_types": SUFFIXES, "submit_btn": False}
+            question = box(
+                scale=8, lines=1, max_lines=6, autofocus=True, show_label=False, container=False, elem_id="ask", **own
             )
             send = gradio.Button(variant="primary", scale=1, min_width=90, elem_id="send")
             stop = gradio.Button(variant="stop", scale=1, min_width=90, visible=False, elem_id="stop")
             clear = gradio.Button(scale=1, min_width=130, elem_id="clear")
-        # No gradio.Image, which decodes and writes what it is given again: what the model reads is the file itself.
-        pictures = gradio.File(
-            file_count="multiple",
-            file_types=[f".{name.lower()}" for name in (*FORMATS, "jpg", "tif")],
-            type="filepath",
-            height=110,
-            visible=desk.is_seeing,
-            elem_id="pictures",
-        )
         with gradio.Accordion(open=False, elem_id="settings") as settings:
             adapter = gradio.Dropdown(choices("en"), value=desk.first or "", visible=has_choice, elem_id="adapter")
             system_text = gradio.Textbox(value=system, lines=2, max_lines=8, elem_id="system")
@@ -218,7 +211,6 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
                 gradio.update(label=texts["settings"]),
                 gradio.update(label=texts["adapter"], choices=choices(language)),
                 gradio.update(label=texts["system"], info=texts["system_info"]),
-                gradio.update(label=texts["pictures"]),
             ]
 
         def begin(request: gradio.Request) -> list:
@@ -228,8 +220,7 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
             return [found, *labels(found)]
 
         def answer(
-            question: str,
-            pictures: list[str] | None,
+            question: str | dict,
             adapter: str,
             system: str,
             language: str,
@@ -238,12 +229,12 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
             request: gradio.Request,
         ):
             """Streams into the page; the settings are those of the moment at which the question was sent."""
-            if not question.strip():
+            text, files = parts_of(question)
+            if not text.strip():
                 yield {}
                 return
             dialogue = Dialogue() if dialogue is None else dialogue
-            files = [Path(path) for path in pictures or ()]
-            asked = [*({"path": str(path)} for path in files), plain(question.strip())]
+            asked = [*({"path": str(path)} for path in files), plain(text.strip())]
             before = [*shown, *({"role": "user", "content": content} for content in asked)]
             cleared = {
                 "question": "",
