@@ -87,7 +87,13 @@ def few(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("few"), 12, text_rows=4)
 
 
-@pytest.mark.parametrize(("family", "stage"), [("llava", 3), ("qwen2_vl", 2), ("glm4v", 3)])
+@pytest.mark.parametrize(
+    ("family", "stage"),
+    [
+        ("qwen2_vl", 3),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in [("llava", 3), ("llava", 2), ("glm4v", 3)]),
+    ],
+)
 def test_a_few_pictures_are_learned_and_transformers_says_the_same(ranks, few, tmp_path, capsys, family, stage):
     """Mixed rows on two ranks, which have images at different times."""
     model = write_seer(tmp_path / "base", family, hidden=64)
@@ -151,13 +157,14 @@ def test_a_resumed_run_goes_on_with_pictures(few, tmp_path):
     assert train(flags(model, few, tmp_path / "whole", **options)) == 0
     said, _ = answers_of(tmp_path / "whole" / "checkpoint-2", few)
     assert len(said) == 16
+    goes_on = ["--resume", str(tmp_path / "whole" / "checkpoint-2"), "--output_dir", str(tmp_path / "other")]
     with pytest.raises(ValueError, match="freeze_vision_tower was True there and is False here"):
-        train(["--resume", str(tmp_path / "whole" / "checkpoint-2"), "--no-freeze_vision_tower"])
+        train([*goes_on, "--no-freeze_vision_tower"])
     for path in few.parent.glob("*.png"):
         picture = Image.open(path)
         Image.eval(picture, lambda value: 255 - value).save(tmp_path / path.name)
     with pytest.raises(ValueError, match="fingerprint of the tokenised training rows"):
-        train(["--resume", str(tmp_path / "whole" / "checkpoint-2"), "--image_folder", str(tmp_path)])
+        train([*goes_on, "--image_folder", str(tmp_path)])
 
 
 def test_a_file_of_questions_about_pictures_is_answered(few, tmp_path, capsys):

@@ -113,6 +113,11 @@ def build(family: str, dtype: torch.dtype = torch.float32, hidden: int = 32, see
             video_token_id=others[0], image_start_token_id=others[1], image_end_token_id=others[2],
         )  # fmt: skip
         model = Glm4vForConditionalGeneration(config)
+    vision = model.model.vision_tower if family == "llava" else model.model.visual
+    with torch.no_grad():
+        for parameter in vision.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)  # of a frozen tower of small random numbers, all patches look alike
     return model.to(dtype)
 
 

@@ -18,6 +18,7 @@ from zerolite.medqa.images.files import FORMATS
 from zerolite.medqa.opening import open_variants
 from zerolite.medqa.terminal import NOTICES
 
+SUFFIXES = [f".{name.lower()}" for name in (*FORMATS, "jpg", "tif")]  # of pictures, as the file chooser takes them
 MAX_WAITING = 8  # pages whose question waits at the model; more wait in Gradio's queue
 TAG_OR_ENTITY = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")  # no other < or &, for a copied text has what is escaped
 LANGUAGES = [("English", "en"), ("中文", "zh")]
@@ -236,13 +237,9 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
             dialogue = Dialogue() if dialogue is None else dialogue
             asked = [*({"path": str(path)} for path in files), plain(text.strip())]
             before = [*shown, *({"role": "user", "content": content} for content in asked)]
-            cleared = {
-                "question": "",
-                "pictures": None,
-                "send": gradio.update(visible=False),
-                "stop": gradio.update(visible=True),
-            }
-            for said in desk.answer(request.session_hash, dialogue, adapter or None, system, question, files):
+            empty = None if desk.is_seeing else ""
+            cleared = {"question": empty, "send": gradio.update(visible=False), "stop": gradio.update(visible=True)}
+            for said in desk.answer(request.session_hash, dialogue, adapter or None, system, text, files):
                 shown = [*before, {"role": "assistant", "content": plain(said.text)}] if said.text else before
                 yield updates(chat=shown, status=told(said, language), **cleared)
                 cleared = {}
@@ -253,7 +250,7 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
         def updates(**values) -> dict:
             components = {
                 "chat": chat, "status": status, "question": question, "send": send, "stop": stop, "shown": shown,
-                "dialogue": dialogue, "pictures": pictures,
+                "dialogue": dialogue,
             }  # fmt: skip
             return {components[name]: value for name, value in values.items()}
 
@@ -263,15 +260,15 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
         def forget() -> list:
             return [None, [], [], ""]
 
-        texts = [notice, chat, question, send, stop, clear, settings, adapter, system_text, pictures]
+        texts = [notice, chat, question, send, stop, clear, settings, adapter, system_text]
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "undocumented"}
         blocks.load(begin, None, [language, *texts], api_name="begin", **quick)
         language.change(labels, language, texts, api_name="labels", **quick)
         gradio.on(
             [question.submit, send.click],
             answer,
-            [question, pictures, adapter, system_text, language, dialogue, shown],
-            [chat, status, question, send, stop, shown, dialogue, pictures],
+            [question, adapter, system_text, language, dialogue, shown],
+            [chat, status, question, send, stop, shown, dialogue],
             trigger_mode="once",
             concurrency_limit=MAX_WAITING,
             show_progress="hidden",
@@ -281,6 +278,13 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
         stop.click(end, None, None, api_name="stop", **quick)
         gradio.on([clear.click, chat.clear], forget, None, [dialogue, shown, chat, status], api_name="forget", **quick)
     return blocks
+
+
+def parts_of(question: str | dict | None) -> tuple[str, list[Path]]:
+    """(text, files) of what a page sends; where the model reads texts alone it is a text."""
+    if not isinstance(question, dict):
+        return question or "", []
+    return question.get("text") or "", [Path(path) for path in question.get("files") or ()]
 
 
 def plain(text: str) -> str:

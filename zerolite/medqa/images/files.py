@@ -104,7 +104,7 @@ def _check(path: Path, opened: Image.Image) -> None:
         raise ValueError(f"image {path}: has {width} x {height} pixels: one side is over {MAX_ASPECT} times the other")
     if opened.mode.startswith(("I", "F")):
         raise ValueError(
-            f"image {path}: has more than 8 bits a channel (mode {opened.mode}), of which high values would be cut off: "
+            f"image {path}: has more than 8 bits a channel (mode {opened.mode}), where high values would be cut off: "
             "choose a window and write it with 8 bits"
         )
 
