@@ -346,15 +346,15 @@ def test_an_export_is_what_save_pretrained_writes(ranks, tmp_path, name, dtype):
 
 def export_in_files(folder: Path, stage: int):
     import zerolite
-    from zerolite.checkpoint import export
+    from zerolite.checkpoint import folder_writer
 
-    original = export.FILE_BYTES
-    export.FILE_BYTES = 2000
+    original = folder_writer.FILE_BYTES
+    folder_writer.FILE_BYTES = 2000
     try:
         model = zerolite.shard(build("llama-tied", torch.float32), stage=stage).eval()
         zerolite.export(model, folder)
     finally:
-        export.FILE_BYTES = original
+        folder_writer.FILE_BYTES = original
     return logits_of(zerolite.load_pretrained(folder, stage=3 - stage))
 
 
@@ -404,7 +404,7 @@ def test_a_model_that_is_not_of_transformers(ranks, tmp_path):
 
 def export_and_fail(folder: Path, failure: str):
     import zerolite
-    from zerolite.checkpoint import export
+    from zerolite.checkpoint import folder_writer
     from zerolite.runtime import atomic_dir as files
     from zerolite.runtime import safetensors_file
 
@@ -419,15 +419,15 @@ def export_and_fail(folder: Path, failure: str):
 
     model = zerolite.shard(build("llama", torch.float32), stage=3).eval()
     before = logits_of(model)
-    originals = export.FILE_BYTES, files.commit_folder
+    originals = folder_writer.FILE_BYTES, files.commit_folder
     try:
         if failure == "disk full":
-            export.FILE_BYTES, safetensors_file.write_safetensors = 100, full_disk_at_the_second_file
+            folder_writer.FILE_BYTES, safetensors_file.write_safetensors = 100, full_disk_at_the_second_file
         elif failure == "commit":
             files.commit_folder = no_space
         error = attempt(lambda: zerolite.export(model, folder))
     finally:
-        export.FILE_BYTES, files.commit_folder = originals
+        folder_writer.FILE_BYTES, files.commit_folder = originals
         safetensors_file.write_safetensors = write
     assert torch.equal(logits_of(model), before)
     buckets = [bucket for unit in model._zerolite.units for bucket in unit.buckets]

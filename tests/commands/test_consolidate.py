@@ -17,7 +17,7 @@ from torch import nn
 import zerolite
 from zerolite import cli
 from zerolite.checkpoint import consolidate as module
-from zerolite.checkpoint import export
+from zerolite.checkpoint import folder_writer
 
 HALF_WAY = 1 + 2.0**-8  # between two numbers of bf16
 
@@ -109,15 +109,15 @@ def test_the_tokenizer_of_the_run_is_copied(run_folder, tmp_path, capsys):
 
 def test_memory_is_one_file_and_one_parameter(run_folder, tmp_path, monkeypatch, capsys):
     """Counted from what lives while it is written; the export comes in several files, with their index."""
-    monkeypatch.setattr(export, "FILE_BYTES", 3000)
+    monkeypatch.setattr(folder_writer, "FILE_BYTES", 3000)
     pending: list[int] = []
-    add = export.FolderWriter.add
+    add = folder_writer.FolderWriter.add
 
-    def counted(writer, model, tensors):
+    def counted(writer, tensors):
         pending.append(sum(tensor.nbytes for tensor in [*writer.pending.values(), *tensors.values()]))
-        add(writer, model, tensors)
+        add(writer, tensors)
 
-    monkeypatch.setattr(export.FolderWriter, "add", counted)
+    monkeypatch.setattr(folder_writer.FolderWriter, "add", counted)
     assert cli.main(["consolidate", str(run_folder / "llama-tied-checkpoint"), str(tmp_path / "out")]) == 0
     largest = max(tensor.nbytes for tensor in tensors_of(tmp_path / "out").values())
     assert max(pending) < 3000 + largest and len(list((tmp_path / "out").glob("model-0*"))) > 3
@@ -151,7 +151,7 @@ def test_a_broken_checkpoint_is_named_and_nothing_is_left(run_folder, tmp_path, 
     def full(*arguments):
         raise OSError(28, "No space left on device", "part-1")
 
-    monkeypatch.setattr(export.safetensors_file, "write_safetensors", full)
+    monkeypatch.setattr(folder_writer.safetensors_file, "write_safetensors", full)
     assert "No space left" in refused(capsys, 2, copied, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 

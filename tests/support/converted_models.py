@@ -1,4 +1,4 @@
-"""Tiny models of transformers whose folders have other names or shapes than they: vision and language, experts, ties."""
+"""Tiny models of transformers whose folders have other names or shapes than they: vision, experts, ties."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ CLIP = tf.CLIPVisionConfig(
     projection_dim=16,
 )  # fmt: skip
 QWEN_VISION = dict(depth=2, embed_dim=16, hidden_size=16, num_heads=2, patch_size=4, mlp_ratio=2)
+IMAGE_TOKENS = dict(image_token_id=63, vision_start_token_id=62, vision_end_token_id=61, video_token_id=60)
 EXPERTS = dict(moe_intermediate_size=10, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=14)
+LAYERS = ["conv", "full_attention"]
 LATENT = dict(
     kv_lora_rank=8, q_lora_rank=None, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=4,
     n_group=1, topk_group=1, moe_intermediate_size=10, num_experts_per_tok=2, first_k_dense_replace=1,
@@ -52,7 +54,7 @@ def paligemma() -> nn.Module:
 
 
 def qwen2_vl() -> nn.Module:
-    config = tf.Qwen2VLConfig(text_config=text(rope_parameters=ROPE), vision_config=QWEN_VISION)
+    config = tf.Qwen2VLConfig(text_config=text(rope_parameters=ROPE), vision_config=QWEN_VISION, **IMAGE_TOKENS)
     return tf.Qwen2VLForConditionalGeneration(config)
 
 
@@ -61,7 +63,7 @@ def qwen2_5_vl() -> nn.Module:
         depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=16,
         fullatt_block_indexes=[1],
     )  # fmt: skip
-    config = tf.Qwen2_5_VLConfig(text_config=text(rope_parameters=ROPE), vision_config=vision)
+    config = tf.Qwen2_5_VLConfig(text_config=text(rope_parameters=ROPE), vision_config=vision, **IMAGE_TOKENS)
     return tf.Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -69,7 +71,7 @@ def glm4v() -> nn.Module:
     vision = dict(
         depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=16, image_size=8
     )
-    config = tf.Glm4vConfig(text_config=text(rope_parameters=ROPE), vision_config=vision)
+    config = tf.Glm4vConfig(text_config=text(rope_parameters=ROPE), vision_config=vision, **IMAGE_TOKENS)
     return tf.Glm4vForConditionalGeneration(config)
 
 
@@ -112,8 +114,8 @@ def marian() -> nn.Module:
     return tf.MarianMTModel(
         tf.MarianConfig(
             vocab_size=64, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, pad_token_id=0, max_position_embeddings=64,
-            decoder_start_token_id=0, eos_token_id=1, forced_eos_token_id=1,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, pad_token_id=0,
+            max_position_embeddings=64, decoder_start_token_id=0, eos_token_id=1, forced_eos_token_id=1,
         )
     )  # fmt: skip
 
@@ -143,12 +145,13 @@ EXPERT: dict[str, Callable[[], nn.Module]] = {
     "phimoe": causal("Phimoe", num_local_experts=4),
     "gpt-oss": causal("GptOss", num_local_experts=4, num_experts_per_tok=2),
     "jamba": causal("Jamba", num_experts=4, use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4),
-    "lfm2-moe": causal("Lfm2Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=10, num_dense_layers=1),
+    "lfm2-moe": causal("Lfm2Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=10, layer_types=LAYERS),
     "qwen3-vl-moe": qwen3_vl_moe,
     "ernie-vl-moe": ernie_vl_moe,
 }
 
 OTHER: dict[str, Callable[[], nn.Module]] = {
+    "nomic-bert": lambda: tf.NomicBertForMaskedLM(tf.NomicBertConfig(**TEXT)),
     "marian": marian,
     "gemma2": causal("Gemma2"),
     "gpt-neox": causal("GPTNeoX"),
@@ -159,3 +162,23 @@ CASES = {**SEEING, **EXPERT, **OTHER}
 
 def build_case(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return drawn(CASES[name]).to(dtype)
+
+
+@torch.no_grad()
+def answer(model: nn.Module) -> torch.Tensor:
+    """Logits for fixed tokens, with a picture where the model is one of three that see."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the widths are too small for the kernel that takes all at once
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.arange(3, 27).view(2, 12)
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids.flip(0)} if model.config.is_encoder_decoder else {})}
+    kind = model.config.model_type
+    if kind == "llava":
+        ids[:, 2:6] = 63
+        inputs["pixel_values"] = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float32).to(model.dtype)
+    elif kind in ("qwen2_vl", "glm4v"):
+        ids[:, 2:8] = torch.tensor([62, 63, 63, 63, 63, 61])
+        pixels = torch.randn(32, 96, generator=generator)
+        inputs |= {"pixel_values": pixels.to(model.dtype), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+        inputs["mm_token_type_ids"] = (ids == 63).int()
+    return model(**inputs, **({"use_cache": False} if model.can_generate() else {})).logits.clone()

@@ -18,7 +18,7 @@ import transformers
 from torch import nn
 
 from zerolite.checkpoint.empty_model import build_empty, cause_of
-from zerolite.checkpoint.export import FolderWriter
+from zerolite.checkpoint.folder_writer import FolderWriter
 from zerolite.checkpoint.saved_files import SavedFolder
 from zerolite.errors import CheckpointError
 from zerolite.offload.shard_memory import round_bf16
@@ -69,7 +69,12 @@ def consolidate(
         saved.open_files(0, 1)
         dtypes = _dtypes(saved, dtype)
         model = _model_of(saved, config_folder, dtypes, dtype)
-        writer = FolderWriter(folder.resolve())
+        buffers = {name: _tensor(saved, f"buffer/{name}") for name in saved.manifest["buffers"]}
+        described = {
+            _written_name(model, name): torch.empty(shape, dtype=dtypes[name], device="meta")
+            for name, shape in saved.manifest["parameters"].items()
+        } | {name: torch.empty_like(buffer, device="meta") for name, buffer in buffers.items()}
+        writer = FolderWriter(folder.resolve(), model, described)
         writer.open()
         try:
             for path in beside:
@@ -77,11 +82,9 @@ def consolidate(
             away = _ties_away(saved)
             for names in _groups(model, saved.manifest["parameters"]):
                 writer.add(
-                    model,
-                    {_written_name(model, name): _whole(saved, name, dtypes[name], name in away) for name in names},
+                    {_written_name(model, name): _whole(saved, name, dtypes[name], name in away) for name in names}
                 )
-            buffers = {name: _tensor(saved, f"buffer/{name}") for name in saved.manifest["buffers"]}
-            writer.finish(model, buffers)
+            writer.finish(buffers)
         except BaseException:
             writer.discard()
             raise

@@ -3,11 +3,11 @@
 [Note: conversions]
 
 transformers 5 renames and converts on load: vision-language folders have other names than their models, mixtures of
-experts are files of single experts. Its tables (`conversion_mapping.py`) say how, and we keep none of our own. The names
-go through them as `from_pretrained` sends them. The operations then run on `FileTensor`s, which move no element: joined
-and cut tensors (stacked experts, fused gates, split projections) are read by the ranges of the files that a rank needs.
-Other operations (a transposition, a permutation for rotary positions) need their tensors whole: those of one conversion
-at a time are read, converted on the host, and dropped.
+experts are files of single experts. Its tables (`conversion_mapping.py`) say how, and we keep none of our own. The
+names go through them as `from_pretrained` sends them. The operations then run on `FileTensor`s, which move no element:
+joined and cut tensors (stacked experts, fused gates, split projections) are read by the ranges that a rank needs. Other
+operations (a transposition, a permutation for rotary positions) need their tensors whole: those of one conversion at a
+time are read, converted on the host, and dropped.
 """
 
 import copy
@@ -172,7 +172,9 @@ def _sources_of(conversion: Conversion, weights: Weights, whole: WholeConversion
             "Files are missing, or config.json is of another model: download all of it"
         ) from error
     operations = ", ".join(type(operation).__name__ for operation in conversion.converter.operations)
-    logging.getLogger(__name__).info("%s is read whole by every rank that needs of it: %s", conversion.first, operations)
+    logging.getLogger(__name__).info(
+        "%s is read whole by every rank that needs of it: %s", conversion.first, operations
+    )
     for name, found in made.items():
         yield name, WholeSource(whole, conversion, name, found.shape)
 

@@ -1,5 +1,6 @@
 """The model that a Hugging Face folder describes, on the meta device: what a stranger wrote there is a ValueError."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,25 @@ import transformers
 from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 
-from zerolite.checkpoint.conversions import Source
+from zerolite.checkpoint.conversions import Source, transformers_sources
+from zerolite.checkpoint.diffusers_models import CLASS_NAME, diffusers_sources, empty_diffusers_model
 from zerolite.checkpoint.weight_files import Weights
 from zerolite.engine import meta_init
+
+
+def open_model(folder: Path, weights: Weights) -> tuple[nn.Module, dict[str, Source]]:
+    """The model that a folder describes, its parameters on the meta device, and where its values are.
+
+    Raises ValueError and ImportError as below, for a folder that describes no model, or another than it holds.
+    """
+    if CLASS_NAME in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        model = empty_diffusers_model(folder, weights)
+        sources = diffusers_sources(model, weights)
+    else:
+        model = empty_model(folder, weights)
+        sources = transformers_sources(model, weights)
+    check_sources(model, weights, sources)
+    return model, sources
 
 
 def empty_model(folder: Path, weights: Weights) -> transformers.PreTrainedModel:

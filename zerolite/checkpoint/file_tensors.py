@@ -1,8 +1,8 @@
 """Tensors of which only the places in the files are known: what a conversion makes of them is read by ranges.
 
 transformers' own conversions run on them. They join and cut tensors by the functions of torch below, which move no
-element here: the result knows from which ranges of which tensors its elements come, in order. Whatever else a conversion
-asks for (a transposition, arithmetic) is an error, and who converts then takes the tensors whole.
+element here: the result knows from which ranges of which tensors its elements come, in order. Whatever else a
+conversion asks for (a transposition, arithmetic) is an error, and who converts then takes the tensors whole.
 """
 
 import bisect

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from zerolite.checkpoint.conversions import Source, ignored, transformers_sources
-from zerolite.checkpoint.empty_model import check_sources, empty_model
+from zerolite.checkpoint.conversions import Source, ignored
+from zerolite.checkpoint.empty_model import open_model
 from zerolite.checkpoint.weight_files import Weights
 from zerolite.config import Offload, Precision
 from zerolite.engine import build, meta_init
@@ -57,9 +57,7 @@ def load_pretrained(
 
         def open_folder() -> str:
             weights = stack.enter_context(Weights(folder))
-            model = empty_model(folder, weights)
-            sources = transformers_sources(model, weights)
-            check_sources(model, weights, sources)
+            model, sources = open_model(folder, weights)
             if adapt is not None:
                 adapt(model)
             opened.append((weights, model, sources))

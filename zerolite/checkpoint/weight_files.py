@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +16,26 @@ from safetensors import SafetensorError, safe_open
 
 from zerolite.runtime.safetensors_file import DTYPES
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+
+@dataclass(frozen=True)
+class FileNames:
+    """How a library names the files of one model."""
+
+    stem: str
+
+    @property
+    def single(self) -> str:
+        return f"{self.stem}.safetensors"
+
+    @property
+    def index(self) -> str:
+        return f"{self.stem}.safetensors.index.json"
+
+    def part(self, number: int, of: int) -> str:
+        return f"{self.stem}-{number:05d}-of-{of:05d}.safetensors"
+
+
+TRANSFORMERS, DIFFUSERS = FileNames("model"), FileNames("diffusion_pytorch_model")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 END_BYTES = 1 << 20  # of each end of a file, in a digest
@@ -33,12 +52,21 @@ class Weights:
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder: give a local Hugging Face model folder")
+        if (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
+            models = sorted(path.parent.name for path in folder.glob("*/config.json"))
+            raise ValueError(
+                f"{folder} is a pipeline of diffusers, and a model is loaded: give the folder of one of its models "
+                f"({', '.join(models[:8]) or 'it holds none'})"
+            )
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no config.json: give a local Hugging Face model folder")
-        if (folder / SINGLE).is_file():
-            names = [SINGLE]
-        elif (folder / INDEX).is_file():
-            names = _indexed(folder / INDEX)
+        for library in (TRANSFORMERS, DIFFUSERS):
+            if (folder / library.single).is_file():
+                names = [library.single]
+                break
+            if (folder / library.index).is_file():
+                names = _indexed(folder / library.index)
+                break
         else:
             names = sorted(path.name for path in folder.glob("*.safetensors"))
         missing = [name for name in names if not (folder / name).is_file()]

@@ -12,7 +12,7 @@ from transformers.utils import is_peft_available
 
 from zerolite.api import full_params
 from zerolite.checkpoint.export import export
-from zerolite.checkpoint.weight_files import INDEX, SINGLE
+from zerolite.checkpoint.weight_files import TRANSFORMERS
 from zerolite.engine.engine import engine_of
 from zerolite.errors import ZeroliteError
 from zerolite.runtime.rank_errors import on_all_ranks
@@ -58,9 +58,9 @@ def write_model(model: nn.Module, folder: Path, write_rest: WriteRest) -> None:
 def _move_weights(whole: Path, folder: Path, write_rest: WriteRest) -> None:
     write_rest({})
     for path in folder.glob("*.safetensors"):
-        if path.name == SINGLE or path.name.startswith("model-"):
+        if path.name == TRANSFORMERS.single or path.name.startswith("model-"):
             path.unlink()
-    (folder / INDEX).unlink(missing_ok=True)
+    (folder / TRANSFORMERS.index).unlink(missing_ok=True)
     for path in sorted(whole.iterdir()):
         path.replace(folder / path.name)
     shutil.rmtree(whole)
