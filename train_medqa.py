@@ -43,6 +43,7 @@ from zerolite.medqa.claim import begin, check_shared, claim_output, claimed
 from zerolite.medqa.corpus import Corpus
 from zerolite.medqa.divergence import Diverged, Divergence
 from zerolite.medqa.ending import NotWritten, result_or_checkpoint
+from zerolite.medqa.images import sight
 from zerolite.medqa.loss import ALL, label_loss, validation_losses
 from zerolite.medqa.processes import Processes, StopSignals
 from zerolite.medqa.progress import Meter, Progress
@@ -103,6 +104,8 @@ def prepare(options: Options) -> Run:
     model.align_ends(sharded, tokenizer)
     if options.packing:
         packing.check(sharded)
+    if options.image_folder is not None:
+        sight.begin(sharded, tokenizer, options.stage)
     optimizer = model.optimizer_of(options, tuning.optimizer_groups(options, sharded))
     scheduler = model.scheduler_of(options, optimizer, num_steps)
     set_seed(options.seed + ranks.rank)  # each rank drops other activations

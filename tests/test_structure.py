@@ -46,7 +46,7 @@ FLAGS = {
     "precision", "prompt_encoder", "prompt_init", "prompt_init_text", "resume", "save_steps", "seed", "skip_invalid",
     "stage", "tokenizer_name_or_path", "train_file", "use_dora", "use_rslora", "validation_file", "warmup_ratio",
     "packing", "template", "val_size", "weight_decay", "early_stopping_patience", "load_best_model_at_end", "report_to",
-    "save_total_limit",
+    "save_total_limit", "image_folder", "freeze_vision_tower",
 }  # fmt: skip
 
 # What moves data between ranks: a function that calls one of these says "Collective." in its docstring.

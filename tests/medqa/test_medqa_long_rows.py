@@ -33,11 +33,11 @@ def test_a_part_gives_the_tokens_of_the_whole(tokenizer, conversation, cutoff_le
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prompts, "WHOLE_CHARACTERS", 1 << 30)
         (whole,), num_whole = prompts.encode([conversation], tokenizer, cutoff_len)
-        start = prompts.encode_prompt(conversation, tokenizer, cutoff_len)
+        start = prompts.first_prompt(conversation, tokenizer, cutoff_len).ids
         patch.setattr(prompts, "WHOLE_CHARACTERS", 40)
         patch.setattr(prompts, "CHARACTERS_A_TOKEN", 1)
         (part,), num_part = prompts.encode([conversation], tokenizer, cutoff_len)
-        assert prompts.encode_prompt(conversation, tokenizer, cutoff_len) == start
+        assert prompts.first_prompt(conversation, tokenizer, cutoff_len).ids == start
     np.testing.assert_array_equal(part.input_ids, whole.input_ids)
     np.testing.assert_array_equal(part.labels, whole.labels)
     assert num_part == num_whole

@@ -15,7 +15,7 @@ from zerolite import DataError
 from zerolite.medqa import corpus, data, template, tokenizer
 from zerolite.medqa.arguments import CORPUS
 from zerolite.medqa.data import Conversation
-from zerolite.medqa.prompts import IGNORED, Example, encode, encode_prompt
+from zerolite.medqa.prompts import IGNORED, Example, encode, first_prompt
 
 SHIPPED = AutoTokenizer.from_pretrained(CORPUS / "tokenizer")
 TOKENIZERS = [
@@ -67,7 +67,7 @@ def test_the_ids_of_training_are_those_of_the_written_template(tok, tmp_path):
         assert example.input_ids.tolist() == expected["input_ids"]
         assert (example.labels != IGNORED).astype(int).tolist() == expected["assistant_masks"]
         asked = written.apply_chat_template(messages_of(row)[:2], add_generation_prompt=True, return_dict=False)
-        assert encode_prompt(row, tok, 512) == asked == expected["input_ids"][: len(asked)]
+        assert first_prompt(row, tok, 512).ids == asked == expected["input_ids"][: len(asked)]
 
 
 def test_loss_is_on_answers_and_their_end_only(tok):
@@ -129,7 +129,7 @@ def test_what_trains_can_be_asked():
         except ValueError:
             assert not lengths, "what has room with less has room with more"
             continue
-        lengths.append((len(encode_prompt(DIALOGUE, SHIPPED, cutoff_len)), cutoff_len))
+        lengths.append((len(first_prompt(DIALOGUE, SHIPPED, cutoff_len).ids), cutoff_len))
     assert len(lengths) > 40 and all(length < cutoff_len for length, cutoff_len in lengths)
     assert lengths[0][0] > lengths[0][1] // 2, "the template alone takes more than half of the smallest one"
 

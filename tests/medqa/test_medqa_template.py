@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from zerolite.medqa import model, template
 from zerolite.medqa.arguments import CORPUS
 from zerolite.medqa.data import Conversation
-from zerolite.medqa.prompts import IGNORED, encode, encode_prompt
+from zerolite.medqa.prompts import IGNORED, encode, first_prompt
 
 TURNS = ("Cough?", "Drink."), ("Fever 38?", "See a doctor."), ("谢谢", "不客气。")
 SYSTEM = "Be brief."
@@ -88,7 +88,7 @@ def test_what_is_trained_is_what_the_written_template_gives(kind, tmp_path):
             assert learned.endswith(row.turns[-1][1] + end)
             asked = messages[: 2 + len(messages) % 2]
             prompt = written.apply_chat_template(asked[:-1], add_generation_prompt=True, return_dict=False)
-            assert encode_prompt(row, tokenizer, 512) == prompt
+            assert first_prompt(row, tokenizer, 512).ids == prompt
     assert template.template_of(tokenizer).end_token_id == tokenizer.convert_tokens_to_ids(end)
 
 

@@ -16,7 +16,7 @@ import zerolite
 from zerolite.medqa.data import Conversation
 from zerolite.medqa.processes import Processes, StopSignals
 from zerolite.medqa.progress import read_metrics
-from zerolite.medqa.prompts import encode_prompt
+from zerolite.medqa.prompts import images_beside
 from zerolite.medqa.template import template_of
 
 ANSWERS = "answers.jsonl"
@@ -105,8 +105,11 @@ def _generate(
     signals: StopSignals | None,
 ) -> list[int]:
     """Token ids of the answer, with what ends it; fewer once this process received one of `signals`."""
-    prompt = encode_prompt(conversation, tokenizer, cutoff_len)
-    input_ids = torch.tensor([prompt], device=next(model.parameters()).device)
+    found = first_prompt(conversation, tokenizer, cutoff_len)
+    prompt, device = found.ids, next(model.parameters()).device
+    input_ids = torch.tensor([prompt])
+    beside = images_beside([found], tokenizer, input_ids)
+    input_ids = input_ids.to(device)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=min(MAX_NEW_TOKENS, cutoff_len - len(prompt)),
@@ -126,6 +129,7 @@ def _generate(
         generation_config=config,
         synced_gpus=False,
         stopping_criteria=[is_stopped],
+        **{name: values.to(device) for name, values in beside.items()},
     )
     return output[0, len(prompt) :].tolist()
 

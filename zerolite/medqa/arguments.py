@@ -13,6 +13,7 @@ import yaml
 
 import zerolite
 from zerolite.medqa import names
+from zerolite.medqa.images import options as of_images
 from zerolite.medqa.layouts import columns_of
 from zerolite.medqa.split import check_size
 from zerolite.medqa.values import checked
@@ -48,6 +49,7 @@ class Options:
     finetuning_type: str = option(
         "full", str, "all parameters, or an adapter of a frozen pretrained model", choices=FINETUNING_TYPES
     )
+    freeze_vision_tower: bool = option(True, bool, "the tower of a model that reads images does not train")
     lora_rank: int = option(8, int, "r: columns that a LoRA adds to a projection", least=1, most=256)
     lora_alpha: float = option(16.0, float, "what a LoRA adds is scaled by alpha / r", above=0)
     lora_dropout: float = option(0.05, float, "of a LoRA's inputs, in training", least=0)
@@ -122,6 +124,7 @@ class Options:
         str,
         "what the columns of your files are: question=title,context=ask,answer=reply (default: known layouts)",
     )
+    image_folder: str | None = option(None, str, "folder of the images that rows name, for a model that reads images")
     max_samples: int | None = option(None, int, "use at most so many rows of each file (default: all)", least=1)
     cutoff_len: int = option(512, int, "longest sequence in tokens; longer rows are shortened and counted", least=16)
     packing: bool = option(False, bool, "several rows in one sequence of cutoff_len, where no token sees another row")
@@ -218,6 +221,7 @@ class Options:
             if not self.train_file:
                 raise ValueError("--val_size: is of rows of yours (--train_file); the shipped ones have others")
             check_size(self.val_size)
+        of_images.check(self)
         if self.packing and self.is_adapter and self.finetuning_type != "lora":
             raise ValueError(
                 f"--packing: virtual tokens of --finetuning_type {self.finetuning_type} stand before a sequence, not "

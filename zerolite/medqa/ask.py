@@ -9,6 +9,8 @@ from pathlib import Path
 from zerolite.medqa import terminal
 from zerolite.medqa.data import Conversation
 from zerolite.medqa.generation import reply
+from zerolite.medqa.images import files
+from zerolite.medqa.images.rows import with_images
 from zerolite.medqa.prompts import prompt_of
 from zerolite.medqa.questions import AnswersFile, question_of, read_questions, source_of
 
@@ -21,6 +23,13 @@ def ask(argv: list[str]) -> None:
     """Raises ValueError for a mistake of the user."""
     parser = terminal.Parser("ask", "One answer of a model, or answers to a file of questions.")
     parser.add_argument("question", nargs="?", type=terminal.clean)
+    parser.add_argument(
+        "--image", type=Path, metavar="FILE", action="append", default=[],
+        help="a picture that the question is about; repeatable; <image> in the question says where each stands",
+    )  # fmt: skip
+    parser.add_argument(
+        "--image_folder", type=Path, metavar="FOLDER", help="of the images that rows of --questions name"
+    )
     parser.add_argument("--questions", type=Path, metavar="FILE", help="JSONL, a JSON array, or a question a line")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="JSONL; what is answered there is not asked again")
     parser.add_argument("--batch_size", type=int, default=8, help="questions of a file asked at once (default: 8)")
@@ -29,9 +38,12 @@ def ask(argv: list[str]) -> None:
         raise ValueError("expected a question, or --questions FILE and --answers FILE")
     if given.batch_size < 1:
         raise ValueError(f"--batch_size {given.batch_size}: expected at least 1")
+    if given.image and given.questions is not None or given.image_folder is not None and given.questions is None:
+        raise ValueError("--image is of a question, --image_folder of --questions FILE")
     settings = terminal.settings_of(given)
     if given.questions is not None:
-        questions, answers = read_questions(given.questions, given.system), AnswersFile(given.answers)
+        questions = read_questions(given.questions, given.system, given.image_folder)
+        answers = AnswersFile(given.answers)
         opened = terminal.opened(given)
         left = answers.left(questions, source_of(opened, settings))
         room = opened.room - settings.longest(opened.room)
@@ -42,6 +54,8 @@ def ask(argv: list[str]) -> None:
         terminal.say(f"{num_written} answers written to {given.answers}, {len(questions) - len(left)} were there")
         return
     conversation = Conversation(((question_of(given.question, "question"), ""),), given.system)
+    if given.image:
+        conversation = with_images(conversation, [files.read(path) for path in given.image])
     opened = terminal.opened(given)
     found = reply(opened, conversation, settings, terminal.write)
     terminal.write("\n")

@@ -65,7 +65,8 @@ def collate(examples: list[Example], pad_token_id: int) -> dict[str, torch.Tenso
     """`input_ids`, `attention_mask` and `labels`, each (rows, longest) int64, padded on the right.
 
     Where an example holds several rows, `position_ids` in place of the mask: each row, and the padding, begins at 0. No
-    example at all gives one row of one padding token without labels: a forward pass that adds nothing.
+    example at all gives one row of one padding token without labels: a forward pass that adds nothing. Images of the
+    examples are read here, and are there as the model's image processor gives them (`pixel_values` ...).
     """
     rows, longest = max(len(examples), 1), max((len(e.input_ids) for e in examples), default=1)
     batch = {
@@ -83,6 +84,10 @@ def collate(examples: list[Example], pad_token_id: int) -> dict[str, torch.Tenso
     if any(len(example.starts) > 1 for example in examples):
         del batch["attention_mask"]
         batch["position_ids"] = torch.stack([_positions(example, longest) for example in examples])
+    images = [image for example in examples for image in example.images]
+    sight = next((example.sight for example in examples if example.sight is not None), None)
+    if sight is not None:
+        batch |= sight.inputs(images, batch["input_ids"])
     return batch
 
 
@@ -97,4 +102,5 @@ def fingerprint(examples: list[Example]) -> str:
     for example in examples:
         digest.update(len(example.input_ids).to_bytes(4, "little"))
         digest.update(example.input_ids.tobytes() + example.labels.tobytes())
+        digest.update("".join(image.digest for image in example.images).encode())
     return digest.hexdigest()[:16]

@@ -11,10 +11,17 @@ from zerolite.medqa import terminal, web
 from zerolite.medqa.answers import CUT_OFF
 from zerolite.medqa.data import Conversation
 from zerolite.medqa.generation import Settings, reply
+from zerolite.medqa.images import files
+from zerolite.medqa.images.files import ImageFile
+from zerolite.medqa.images.rows import places
+from zerolite.medqa.images.sight import sight_of
 from zerolite.medqa.opening import Opened
 from zerolite.medqa.questions import question_of
 
-COMMANDS = "/reset forgets the dialogue, /system TEXT sets the system text and forgets it too, /quit or Ctrl-D leaves"
+COMMANDS = (
+    "/reset forgets the dialogue, /system TEXT sets the system text and forgets it too, /image FILE shows a picture "
+    "with the next question, /quit or Ctrl-D leaves"
+)
 PROMPT = "> "
 
 
@@ -51,6 +58,11 @@ def chat(argv: list[str]) -> None:
             if text.strip():
                 dialogue.reset(text.strip())
             terminal.say(f"system text: {dialogue.system or 'none'}")
+        elif name == "/image":
+            try:
+                dialogue.show(Path(text.strip()))
+            except ValueError as error:
+                terminal.say(f"error: {error}")
         elif name.startswith("/"):
             terminal.say(f"there is no {name}: {COMMANDS}")
         else:
@@ -68,14 +80,24 @@ class Dialogue:
         self.settings = settings
         self.system = system
         self.turns: list[tuple[str, str]] = []
+        self.images: list[ImageFile] = []  # in the places of the turns
+        self.shown: list[ImageFile] = []  # of the next question
+
+    def show(self, file: Path) -> None:
+        """A picture of the next question. Raises ValueError where it is none, or the model reads texts alone."""
+        sight_of(self.opened.tokenizer)
+        self.shown.append(files.read(file))
+        terminal.say(f"with the next question: {', '.join(image.path.name for image in self.shown)}")
 
     def reset(self, system: str | None = None) -> None:
-        self.turns = []
+        self.turns, self.images, self.shown = [], [], []
         self.system = self.system if system is None else system
 
     def ask(self, question: str) -> None:
         """Write the answer as it comes; the turn is history then. Ctrl-C on a terminal ends the answer alone."""
-        conversation = Conversation((*self.turns, (question_of(question, "question"), "")), self.system)
+        question = places(self.shown) + question_of(question, "question")
+        images = (*self.images, *self.shown)
+        conversation = Conversation((*self.turns, (question, "")), self.system, images=images)
         said: list[str] = []
 
         def write(text: str) -> None:
@@ -94,10 +116,12 @@ class Dialogue:
             terminal.write("\n")
             answer = found.text.removesuffix(CUT_OFF) if found.is_cut else found.text
             self.turns = self.turns[found.prompt.num_turns_lost :]
+            images = found.prompt.images
             if found.prompt.loss:
                 terminal.say(f"forgotten, since the model has no room for it: {found.prompt.loss}")
         if answer.strip():
             self.turns.append((question, answer))
+            self.images, self.shown = list(images), []
 
 
 def _lines() -> Iterator[str]:

@@ -14,6 +14,7 @@ from zerolite.medqa.opening import print_of
 # are compared, and of the base, whose fingerprint is: files may have moved.
 FIXED = (
     "finetuning_type",
+    "freeze_vision_tower",
     "lora_rank",
     "lora_alpha",
     "lora_target",

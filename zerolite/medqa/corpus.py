@@ -1,7 +1,9 @@
 """The data of a run: files read, rejects written, rows tokenised, all before any model is built."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from zerolite import DataError
 from zerolite.medqa import data, readers, split
 from zerolite.medqa.arguments import CORPUS, Options
+from zerolite.medqa.images import rows as image_rows
+from zerolite.medqa.images.sight import sight_of
 from zerolite.medqa.passages import encode_passages
 from zerolite.medqa.prompts import Example, encode
 from zerolite.medqa.rows import usable
@@ -52,9 +56,13 @@ def load(options: Options, tokenizer: PreTrainedTokenizerBase, rejects: Path | N
     left out; None: this rank writes nothing. Raises DataError as `data.read` and `split` do, and for a set without a
     single label token.
     """
-    read = {"train": _read(options, "train", options.train_file)}
+    kept = usable
+    if options.image_folder is not None:
+        sight_of(tokenizer).processor  # noqa: B018  # a model's folder without one is told before any row
+        kept = image_rows.fitting(image_rows.usable(Path(options.image_folder)), tokenizer, options.cutoff_len)
+    read = {"train": _read(options, "train", options.train_file, kept)}
     if options.validation_file or not options.train_file:
-        read["validation"] = _read(options, "validation", options.validation_file)
+        read["validation"] = _read(options, "validation", options.validation_file, kept)
     rows = {name: [*found.kept, *found.passages] for name, found in read.items()}
     told = {name: str(found) for name, found in read.items()}
     if options.val_size:
@@ -73,7 +81,7 @@ def load(options: Options, tokenizer: PreTrainedTokenizerBase, rejects: Path | N
         rejected = [reject for found in read.values() for reject in found.rejected]
         lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejected]
         rejects.write_text("".join(lines), encoding="utf-8")
-    shown = tokenizer.decode(encoded["train"].examples[0].input_ids)
+    shown = _shown(tokenizer, encoded["train"].examples[0])
     shown = repr(shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}...")
     return Corpus(
         encoded["train"].examples,
@@ -85,14 +93,25 @@ def load(options: Options, tokenizer: PreTrainedTokenizerBase, rejects: Path | N
     )
 
 
-def _read(options: Options, name: str, files: tuple[str, ...] | None) -> data.Rows:
+def _shown(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """Its text, where an image is one of its tokens and their number."""
+    text = tokenizer.decode(example.input_ids)
+    if example.sight is None:
+        return text
+    token = example.sight.token
+    return re.sub(f"(?:{re.escape(token)})+", lambda found: f"{token} x {len(found[0]) // len(token)}", text)
+
+
+def _read(
+    options: Options, name: str, files: tuple[str, ...] | None, kept: Callable[[object, Counter[str]], data.Row]
+) -> data.Rows:
     """The rows of the user's files, or the shipped ones of that name."""
     return data.read(
         [Path(file) for file in files] if files else sorted(CORPUS.glob(f"{name}.*.jsonl")),
         skip_invalid=options.skip_invalid,
         max_samples=options.max_samples,
         rows_of=readers.reader(options.columns if files else None),
-        usable=usable,
+        usable=kept,
     )
 
 
@@ -106,6 +125,8 @@ def encode_rows(name: str, rows: Sequence[data.Row], tokenizer: PreTrainedTokeni
         examples += found
         languages += [row.language] * len(found)
     told = f"{require_labels(name, examples):,} label tokens"
+    if num_images := sum(len(row.images) for row in conversations):
+        told += f"; {num_images} images in {sum(bool(row.images) for row in conversations)} rows"
     if num_shortened:
         told += f"; {num_shortened} rows shortened to --cutoff_len {cutoff_len}"
     if passages:

@@ -8,7 +8,7 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,10 @@ import torch
 from zerolite.medqa.answers import CUT_OFF
 from zerolite.medqa.data import Conversation
 from zerolite.medqa.generation import Reply, Settings, Stream, replies
+from zerolite.medqa.images import files
+from zerolite.medqa.images.files import ImageFile
+from zerolite.medqa.images.rows import places
+from zerolite.medqa.images.sight import SIGHTS
 from zerolite.medqa.opening import Variant
 from zerolite.medqa.processes import without_secrets
 from zerolite.medqa.prompts import Prompt
@@ -85,6 +89,7 @@ class Dialogue:
     variant: str | None = None
     system: str = ""
     turns: list[tuple[str, str]] = field(default_factory=list)
+    images: tuple[ImageFile, ...] = ()  # in the places of the turns
 
 
 class Desk:
@@ -101,15 +106,30 @@ class Desk:
         """The variant that a page begins with."""
         return next(iter(self.variants))
 
-    def answer(self, page: str, dialogue: Dialogue, variant: str | None, system: str, question: str) -> Iterator[Said]:
+    @property
+    def is_seeing(self) -> bool:
+        """Whether the model reads images."""
+        return any(variant.opened.tokenizer in SIGHTS for variant in self.variants.values())
+
+    def answer(
+        self,
+        page: str,
+        dialogue: Dialogue,
+        variant: str | None,
+        system: str,
+        question: str,
+        pictures: Sequence[Path] = (),
+    ) -> Iterator[Said]:
         """The answer as it comes; it is a turn of `dialogue` then, also where it was stopped. Nothing is raised."""
         is_new = bool(dialogue.turns) and (dialogue.variant, dialogue.system) != (variant, system.strip())
         if (dialogue.variant, dialogue.system) != (variant, system.strip()):
-            dialogue.variant, dialogue.system, dialogue.turns = variant, system.strip(), []
+            dialogue.variant, dialogue.system, dialogue.turns, dialogue.images = variant, system.strip(), [], ()
         text = ""
         try:
-            question = question_of(question, "question")
-            conversation = Conversation((*dialogue.turns, (question, "")), dialogue.system)
+            shown = [files.read(path) for path in pictures]
+            question = places(shown) + question_of(question, "question")
+            images = (*dialogue.images, *shown)
+            conversation = Conversation((*dialogue.turns, (question, "")), dialogue.system, images=images)
             num_before = sum(not other.future.done() for other in self.running.values())
             chosen = self.variants[variant]
             running = self.running[page] = Running(self.worker, chosen, conversation, self.settings)
@@ -125,6 +145,7 @@ class Desk:
             if running.future.cancelled() or isinstance(running.future.exception(), Stopped):
                 if text.strip():
                     dialogue.turns.append((question, text))
+                    dialogue.images = images
                 yield Said(text, is_stopped=True, is_new_dialogue=is_new)
                 return
             found = running.future.result()
@@ -138,6 +159,7 @@ class Desk:
         said = found.text.removesuffix(CUT_OFF) if found.is_cut else found.text
         if said.strip():
             dialogue.turns.append((question, said))
+            dialogue.images = found.prompt.images
         limit = self.settings.longest(chosen.opened.room) if found.is_cut else 0
         yield Said(found.text, prompt=found.prompt, limit=limit, is_new_dialogue=is_new)
 

@@ -29,10 +29,13 @@ from zerolite.medqa.arguments import CORPUS
 from zerolite.medqa.evaluation import choices, pages, record, texts
 from zerolite.medqa.evaluation.measure import Measured, Work, measure, safety_questions, with_system
 from zerolite.medqa.generation import Settings
+from zerolite.medqa.images import rows as image_rows
+from zerolite.medqa.images.sight import SIGHTS
 from zerolite.medqa.opening import Opened
 from zerolite.medqa.processes import Processes
 from zerolite.medqa.prompts import prompt_of
 from zerolite.medqa.questions import source_of
+from zerolite.medqa.rows import conversation
 
 WRITTEN = ("evaluation.json", "evaluation.md", "evaluation.html")
 LIBRARIES = ("sacrebleu", "rouge-score", "jieba")
@@ -76,6 +79,7 @@ def prepare(arguments: list[str]) -> Prepared:
     )
     add("--choices", nargs="+", type=Path, default=[], metavar="FILE", help="rows of `question`, `options`, `answer`")
     add("--columns", help="what columns of --validation_file are: question=title,answer=reply")
+    add("--image_folder", type=Path, metavar="FOLDER", help="of the images that rows of --validation_file name")
     add("--skip_invalid", action="store_true", help="leave out rows that are not usable, and count them")
     add("--max_samples", type=terminal.count, help="rows of a file at most (default: all)")
     add("--max_answers", type=int, default=100, help="rows of a language whose questions are answered (default: 100)")
@@ -117,7 +121,11 @@ def _rows(given: argparse.Namespace) -> tuple[list[data.Conversation], list[dict
         return [], []
     columns = given.columns if given.validation_file else None
     found = data.read(
-        files, skip_invalid=given.skip_invalid, max_samples=given.max_samples, rows_of=readers.reader(columns)
+        files,
+        skip_invalid=given.skip_invalid,
+        max_samples=given.max_samples,
+        rows_of=readers.reader(columns),
+        usable=conversation if given.image_folder is None else image_rows.usable(given.image_folder, conversation),
     )
     holds = "held-out rows" if given.validation_file else "held-out rows (shipped)"
     about = [_about(file, holds, kept, found.rejected) for file, kept, _ in found.files]
@@ -162,6 +170,8 @@ def evaluate(prepared: Prepared, ranks: Processes, arguments: list[str]) -> None
         settings = dataclasses.replace(
             work.settings, max_new_tokens=work.settings.max_new_tokens or min(MAX_NEW_TOKENS, opened.room // 2)
         )
+        if given.stage and any(row.images for row in work.rows) and opened.tokenizer in SIGHTS:
+            SIGHTS[opened.model] = SIGHTS[opened.tokenizer]
         models[of] = _about_model(opened, settings, work, given.system)
         if ranks.rank == 0:
             terminal.say(f"{opened.folder}: {opened.told}")

@@ -13,7 +13,7 @@ from zerolite.medqa.answers import text_of
 from zerolite.medqa.data import Conversation
 from zerolite.medqa.model import SAMPLING
 from zerolite.medqa.opening import Opened
-from zerolite.medqa.prompts import Prompt, prompt_of
+from zerolite.medqa.prompts import Prompt, images_beside, prompt_of
 from zerolite.medqa.template import template_of
 
 MAX_NEW_TOKENS = 512
@@ -107,10 +107,12 @@ def replies(
     width, ends = max(len(prompt.ids) for prompt in prompts), end_ids(tokenizer, opened.model)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     device = next(opened.model.parameters()).device
-    ids = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p in prompts], device=device)
+    ids = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p in prompts])
+    beside = {name: values.to(device) for name, values in images_beside(prompts, tokenizer, ids).items()}
+    ids = ids.to(device)
     mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
     config = _config(opened.model.generation_config, settings.temperature, longest, ends, pad)
-    output = opened.model.generate(ids, attention_mask=mask, generation_config=config, streamer=stream)
+    output = opened.model.generate(ids, attention_mask=mask, generation_config=config, streamer=stream, **beside)
     found = []
     for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True):
         end = next((index for index, token in enumerate(row) if token in ends), None)

@@ -23,6 +23,7 @@ from zerolite_kernels.loss import linear_cross_entropy
 
 from zerolite.medqa import row_attention
 from zerolite.medqa.batches import collate, micro_batches
+from zerolite.medqa.images.sight import SIGHTS
 from zerolite.medqa.processes import Processes, StopSignals
 from zerolite.medqa.prompts import IGNORED, Example
 
@@ -59,6 +60,8 @@ def at_labels(
     given logits (label tokens, vocabulary) and label ids, for every other model. Label tokens lie row after row. At
     stage 3 every rank must call it. See [Note: the loss in the output layer].
     """
+    if "pixel_values" not in batch and model in SIGHTS:
+        batch = SIGHTS[model].with_blank(batch)
     is_packed, kept_apart = "position_ids" in batch, {}
     if is_packed and row_attention.is_flash(model.config):
         batch = row_attention.flattened(batch)

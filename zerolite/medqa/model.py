@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
 
 import zerolite
 from zerolite.medqa.arguments import CORPUS, Options
+from zerolite.medqa.images.sight import is_seeing, look
 from zerolite.medqa.prompts import Example
 from zerolite.medqa.template import template_of
 
@@ -92,6 +94,10 @@ def load_config(options: Options, tokenizer: PreTrainedTokenizerBase) -> Pretrai
             raise ValueError(f"--model_name_or_path {folder}: config.json cannot be used: {cause(error)}") from error
     on_meta(options, config)
     check_vocabulary(tokenizer, config)
+    if options.model_name_or_path is not None and look(folder, tokenizer, config) is None and options.image_folder:
+        raise ValueError(
+            f"--image_folder: {folder} is a model that reads texts alone: rows have images for one that sees"
+        )
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 40
     num_virtual = num_virtual_tokens(options)
     if options.cutoff_len + num_virtual > longest:
@@ -108,11 +114,17 @@ def num_virtual_tokens(options: Options) -> int:
     return (options.num_virtual_tokens or preset) if preset else 0
 
 
+def auto_class(config: PretrainedConfig) -> type:
+    """What of transformers builds the model of a configuration."""
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if is_seeing(config) and not is_causal else AutoModelForCausalLM
+
+
 def on_meta(options: Options, config: PretrainedConfig) -> nn.Module:
     """The model without memory for its weights; ValueError where transformers cannot build it."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:  # as of a tokenizer
         why = cause(error).split("\n")[0][:300]
         raise ValueError(
@@ -194,7 +206,7 @@ def align_ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     Flags of sampling are taken from a generation config that does not sample: transformers refuses to write it else.
     Raises ValueError where it still refuses.
     """
-    for config in (model.config, model.generation_config):
+    for config in (model.config.get_text_config(), model.generation_config):
         there = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         ends = [template_of(tokenizer).end_token_id, tokenizer.eos_token_id, *there]
         ends = list(dict.fromkeys(end for end in ends if end is not None))

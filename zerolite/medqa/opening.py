@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 import zerolite
 from zerolite.medqa import model as models
 from zerolite.medqa import processes, resume, template, tuning
 from zerolite.medqa.arguments import OPTIONS, parse
+from zerolite.medqa.images.sight import look
 
 CONFIG, ADAPTER, MANIFEST = "config.json", "adapter_config.json", "manifest.json"
 EXPECTED = (
@@ -197,6 +198,7 @@ def _tokenizer(
     read = models.read_tokenizer(given or (folder if has_own else base))
     told = template.choose(read, wanted_template)
     models.check_vocabulary(read, config)
+    look(base, read, config)
     return read, told
 
 
@@ -228,7 +230,7 @@ def _longest(config: PretrainedConfig) -> int:
 
 def _read_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = models.auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,

@@ -4,18 +4,21 @@ What is asked is what was trained: both are tokenised from the chat template's t
 its texts, never in what the template writes around them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from zerolite.medqa.data import Conversation
+from zerolite.medqa.images.files import ImageFile
+from zerolite.medqa.images.sight import sight_of
 from zerolite.medqa.template import template_of
 from zerolite.medqa.tokens import IGNORED, Example, Tokens, tokenize, tokenize_all
 
-__all__ = ["IGNORED", "Example", "Prompt", "encode", "encode_prompt", "prompt_of", "tokens_within"]
+__all__ = ["IGNORED", "Example", "Prompt", "encode", "first_prompt", "prompt_of", "tokens_within"]
 
 # A row of more is not tokenised whole: a tokeniser takes 200 bytes and 2 us a character, and cutoff_len drops the rest.
 WHOLE_CHARACTERS = 1 << 17
@@ -46,8 +49,11 @@ def encode(
     for given, row, tokens in zip(conversations, rows, tokenize_all(segments, template), strict=True):
         num_shortened += row != given or len(tokens.ids) > cutoff_len
         if len(tokens.ids) > cutoff_len:
-            _, tokens = _named(row, lambda row=row, tokens=tokens: _shortened(row, tokens, tokens_of, cutoff_len, 1))
-        examples.append(_named(row, tokens.example))
+            row, tokens = _named(row, lambda row=row, tokens=tokens: _shortened(row, tokens, tokens_of, cutoff_len, 1))
+        example = _named(row, tokens.example)
+        if row.images:
+            example = replace(example, images=row.images, sight=sight_of(tokenizer))
+        examples.append(example)
     return examples, num_shortened
 
 
@@ -62,6 +68,23 @@ def tokens_within(
 
     row = _bounded(conversation, tokenizer, cutoff_len)
     return _shortened(row, tokens_of(row), tokens_of, cutoff_len, is_answer_there=1)
+
+
+def check_room(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cutoff_len: int) -> None:
+    """ValueError for a row with images that has no room in `cutoff_len`: no such row is cut."""
+    template = template_of(tokenizer)
+    tokens = next(tokenize_all([template.segments(conversation)], template))
+    if len(tokens.ids) > cutoff_len:
+        raise ValueError(_no_room(conversation, tokens, cutoff_len))
+
+
+def _no_room(conversation: Conversation, tokens: Tokens, cutoff_len: int) -> str:
+    spans = [(begin, end) for segment, begin, end in tokens.spans() if segment.slot and segment.slot[0] == "image"]
+    of_images = sum(int(tokens.of(begin, end).sum()) for begin, end in spans)
+    return (
+        f"cutoff_len: {cutoff_len} tokens have no room for its {len(tokens.ids)}, of which {of_images} are of "
+        f"{len(conversation.images)} images; rows with images are not cut"
+    )
 
 
 def _named(row: Conversation, make: Callable[[], T]) -> T:
@@ -80,6 +103,7 @@ class Prompt:
     num_turns_lost: int = 0
     is_system_lost: bool = False
     is_question_cut: bool = False
+    images: tuple[ImageFile, ...] = ()  # that stand in it
 
     @property
     def loss(self) -> str:
@@ -91,14 +115,18 @@ class Prompt:
         return ", ".join(lost)
 
 
-def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cutoff_len: int) -> list[int]:
-    """Token ids that the answer to the first question is generated from, shortened as `prompt_of` does it.
+def first_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cutoff_len: int) -> Prompt:
+    """The prompt of the first question, shortened as `prompt_of` does it.
 
-    At most half of `cutoff_len`, which the answer shares; more only where the template alone takes half.
+    At most half of `cutoff_len`, which the answer shares; more only where the template alone takes half, and with
+    images, which are not cut.
     """
-    first = replace(conversation, turns=conversation.turns[:1])
-    shortest = prompt_of(replace(first, system="", turns=(("?", "?"),)), tokenizer, cutoff_len)
-    return prompt_of(first, tokenizer, max(cutoff_len // 2, min(len(shortest.ids), cutoff_len - 1))).ids
+    first = conversation.part(0, 1)
+    room = cutoff_len - 1
+    if not conversation.images:
+        shortest = prompt_of(replace(first, system="", turns=(("?", "?"),)), tokenizer, cutoff_len)
+        room = min(room, max(cutoff_len // 2, len(shortest.ids)))
+    return prompt_of(first, tokenizer, room)
 
 
 def prompt_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, room: int) -> Prompt:
@@ -121,7 +149,16 @@ def prompt_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, ro
         num_turns_lost=len(whole.turns) - len(row.turns),
         is_system_lost=bool(whole.system.strip()) and not row.system,
         is_question_cut=row.turns[-1][0] != whole.turns[-1][0],
+        images=row.images,
     )
+
+
+def images_beside(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What a model is given beside `input_ids` (prompts, tokens): nothing where no prompt has an image."""
+    images = [image for prompt in prompts for image in prompt.images]
+    return sight_of(tokenizer).inputs(images, input_ids) if images else {}
 
 
 # --- rows that are too long -----------------------------------------------------------------------------------------
@@ -134,7 +171,7 @@ def _bounded(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cut
     out.
     """
     texts = [conversation.system, *(text for turn in conversation.turns for text in turn)]
-    if sum(map(len, texts)) <= WHOLE_CHARACTERS:
+    if sum(map(len, texts)) <= WHOLE_CHARACTERS or conversation.images:
         return conversation
     turns, length = [], 0
     for question, answer in reversed(conversation.turns):
@@ -171,12 +208,16 @@ def _shortened(
 ) -> tuple[Conversation, Tokens]:
     """What of a row fits into `cutoff_len`, and its tokens; `is_answer_there`: 0 for a prompt, which ends before it."""
     while (excess := len(tokens.ids) - cutoff_len) > 0 and len(conversation.turns) > 1:
-        begins = [begin for segment, begin, _ in tokens.spans() if segment.slot and segment.slot[0] == "question"]
+        of_turns: dict[int, int] = {}  # where each begins, with its images
+        for segment, begin, _ in tokens.spans():
+            if segment.slot and segment.slot[0] in ("question", "image"):
+                of_turns.setdefault(segment.slot[1], begin)
+        begins = [*of_turns.values()]
         drop = 0
         while drop < len(begins) - 1 and excess > 0:
             excess -= int(tokens.of(begins[drop], begins[drop + 1]).sum())
             drop += 1
-        conversation = replace(conversation, turns=conversation.turns[drop:], trained=conversation.trained[drop:])
+        conversation = conversation.part(drop)
         tokens = tokens_of(conversation)
     if len(tokens.ids) > cutoff_len and conversation.system:
         conversation = replace(conversation, system="")
@@ -189,6 +230,8 @@ def _shortened(
 
 def _cut(conversation: Conversation, tokens: Tokens, is_answer_there: int, excess: int, room: int) -> Conversation:
     """A conversation of one turn with `excess` tokens less, of the longer one of its texts first."""
+    if conversation.images:
+        raise ValueError(_no_room(conversation, tokens, room))
     counts, spans, texts = {"question": 0, "answer": 0}, {}, {"answer": conversation.turns[0][1]}
     for segment, begin, end in tokens.spans():
         if segment.slot:

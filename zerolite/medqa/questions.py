@@ -19,24 +19,29 @@ from zerolite.medqa import json_rows
 from zerolite.medqa.answers import NOTICE
 from zerolite.medqa.data import Conversation
 from zerolite.medqa.generation import Reply, Settings, replies
+from zerolite.medqa.images import rows as image_rows
 from zerolite.medqa.opening import Opened
 
 TABLES = (".csv", ".tsv", ".xlsx", ".parquet", ".arrow", ".xml", ".gz")  # read as lines, their markup would be asked
-UNUSED = ("tools", "functions", "images", "audios", "videos")  # what a question may mean by them is not asked
+UNUSED = ("tools", "functions", "images", "image", "audios", "videos")  # what a question may mean by them is not asked
 
 
-def read_questions(file: Path, system: str) -> list[Conversation]:
+def read_questions(file: Path, system: str, image_folder: Path | None = None) -> list[Conversation]:
     """The conversations whose last questions are to be answered; `system`: of those that have none.
 
+    image_folder: of the images that rows name; None: no row has any.
     Raises DataError with file and line for the first row that is no question.
     """
     if file.suffix.lower() in TABLES:
         raise DataError(f"{file}: expected .jsonl, .json, or a text with a question a line; got {file.suffix}")
+    reads = None if image_folder is None else image_rows.reader(image_folder)
     rows = json_rows.rows(file) if file.suffix in (".json", ".jsonl") else _lines(file)
     found = []
     for line, value in rows:
         try:
-            found.append(_conversation(value(), system))
+            row, images = image_rows.apart(value()) if reads is not None else (value(), [])
+            one = _conversation(row, system)
+            found.append(one if reads is None else image_rows.with_images(one, [reads(name) for name in images]))
         except ValueError as error:
             raise DataError(f"{file}, line {line}: {error}") from None
     if not found:
@@ -66,7 +71,8 @@ def _conversation(row: object, system: str) -> Conversation:
     if not isinstance(row, dict):
         raise ValueError(f"expected a text or an object, got {type(row).__name__}")
     if unused := [name for name in UNUSED if row.get(name)]:
-        raise ValueError(f"{', '.join(unused)}: a model is asked in texts alone")
+        hint = "; --image_folder FOLDER reads images" if "images" in unused or "image" in unused else ""
+        raise ValueError(f"{', '.join(unused)}: a model is asked in texts alone{hint}")
     kinds = [name for name in ("question", "instruction", "messages") if row.get(name) is not None]
     if len(kinds) != 1:
         raise ValueError(f"expected one of `question`, `instruction`, `messages`; got {kinds or sorted(row)[:8]}")
@@ -192,6 +198,8 @@ def row_of(conversation: Conversation, found: Reply, opened: Opened, source: dic
     row = {"question": conversation.turns[-1][0], "answer": found.text, "is_cut": found.is_cut}
     if len(conversation.turns) > 1 or conversation.system:
         row["system"], row["history"] = conversation.system, [list(turn) for turn in conversation.turns[:-1]]
+    if conversation.images:
+        row["images"] = [image.digest for image in conversation.images]
     if found.prompt.loss:
         row["left_out"] = found.prompt.loss
     template = opened.told.removeprefix("chat template: ")
@@ -199,8 +207,9 @@ def row_of(conversation: Conversation, found: Reply, opened: Opened, source: dic
 
 
 def key_of(conversation: Conversation) -> str:
-    return json.dumps([conversation.system, conversation.turns[:-1], conversation.turns[-1][0]])
+    images = [image.digest for image in conversation.images]
+    return json.dumps([conversation.system, conversation.turns[:-1], conversation.turns[-1][0], images])
 
 
 def key_of_row(row: dict) -> str:
-    return json.dumps([row.get("system", ""), row.get("history", []), row["question"]])
+    return json.dumps([row.get("system", ""), row.get("history", []), row["question"], row.get("images", [])])

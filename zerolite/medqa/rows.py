@@ -6,12 +6,19 @@ alone is a passage. null, NaN and texts without a visible character are absent, 
 them.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from zerolite.medqa.images.files import ImageFile
+
+PLACE = "<image>"  # where an image stands in a question, of a row that has images
 ALPACA = ("instruction", "input", "output", "history")
 # Told apart, but nothing is learned from them.
 METADATA = ("id", "lang", "language", "source", "licence", "license", "provenance", "group", "pubid")
@@ -45,6 +52,7 @@ class Conversation:
     system: str = ""
     trained: tuple[bool, ...] = ()  # whether each answer has loss, the last one always; (): all of them
     group: str = field(default="", compare=False, repr=False)  # the document or disease that it is of, if that is known
+    images: tuple[ImageFile, ...] = ()  # in the places of the questions, as many as these
 
     @property
     def is_chinese(self) -> bool:
@@ -59,6 +67,16 @@ class Conversation:
     def has_loss(self, turn: int) -> bool:
         """Whether the answer of a turn is learned."""
         return not self.trained or self.trained[turn]
+
+    def part(self, start: int, stop: int | None = None) -> Conversation:
+        """The turns of `start` to `stop`, with their images."""
+        turns, trained = self.turns[start:stop], self.trained[start:stop]
+        first, number = self.num_places(0, start), self.num_places(start, stop)
+        return replace(self, turns=turns, trained=trained, images=self.images[first : first + number])
+
+    def num_places(self, start: int, stop: int | None = None) -> int:
+        """Images of the turns of `start` to `stop`; in a row without images the texts hold no place."""
+        return sum(question.count(PLACE) for question, _ in self.turns[start:stop]) if self.images else 0
 
 
 @dataclass(frozen=True)
@@ -160,7 +178,8 @@ def _refuse(row: dict, unused: tuple[str, ...], where: str) -> None:
     """ValueError for a key that carries meaning and is not used, unless it is empty."""
     for key in unused:
         if key in row and not is_absent(row[key]):
-            raise ValueError(f"{where}`{key}` is not used, and the row may mean another thing without it")
+            hint = "; --image_folder FOLDER reads images" if key in ("image", "images") else ""
+            raise ValueError(f"{where}`{key}` is not used, and the row may mean another thing without it{hint}")
 
 
 def _from_alpaca(row: dict) -> Conversation:

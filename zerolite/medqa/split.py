@@ -54,6 +54,8 @@ def groups_of(rows: Sequence[Row]) -> Groups:
     for row in order:
         for key in _keys_of(rows[row]):
             parents[root(row)] = root(first.setdefault(key, row))
+        if isinstance(rows[row], Conversation) and rows[row].images:
+            continue
         for other in near.find_all(_whole(rows[row])):
             parents[root(row)] = root(other)
             near_rows |= {row, other}
@@ -65,9 +67,12 @@ def groups_of(rows: Sequence[Row]) -> Groups:
 
 
 def _keys_of(row: Row) -> Iterator[str]:
-    """What no other row of another group has."""
+    """What no other row of another group has: its image, where it has one, for many ask the same about another."""
     if row.group:
         yield f"group {row.group}"
+    if isinstance(row, Conversation) and row.images:
+        yield from (f"image {image.digest}" for image in row.images)
+        return
     if not isinstance(row, Conversation):
         yield f"text {_plain(row.text)}"
         return
@@ -90,7 +95,7 @@ def _plain(text: str) -> str:
 
 def _whole(row: Row) -> str:
     if isinstance(row, Conversation):
-        return "\n".join(text for turn in row.turns for text in turn)
+        return "\n".join([*(text for turn in row.turns for text in turn), *(image.digest for image in row.images)])
     return row.text
 
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from zerolite.medqa.data import Conversation
+from zerolite.medqa.images.sight import sight_of
+from zerolite.medqa.rows import PLACE
 
 QUESTION = "### Question:\n{}\n\n### Answer:\n"
 ZEROLITE = (
@@ -44,7 +49,21 @@ class Segment:
 
     text: str
     is_learned: bool = False
-    slot: tuple[str, int] | None = None  # ("system" | "question" | "answer", turn)
+    slot: tuple[str, int] | None = None  # ("system" | "question" | "image" | "answer", turn)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a text of the row, in which no special token is one."""
+        return self.slot is not None and self.slot[0] != "image"
+
+
+@dataclass(frozen=True)
+class ImageMark:
+    """What a template writes for an image in a question."""
+
+    text: str
+    is_written: bool  # by the template, which takes the parts of a message; else it is the image token, as text
+    keeps_order: bool  # else it writes images before the text
 
 
 class Template:
@@ -58,6 +77,19 @@ class Template:
         self.tokenizer = tokenizer
         self.special = re.compile("|".join(map(re.escape, special_names(tokenizer))) or "(?!)")
         self._skeletons: dict[tuple[int, bool], list[Segment]] = {}
+        self._marks: dict[str, ImageMark] = {}
+        self.takes_parts = False
+        try:
+            self._find_system()
+        except ValueError:
+            self.takes_parts = True  # as LLaVA's, which finds no text in a message whose content is one
+            try:
+                self._find_system()
+            except ValueError:
+                self.takes_parts = False
+                self._find_system()
+
+    def _find_system(self) -> None:
         try:
             self._skeleton(1, True)
             self.has_system = True
@@ -79,7 +111,12 @@ class Template:
             ]
         return messages
 
-    def render(self, messages: list[dict[str, str]], is_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], is_prompt: bool = False) -> str:
+        if self.takes_parts:
+            messages = [
+                one if isinstance(one["content"], list) else {**one, "content": [_text_part(one["content"])]}
+                for one in messages
+            ]
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
@@ -94,9 +131,65 @@ class Template:
             segment if segment.slot is None else Segment(next(texts), segment.is_learned, segment.slot)
             for segment in skeleton
         ]
+        if conversation.images:
+            return self._with_images(messages, segments, conversation)
         if "".join(segment.text for segment in segments) != self.render(messages):
             raise ValueError("the chat template changes the texts of this row (--template zerolite takes any text)")
         return segments if not conversation.trained else _without_loss(segments, conversation)
+
+    def _with_images(
+        self, messages: list[dict[str, str]], segments: list[Segment], conversation: Conversation
+    ) -> list[Segment]:
+        """The segments with what is written for images between the texts of questions, a token for each of theirs."""
+        sight = sight_of(self.tokenizer)
+        mark, images, found, parts = self.image_mark(sight.token), iter(conversation.images), [], []
+        for segment in segments:
+            if segment.slot is None or segment.slot[0] != "question":
+                found.append(segment)
+                continue
+            pieces, turn = segment.text.split(PLACE), segment.slot[1]
+            if not mark.keeps_order:
+                pieces = [*[""] * (len(pieces) - 1), "".join(pieces).strip()]
+            content: list[dict] = [{"type": "image"}] * (2 * len(pieces) - 1)
+            content[::2] = map(_text_part, pieces)
+            by_hand = mark.text.join(pieces)
+            parts.append([part for part in content if part.get("text") != ""] if mark.is_written else by_hand)
+            for number, piece in enumerate(pieces):
+                found += [Segment(mark.text, slot=("image", turn))] if number else []
+                found += [Segment(piece, slot=segment.slot)] if piece else []
+        given = iter(parts)
+        asked = [{**one, "content": next(given)} if one["role"] == "user" else one for one in messages]
+        if "".join(segment.text for segment in found) != self.render(asked):
+            raise ValueError("the chat template changes the texts of this row (--template zerolite takes any text)")
+        found = [
+            Segment(mark.text.replace(sight.token, sight.token * sight.num_tokens(next(images))), slot=segment.slot)
+            if segment.slot and segment.slot[0] == "image"
+            else segment
+            for segment in found
+        ]
+        return found if not conversation.trained else _without_loss(found, conversation)
+
+    def image_mark(self, token: str) -> ImageMark:
+        """What the template writes for an image that `token` stands for."""
+        if token not in self._marks:
+            self._marks[token] = self._image_mark(token)
+        return self._marks[token]
+
+    def _image_mark(self, token: str) -> ImageMark:
+        before, after = _text_part("zqbeforeqz"), _text_part("zqafterqz")
+        by_hand = ImageMark(token, is_written=False, keeps_order=True)
+        try:
+            plain, first, between = (
+                self.render([{"role": "user", "content": content}])
+                for content in ([after], [{"type": "image"}, after], [before, {"type": "image"}, after])
+            )
+        except ValueError:  # it takes texts alone
+            return by_hand
+        begin = len(os.path.commonprefix([plain, first]))
+        text, rest = first[begin : len(first) - len(plain) + begin], plain[begin:]
+        if token not in text or not first.endswith(rest):
+            return by_hand
+        return ImageMark(text, is_written=True, keeps_order=f"{before['text']}{text}{after['text']}" in between)
 
     def prompt_segments(self, conversation: Conversation) -> list[Segment]:
         """What the last answer is generated from."""
@@ -163,6 +256,10 @@ class Template:
         """The special token that ends the last answer, which generation stops at."""
         names = self.special.findall(self.answer_ends[-1])
         return self.tokenizer.convert_tokens_to_ids(names[-1]) if names else self.tokenizer.eos_token_id
+
+
+def _text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 def _without_loss(segments: list[Segment], conversation: Conversation) -> list[Segment]:

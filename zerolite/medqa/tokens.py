@@ -13,6 +13,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from zerolite.medqa.data import Conversation
+from zerolite.medqa.images.files import ImageFile
+from zerolite.medqa.images.sight import Sight
 from zerolite.medqa.template import Segment, Template
 
 IGNORED = -100  # label of a position without loss, as in torch's cross_entropy
@@ -29,6 +31,8 @@ class Example:
     labels: np.ndarray  # (length,) int32
     starts: tuple[int, ...] = (0,)  # where each row begins, whose first token has no label
     is_text: bool = False  # of a passage: no end of an answer is in it
+    images: tuple[ImageFile, ...] = ()  # that stand in it, in their order
+    sight: Sight | None = None  # of the model, where there are images
 
     @property
     def num_labels(self) -> int:
@@ -72,7 +76,7 @@ class Tokens:
 
 
 def tokenize_all(rows: list[list[Segment]], template: Template) -> Iterator[Tokens]:
-    is_plain = [not any(s.slot and template.special.search(s.text) for s in segments) for segments in rows]
+    is_plain = [not any(s.is_text and template.special.search(s.text) for s in segments) for segments in rows]
     texts = ["".join(s.text for s in row) for row, plain in zip(rows, is_plain, strict=True) if plain]
     plain_rows = iter(tokenize(texts, template.tokenizer))
     for row, plain in zip(rows, is_plain, strict=True):
@@ -106,7 +110,7 @@ def _tokenize_defused(segments: list[Segment], template: Template) -> tuple[np.n
     """
     prefix = next((prefix for prefix in PART_PREFIXES if _is_separable(template, prefix)), None)
     if prefix is None:
-        name = next(m.group() for s in segments if s.slot and (m := template.special.search(s.text)))
+        name = next(m.group() for s in segments if s.is_text and (m := template.special.search(s.text)))
         raise ValueError(f"the text has {name!r}, which this tokenizer reads as a special token")
     return _tokenize_parts(segments, template, prefix)
 
@@ -123,7 +127,7 @@ def _tokenize_parts(
     parts, text = [], ""
     for segment in segments:
         position = 0
-        for special in [] if segment.slot else template.special.finditer(segment.text):
+        for special in [] if segment.is_text else template.special.finditer(segment.text):
             parts.append((text + segment.text[position : special.start()], special.group()))
             text, position = "", special.end()
         text += segment.text[position:]

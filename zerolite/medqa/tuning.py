@@ -13,6 +13,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 import zerolite
 from zerolite import adapters
 from zerolite.medqa.arguments import Options
+from zerolite.medqa.images import tower
+from zerolite.medqa.images.sight import SIGHTS
 from zerolite.medqa.machine import mib
 from zerolite.medqa.model import on_meta
 from zerolite.medqa.processes import Processes
@@ -24,11 +26,23 @@ BASE_SHARE = 0.6
 
 
 def adaptation(options: Options, tokenizer: PreTrainedTokenizerBase) -> Callable[[nn.Module], object] | None:
-    """What adds the adapter to a model; None for full-parameter training. ValueError for a text without tokens."""
+    """What adds the adapter to a model, or freezes the tower of one that sees; None where nothing is to be done.
+
+    ValueError for a text without tokens.
+    """
+    keeps_tower = tokenizer in SIGHTS and options.freeze_vision_tower
     if not options.is_adapter:
-        return None
+        return tower.freeze if keeps_tower else None
     if options.finetuning_type == "lora":
-        targets = {} if options.lora_target is None else {"targets": lora_targets(options.lora_target)}
+        given = None if options.lora_target is None else lora_targets(options.lora_target)
+
+        def targets_in(model: nn.Module) -> dict:
+            if given is None:  # the language model's attention, also of a model that sees
+                return {}
+            is_names = given == "all-linear" or not isinstance(given, str)
+            names = (given,) if isinstance(given, str) else given
+            return {"targets": (keeps_tower and is_names and tower.outside(model, names)) or given}
+
         return lambda model: adapters.add_lora(
             model,
             r=options.lora_rank,
@@ -36,7 +50,7 @@ def adaptation(options: Options, tokenizer: PreTrainedTokenizerBase) -> Callable
             dropout=options.lora_dropout,
             use_rslora=options.use_rslora,
             use_dora=options.use_dora,
-            **targets,
+            **targets_in(model),
         )
     chosen = {"init": options.prompt_init, "encoder": options.prompt_encoder}
     if options.prompt_init_text is not None:
@@ -147,4 +161,6 @@ def write_result(options: Options, model: nn.Module, tokenizer, folder: Path, ra
     zerolite.export(model, folder / "model")
     if ranks.rank == 0:
         tokenizer.save_pretrained(folder / "model")
+        if tokenizer in SIGHTS:
+            SIGHTS[tokenizer].write(folder / "model")
     return folder / "model"

@@ -9,13 +9,16 @@ import html
 import os
 import re
 import threading
+from pathlib import Path
 
 from zerolite.medqa import terminal
 from zerolite.medqa.answers import NOTICE
 from zerolite.medqa.desk import Desk, Dialogue, Said
+from zerolite.medqa.images.files import FORMATS
 from zerolite.medqa.opening import open_variants
 from zerolite.medqa.terminal import NOTICES
 
+SUFFIXES = [f".{name.lower()}" for name in (*FORMATS, "jpg", "tif")]  # of pictures, as the file chooser takes them
 MAX_WAITING = 8  # pages whose question waits at the model; more wait in Gradio's queue
 TAG_OR_ENTITY = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")  # no other < or &, for a copied text has what is escaped
 LANGUAGES = [("English", "en"), ("中文", "zh")]
@@ -183,8 +186,12 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
         )
         status = gradio.Textbox(show_label=False, container=False, interactive=False, elem_id="status", max_lines=3)
         with gradio.Row():
-            question = gradio.Textbox(
-                scale=8, lines=1, max_lines=6, autofocus=True, show_label=False, container=False, elem_id="ask"
+            box, own = gradio.Textbox, {}
+            if desk.is_seeing:  # pictures are the files themselves; a gradio.Image would decode and write them again
+                box = gradio.MultimodalTextbox
+                own = {"file_count": "multiple", "file_types": SUFFIXES, "submit_btn": False}
+            question = box(
+                scale=8, lines=1, max_lines=6, autofocus=True, show_label=False, container=False, elem_id="ask", **own
             )
             send = gradio.Button(variant="primary", scale=1, min_width=90, elem_id="send")
             stop = gradio.Button(variant="stop", scale=1, min_width=90, visible=False, elem_id="stop")
@@ -214,7 +221,7 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
             return [found, *labels(found)]
 
         def answer(
-            question: str,
+            question: str | dict,
             adapter: str,
             system: str,
             language: str,
@@ -223,13 +230,16 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
             request: gradio.Request,
         ):
             """Streams into the page; the settings are those of the moment at which the question was sent."""
-            if not question.strip():
+            text, files = parts_of(question)
+            if not text.strip():
                 yield {}
                 return
             dialogue = Dialogue() if dialogue is None else dialogue
-            before = [*shown, {"role": "user", "content": plain(question.strip())}]
-            cleared = {"question": "", "send": gradio.update(visible=False), "stop": gradio.update(visible=True)}
-            for said in desk.answer(request.session_hash, dialogue, adapter or None, system, question):
+            asked = [*({"path": str(path)} for path in files), plain(text.strip())]
+            before = [*shown, *({"role": "user", "content": content} for content in asked)]
+            empty = None if desk.is_seeing else ""
+            cleared = {"question": empty, "send": gradio.update(visible=False), "stop": gradio.update(visible=True)}
+            for said in desk.answer(request.session_hash, dialogue, adapter or None, system, text, files):
                 shown = [*before, {"role": "assistant", "content": plain(said.text)}] if said.text else before
                 yield updates(chat=shown, status=told(said, language), **cleared)
                 cleared = {}
@@ -268,6 +278,13 @@ def page(gradio, desk: Desk, name: str, system: str = ""):
         stop.click(end, None, None, api_name="stop", **quick)
         gradio.on([clear.click, chat.clear], forget, None, [dialogue, shown, chat, status], api_name="forget", **quick)
     return blocks
+
+
+def parts_of(question: str | dict | None) -> tuple[str, list[Path]]:
+    """(text, files) of what a page sends; where the model reads texts alone it is a text."""
+    if not isinstance(question, dict):
+        return question or "", []
+    return question.get("text") or "", [Path(path) for path in question.get("files") or ()]
 
 
 def plain(text: str) -> str:

@@ -141,6 +141,13 @@ def _scorer(opened: Opened) -> Callable[[list[Scored]], list]:
 def _answers(opened: Opened, asked: list[Conversation], work: Work, ranks: Processes, told: str) -> list[dict]:
     if not asked:
         return []
+    if len({bool(one.images) for one in asked}) > 1:  # apart: at stage 3 ranks run the same part of a model
+        seen, plain = ([one for one in asked if bool(one.images) is has] for has in (True, False))
+        found = {
+            True: iter(_answers(opened, seen, work, ranks, f"{told} about images")),
+            False: iter(_answers(opened, plain, work, ranks, told)),
+        }
+        return [next(found[bool(one.images)]) for one in asked]
     room = opened.room - work.settings.longest(opened.room)
     lengths = [len(prompt_of(one, opened.tokenizer, room).ids) for one in asked]
 

@@ -201,6 +201,7 @@ def _answers(work: Work, measured: dict[str, Measured], rouges: dict) -> list[di
             {
                 "language": row.language,
                 "question": row.turns[-1][0],
+                **({"images": [image.path.name for image in row.images]} if row.images else {}),
                 "reference": row.turns[-1][1],
                 **{of: one.answers[place]["text"] for of, one in measured.items()},
                 "rougeL": {of: next(next_of[of][row.language]) for of in measured},
