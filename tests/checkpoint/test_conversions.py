@@ -18,6 +18,7 @@ from saved import attempt, full, rank
 from torch import nn
 
 import zerolite
+from zerolite.adapters import add_lora
 from zerolite.checkpoint import conversions, weight_files
 
 # One of each kind of conversion: prefixes, a vision tower, experts joined, experts of two kinds with a transposition,
@@ -281,3 +282,20 @@ def test_a_missing_file_of_several_is_named(ranks, tmp_path):
     for kind, text in ranks(2).run(load_or_refuse, tmp_path / "model"):
         assert kind == "ValueError" and f"misses {missing.name}" in text
     assert ranks(1).run(load_or_refuse, tmp_path / "whole") == [("", "")] and rank() == 0
+
+
+def load_adapted(folder: Path):
+    torch.manual_seed(0)
+    model = zerolite.load_pretrained(folder, stage=3, offload="cpu", adapt=lambda model: add_lora(model, r=2))
+    return full(model), answer(model)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2-moe"])
+def test_a_converted_base_takes_an_adapter(ranks, tmp_path, name):
+    """add_lora before the values are there, with offload: the base has its bits, and answers as without the adapter."""
+    build_case(name).save_pretrained(tmp_path)
+    twin = opened(tmp_path)
+    for parameters, logits in ranks(2).run(load_adapted, tmp_path):
+        assert any("lora_A" in key for key in parameters)
+        assert_same_bits({key: tensor for key, tensor in parameters.items() if "lora_" not in key}, twin.state_dict())
+        torch.testing.assert_close(logits, answer(twin))

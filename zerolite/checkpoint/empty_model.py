@@ -121,7 +121,8 @@ def _initialise(model: nn.Module, name: str) -> None:
     module = model.get_submodule(name.rpartition(".")[0])
     parameter = model.get_parameter(name)
     filled = meta_init.unset_like(parameter, torch.device("cpu"))
-    torch.utils.swap_tensors(parameter, nn.Parameter(filled, requires_grad=parameter.requires_grad))
+    with meta_init.without_weak_references(module):
+        torch.utils.swap_tensors(parameter, nn.Parameter(filled, requires_grad=parameter.requires_grad))
     with torch.no_grad():
         model._init_weights(module)
     if meta_init.is_unset(parameter):

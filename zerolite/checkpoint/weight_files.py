@@ -8,8 +8,8 @@ import hashlib
 import json
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from zerolite.runtime.safetensors_file import DTYPES
 
 
-class FileNames(NamedTuple):
+@dataclass(frozen=True)
+class FileNames:
     """How a library names the files of one model."""
 
     stem: str
