@@ -50,8 +50,9 @@ def test_an_export_paints_the_same_in_diffusers_and_loads_with_the_same_bits(
 ):
     run = Run(family, offload=offload)
     results = ranks(2).run(exported, run, stage, then, str(tmp_path / "model"))
-    for output, trained, loaded in results:
+    for _, trained, loaded in results:
         assert_same_bits(loaded, trained)
+    output, trained, _ = results[0]
     opened = type(FAMILIES[family]()).from_pretrained(tmp_path / "model")
     assert_same_bits(dict(opened.named_parameters()), trained)
     with torch.no_grad():

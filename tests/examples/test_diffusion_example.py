@@ -68,7 +68,7 @@ def test_it_leaves_pictures_a_model_and_an_adapter(ranks, tmp_path):
 def test_the_judge_sees_what_was_drawn():
     """Every colour and shape, with noise, in both languages; and not another one."""
     pairs = PAIRS * 4
-    pictures = shapes.draw(*zip(*pairs, strict=True), torch.Generator().manual_seed(0))
+    pictures = shapes.draw(pairs, torch.Generator().manual_seed(0))
     noisy = pictures + 0.1 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(1))
     assert shapes.judge(noisy) == pairs
     wrong = [PAIRS[(PAIRS.index(pair) + 5) % len(PAIRS)] for pair in pairs]

@@ -24,7 +24,7 @@ diffusers.PixArtTransformer2DModel, diffusers.SD3Transformer2DModel, diffusers.D
 
 ROWS, HEADS, WIDTH = 4, 2, 16  # 4 rows: 1 and 2 ranks cut them evenly
 TEXT, POOLED = (5, 12), 10  # words and channels of a caption; channels of a whole one
-LORA = {"r": 2, "alpha": 4, "dropout": 0.0, "targets": ("to_q", "to_k", "to_v")}
+LORA = {"r": 2, "alpha": 4, "dropout": 0.0}
 SIZES = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS, "num_layers": 2}
 LATENT = {"in_channels": 4, "sample_size": 8, "patch_size": 2}
 
@@ -209,7 +209,7 @@ def twin_of(run: Run) -> tuple[nn.Module, dict[str, str]]:
 
     ours, twin = make(run), make(replace(run, lora=False))
     if run.lora:
-        options = {"lora_alpha": LORA["alpha"], "target_modules": [*LORA["targets"]]}
+        options = {"lora_alpha": LORA["alpha"], "target_modules": ["to_q", "to_k", "to_v"]}
         inject_adapter_in_model(LoraConfig(r=LORA["r"], **options), twin)
     theirs, names = dict(twin.named_parameters()), {}
     for name, parameter in ours.named_parameters():

@@ -12,10 +12,11 @@ from zerolite.adapters.state import Adapters
 
 ALL_LINEAR = "all-linear"
 # A model without q_proj, k_proj and v_proj gets the first of these that it has: GPT-2 and Qwen 1; GPT-NeoX, BLOOM,
-# ChatGLM, Falcon; Baichuan; Phi-3; MPT, DBRX, ModernBERT; InternLM 2; vision models; BERT; T5.
+# ChatGLM, Falcon; Baichuan; Phi-3; MPT, DBRX, ModernBERT; InternLM 2; vision models; BERT; T5; diffusers.
 INSTEAD = (
     ("c_attn",), ("query_key_value",), ("W_pack",), ("qkv_proj",), ("Wqkv",), ("wqkv",), ("qkv",),
     ("query", "key", "value"), ("q", "k", "v"),
+    ("to_q", "to_k", "to_v"),
 )  # fmt: skip
 
 # What multi-modal models of transformers call their encoders of images and sound.

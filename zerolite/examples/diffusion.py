@@ -32,10 +32,10 @@ SAVED = 500  # steps between checkpoints
 AVERAGED = 10  # steps between updates of the average, which keeps DECAY of itself
 DECAY = 0.9
 PAINTED = 25  # Euler steps of a picture
-LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def build() -> nn.Module:
+def build() -> PixArtTransformer2DModel:
     """Captions are one-hot words, so the model's own projection of captions is the text embedding."""
     model = PixArtTransformer2DModel(
         num_attention_heads=HEADS,
@@ -49,8 +49,9 @@ def build() -> nn.Module:
         patch_size=4,
     )
     with torch.no_grad():
-        for block in model.transformer_blocks:
-            block.scale_shift_table[[2, 5]] = 1.0  # the gates of attention and MLP: nearly shut, it would learn late
+        for name, parameter in model.named_parameters():
+            if name.endswith(".scale_shift_table"):  # a block's
+                parameter[[2, 5]] = 1.0  # the gates of attention and MLP: nearly shut, it would learn late
     return model
 
 
@@ -60,10 +61,10 @@ def batches(colours: list[str], steps: range, rank: int, world: int) -> Iterator
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         pairs = [every[index] for index in torch.randint(len(every), (ROWS,), generator=generator)]
-        pictures = shapes.draw(*zip(*pairs, strict=True), generator)
+        pictures = shapes.draw(pairs, generator)
         languages = torch.randint(10, (ROWS,), generator=generator).tolist()  # one in ten has no prompt
         prompts = [
-            shapes.prompt_of(*pair, is_chinese=choice % 2 == 0) if choice else ""
+            shapes.prompt_of(pair, is_chinese=choice % 2 == 0) if choice else ""
             for pair, choice in zip(pairs, languages, strict=True)
         ]
         noise, times = (torch.randn(size, generator=generator) for size in (pictures.shape, (ROWS,)))
@@ -85,11 +86,13 @@ def loss_of(model: nn.Module, pictures: Tensor, words: Tensor, noise: Tensor, ti
 @torch.no_grad()
 def paint(model: nn.Module, prompts: list[str], guidance: float = 3.0) -> Tensor:
     """From noise to pictures by Euler steps, with classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598)."""
-    pictures = torch.randn(len(prompts), 3, shapes.SIZE, shapes.SIZE, generator=torch.Generator().manual_seed(0))
-    words = shapes.encode([*prompts, *[""] * len(prompts)])
+    device, size = next(model.parameters()).device, (len(prompts), 3, shapes.SIZE, shapes.SIZE)
+    pictures = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device)
+    words = shapes.encode([*prompts, *[""] * len(prompts)]).to(device)
     for step in range(PAINTED, 0, -1):
         t, twice = step / PAINTED, torch.cat([pictures, pictures])
-        painted = model(twice, encoder_hidden_states=words, timestep=torch.full((len(twice),), 1000 * t)).sample
+        times = torch.full((len(twice),), 1000 * t, device=device)
+        painted = model(twice, encoder_hidden_states=words, timestep=times).sample
         asked, unasked = ((twice - painted) / t).chunk(2)
         pictures = pictures - (unasked + guidance * (asked - unasked)) / PAINTED
     return pictures
@@ -159,17 +162,18 @@ def main(stage: int = 3, offload: str | None = None, steps: int = STEPS, folder:
 
 def adapt(folder: str, stage: int, offload: str | None, steps: int) -> nn.Module:
     """LoRA on the attention of the model in `folder` learns new colours; the sharded model."""
-    model = zerolite.load_pretrained(folder, stage, offload=offload, adapt=partial(adapters.add_lora, **LORA))
+    add_lora = partial(adapters.add_lora, r=8, alpha=16, dropout=0.0, targets=LORA_TARGETS)
+    model = zerolite.load_pretrained(folder, stage, offload=offload, adapt=add_lora)
     optimizer = zerolite.AdamW(adapters.parameter_groups(model, lr=2e-3))
     for _ in learn(model, optimizer, batches(NEW_COLOURS, range(steps), *place())):
         pass
     return model
 
 
-def painted(model: nn.Module, colours: list[str], is_chinese: bool = False) -> tuple[list[tuple[str, str]], Tensor]:
+def painted(model: nn.Module, colours: list[str], is_chinese: bool = False) -> tuple[list[shapes.Pair], Tensor]:
     """Every one of the colours with every shape: pairs and pictures."""
     pairs = [*itertools.product(colours, shapes.SHAPES)]
-    return pairs, paint(model, [shapes.prompt_of(*pair, is_chinese) for pair in pairs])
+    return pairs, paint(model, [shapes.prompt_of(pair, is_chinese) for pair in pairs])
 
 
 def program(stage: int, offload: str | None, steps: int, folder: str, resume: str) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Pair = tuple[str, str]  # a colour and a shape
 SIZE = 32  # pixels along each side
 COLOURS = {
     "red": (0.86, 0.12, 0.14), "green": (0.10, 0.62, 0.22), "blue": (0.12, 0.28, 0.86), "yellow": (0.96, 0.80, 0.08),
@@ -22,7 +23,8 @@ WORDS = ("a", *COLOURS, *SHAPES, "的", *CHINESE.values())
 LENGTH = 3  # words of every prompt: "a red circle", "红色的圆"
 
 
-def prompt_of(colour: str, shape: str, is_chinese: bool = False) -> str:
+def prompt_of(pair: Pair, is_chinese: bool = False) -> str:
+    colour, shape = pair
     return f"{CHINESE[colour]}的{CHINESE[shape]}" if is_chinese else f"a {colour} {shape}"
 
 
@@ -57,14 +59,14 @@ def outlines(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return F.avg_pool2d(masks.to(x.dtype), 2)
 
 
-def draw(colours: list[str], shapes: list[str], generator: torch.Generator) -> Tensor:
+def draw(pairs: list[Pair], generator: torch.Generator) -> Tensor:
     """A picture each, (rows, 3, SIZE, SIZE) in -1 to 1: place, size and the pale background are drawn at random."""
-    rows = len(colours)
+    rows = len(pairs)
     x, y = 14 + 4 * torch.rand(2, rows, generator=generator)
     every = outlines(x, y, 8.5 + 2.5 * torch.rand(rows, generator=generator))
-    mask = every[[SHAPES.index(shape) for shape in shapes], range(rows)][:, None]
+    mask = every[[SHAPES.index(shape) for _, shape in pairs], range(rows)][:, None]
     background = 0.8 + 0.2 * torch.rand(rows, 1, 1, 1, generator=generator)
-    ink = torch.tensor([COLOURS[colour] for colour in colours])[:, :, None, None]
+    ink = torch.tensor([COLOURS[colour] for colour, _ in pairs])[:, :, None, None]
     return 2 * (mask * ink + (1 - mask) * background) - 1
 
 
@@ -75,7 +77,7 @@ def _templates() -> Tensor:
     return outlines(x.flatten(), y.flatten(), radius.flatten()).flatten(2).float()
 
 
-def judge(pictures: Tensor) -> list[tuple[str, str]]:
+def judge(pictures: Tensor) -> list[Pair]:
     """The colour and shape that each picture shows, as far as rules can tell.
 
     The shape is the one whose outline at some place overlaps best with what differs from the border (intersection
@@ -93,14 +95,14 @@ def judge(pictures: Tensor) -> list[tuple[str, str]]:
     return [([*COLOURS][colour], SHAPES[shape]) for colour, shape in zip(colours, shapes, strict=True)]
 
 
-def share(pictures: Tensor, pairs: list[tuple[str, str]]) -> str:
+def share(pictures: Tensor, pairs: list[Pair]) -> str:
     """In how many pictures the judge sees the colour and the shape that were asked for."""
     seen = judge(pictures)
     colours, shapes = ([a[part] == b[part] for a, b in zip(seen, pairs, strict=True)] for part in (0, 1))
     return f"colour right in {sum(colours)} of {len(pairs)}, shape in {sum(shapes)} of {len(pairs)}"
 
 
-def sheet(sections: dict[str, tuple[list[tuple[str, str]], Tensor]], path: Path, columns: int = 8) -> None:
+def sheet(sections: dict[str, tuple[list[Pair], Tensor]], path: Path, columns: int = 8) -> None:
     """Write a PNG of every section's pictures with what was asked for above each."""
     import matplotlib
 
