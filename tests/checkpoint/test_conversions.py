@@ -22,8 +22,8 @@ from zerolite.adapters import add_lora
 from zerolite.checkpoint import conversions, weight_files
 
 # One of each kind of conversion: prefixes, a vision tower, experts joined, experts of two kinds with a transposition,
-# split projections, tables that are not saved. The others at night.
-COVERING = ("llava", "qwen2-vl", "glm4v", "deepseek-v3", "ernie-vl-moe", "nomic-bert", "marian")
+# split projections, tables that are not saved, buffers made from parameters. The others at night.
+COVERING = ("llava", "qwen2-vl", "glm4v", "deepseek-v3", "ernie-vl-moe", "nomic-bert", "marian", "ibert")
 RUNS = [
     pytest.param(name, world, (0, 1, 2, 3), marks=pytest.mark.slow, id=f"{name} {world}")
     for name in CASES

@@ -153,6 +153,7 @@ EXPERT: dict[str, Callable[[], nn.Module]] = {
 OTHER: dict[str, Callable[[], nn.Module]] = {
     "nomic-bert": lambda: tf.NomicBertForMaskedLM(tf.NomicBertConfig(**TEXT)),
     "marian": marian,
+    "ibert": lambda: tf.IBertForMaskedLM(tf.IBertConfig(**TEXT)),
     "gemma2": causal("Gemma2"),
     "gpt-neox": causal("GPTNeoX"),
 }

@@ -36,10 +36,10 @@ def empty_diffusers_model(folder: Path, weights: Weights) -> nn.Module:
         raise ImportError(f"{folder} is a model of diffusers: pip install 'zerolite[diffusion]' ({error})") from error
     try:
         name = json.loads((folder / "config.json").read_text(encoding="utf-8"))[CLASS_NAME]
-        found = getattr(diffusers, name, None) if isinstance(name, str) else None
-        if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        cls: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+        is_model = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
+        if not is_model:
             raise ValueError(f"{CLASS_NAME} names {str(name)[:80]!r}, which is no model class of diffusers")
-        cls: Any = found
         config = cls.load_config(folder, local_files_only=True)
         for key, value in config.items():
             if key.endswith("layers") and isinstance(value, int) and value > len(weights.entries):
