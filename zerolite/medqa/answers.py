@@ -16,7 +16,7 @@ import zerolite
 from zerolite.medqa.data import Conversation
 from zerolite.medqa.processes import Processes, StopSignals
 from zerolite.medqa.progress import read_metrics
-from zerolite.medqa.prompts import images_beside
+from zerolite.medqa.prompts import first_prompt, images_beside
 from zerolite.medqa.template import template_of
 
 ANSWERS = "answers.jsonl"
