@@ -14,6 +14,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 import zerolite
 from zerolite.engine import build
 from zerolite.memory import activations
+from zerolite.memory import subject as subject_module
 from zerolite.memory.plan import Plan, plan_of
 from zerolite.memory.skipped_blocks import alike_runs
 from zerolite.memory.subject import Inputs, Subject
@@ -179,6 +180,26 @@ def test_formats_of_states_are_counted_to_the_byte(ranks, tmp_path, states, has_
     plan = zerolite.plan(MODELS["llama"](), 2, 2, offload, zerolite.Precision(dtype), optimizer=rule, batch=None)
     for usage in ranks(2).run(usage_of, states, path, rule, dtype):
         assert (plan.arena_bytes, plan.file_bytes) == (usage.host_bytes, usage.file_bytes)
+
+
+def test_loss_scaling_of_fp16_copies_what_the_model_returns():
+    """Logits that a loss outside the model reads are there in fp32, too: so much more than in bf16, and no more."""
+    peaks = {}
+    for dtype in (torch.float16, torch.bfloat16):
+
+        def step(model: torch.nn.Module) -> torch.Tensor:
+            return model(input_ids=torch.zeros(ROWS, LENGTH, dtype=torch.int64), use_cache=False).logits.sum()
+
+        plan = zerolite.plan(MODELS["gpt2"](), 0, precision=zerolite.Precision(dtype), step=step, device="cpu")
+        peaks[dtype] = plan.peaks["forward"].total_bytes
+    assert peaks[torch.float16] - peaks[torch.bfloat16] == pytest.approx(ROWS * LENGTH * VOCAB * 4, abs=8)
+
+
+def test_tensor_parallelism_is_refused_by_name():
+    model = MODELS["llama"]()
+    with replaced(subject_module, "is_distributed", lambda parameter: parameter is model.lm_head.weight):
+        with pytest.raises(ValueError, match=r"lm_head\.weight is a DTensor.*before parallelize_module"):
+            zerolite.plan(model, 0, batch=None)
 
 
 def test_a_plan_follows_the_engine_wherever_that_changes():
