@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import load
 from medqa_runs import to_flags
 from PIL import Image
 from seeing_models import FAMILIES, write_seer
@@ -16,11 +17,11 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 import train_medqa
 from zerolite import cli
-from zerolite.medqa import data, opening
+from zerolite.medqa import chat, data, desk, opening, web
 from zerolite.medqa.answers import NOTICE
 from zerolite.medqa.arguments import parse
 from zerolite.medqa.generation import Settings, replies
-from zerolite.medqa.images import rows, sight
+from zerolite.medqa.images import files, rows, sight
 
 
 def train(argv: list[str]) -> int:
@@ -220,3 +221,51 @@ def test_a_model_that_sees_still_answers_texts(tmp_path):
     assert opened.tokenizer in sight.SIGHTS
     (found,) = replies(opened, [data.Conversation((("Hello?", ""),))], Settings(max_new_tokens=3))
     assert found.text
+
+
+def test_a_dialogue_on_the_terminal_keeps_its_pictures(few, tmp_path, capsys):
+    opened = opening.open_model(write_seer(tmp_path / "base", "llava"))
+    dialogue = chat.Dialogue(opened, Settings(max_new_tokens=2))
+    image = next(few.parent.glob("*.png"))
+    with pytest.raises(ValueError, match="is no image"):
+        dialogue.show(few)
+    dialogue.show(image)
+    dialogue.ask("How many red squares?")
+    dialogue.ask("And blue ones?")
+    assert [one.path for one in dialogue.images] == [image] and len(dialogue.turns) == 2
+    dialogue.reset()
+    assert not dialogue.images
+
+
+def test_the_page_takes_pictures_and_shows_what_is_wrong_with_one(few, tmp_path):
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'zerolite[web]'")
+    from gradio_client import Client, handle_file
+
+    model = write_seer(tmp_path / "base", "qwen2_vl")
+    made = desk.Desk(opening.open_variants(model, []), Settings(max_new_tokens=3))
+    blocks = web.page(web.load(), made, "seer")
+    _, url, _ = web.launch(blocks, "127.0.0.1", None)
+    client = Client(url, verbose=False, analytics_enabled=False)
+    try:
+        image, question = next(few.parent.glob("*.png")), "How many red squares?"
+        damaged = tmp_path / "damaged.png"
+        damaged.write_bytes(image.read_bytes()[:60])
+
+        def ask(*pictures: Path) -> tuple[list[dict], str]:
+            asked = {"text": question, "files": [handle_file(str(path)) for path in pictures]}
+            job = client.submit(asked, "", "", "en", api_name="/answer")
+            job.result(timeout=120 * load())
+            shown = [one for one in job.outputs() if isinstance(one[0], list)]
+            return shown[-1][0], shown[-1][1]
+
+        conversation = rows.with_images(data.Conversation(((question, ""),)), [files.read(image)])
+        (expected,) = replies(opening.open_model(model), [conversation], Settings(max_new_tokens=3))
+        messages, _ = ask(image)
+        assert messages[-1]["content"][0]["text"] == web.plain(expected.text)
+        assert [one["role"] for one in messages] == ["user", "user", "assistant"]  # the picture, the question
+        _, status = ask(damaged)
+        assert "is damaged" in status
+    finally:
+        client.close()
+        made.close()
+        blocks.close(verbose=False)
