@@ -97,8 +97,8 @@ PARTS = {
         "memory/memory.py",
     ),
     "memory-peers": Part(
-        "--model 1b --ranks GPUS --sequence 1024 --steps 3 --timeout 120 --scale --modes deepspeed1 deepspeed2 "
-        "deepspeed3 deepspeed2-offload deepspeed3-offload peft-lora torchao-8bit torchao-offload",
+        "--model 1b --ranks GPUS --sequence 1024 --steps 3 --timeout 120 --scale --label _peers --modes deepspeed1 "
+        "deepspeed2 deepspeed3 deepspeed2-offload deepspeed3-offload peft-lora torchao-8bit torchao-offload",
         benchmark="memory/memory.py",
     ),
     "memory-table": Part("--measure GPUS --timeout 100", benchmark="memory/hardware_table.py"),

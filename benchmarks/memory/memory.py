@@ -59,6 +59,11 @@ class Work:
     checkpointing: bool = False
     chunked_loss: bool = False  # for zerolite alone
 
+    @property
+    def is_small(self) -> bool:
+        """Whether every rank can draw it whole in host memory first, so that all contenders have the same values."""
+        return self.size in (*SIZES, "smollm2-135m")
+
     def build(self, on: str | None) -> torch.nn.Module:
         """In fp32; `on` the meta device without values."""
         if self.size in PRESETS:
@@ -105,7 +110,7 @@ def measure(mode: str, steps: int, work: dict) -> dict:
         found["usage"] = usage_of(model, training.optimizer)
 
     with log:
-        on = None if work.size not in LARGE else "meta" if configuration.builds_on_meta else DEVICE.type
+        on = None if work.is_small else "meta" if configuration.builds_on_meta else DEVICE.type
         model = work.build(on)
         training = configuration.build(model, work.precision)
         if work.chunked_loss:  # logits are never whole, as train_medqa.py does it
@@ -317,6 +322,7 @@ def main() -> None:
         "--modes", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS), help="ddp is always run"
     )
     parser.add_argument("--resume", action="store_true", help="keep the rows of the file that an earlier run has left")
+    parser.add_argument("--label", default="", help="what the files' name ends with, such as _peers")
     parser.add_argument("--output", type=Path, default=harness.RESULTS)
     options = parser.parse_args()
     if options.device == "cuda" and not is_gpu:
@@ -326,7 +332,7 @@ def main() -> None:
     options.modes = ["ddp", *(mode for mode in options.modes if mode != "ddp")]
     if options.scale is None:
         options.scale = [ranks for ranks in (1, 2, 4) if not is_gpu or ranks <= torch.cuda.device_count()]
-    name = f"memory_{options.model}_{options.precision}_{DEVICE.type}"
+    name = f"memory_{options.model}_{options.precision}_{DEVICE.type}{options.label}"
     file, earlier = options.output / f"{name}.json", None
     if options.resume and file.is_file():
         earlier = json.loads(file.read_text())

@@ -16,8 +16,9 @@ DASH = "–"
 
 def reason_of(text: str) -> str:
     """The last line of a rank's log that says what was wrong, without paths."""
-    lines = [line.strip() for line in text.splitlines() if re.match(r"\s*[\w.]*(Error|Exception|Timeout)\b", line)]
-    line = re.sub(r"(?<![\w.])/[\w./+-]*/", "", (lines or text.strip().splitlines())[-1])
+    text = re.sub(r"^\[rank\d+\]:\s*", "", text.strip(), flags=re.MULTILINE)
+    lines = [line.strip() for line in text.splitlines() if re.match(r"\s*[\w.]*(Error|Exception)\b", line)]
+    line = re.sub(r"(?<![\w.])/[\w./+-]*/", "", (lines or text.splitlines())[-1])
     return line if len(line) <= 240 else line[:237] + "..."
 
 

@@ -116,7 +116,9 @@ def test_formulas_are_those_of_zero():
 
 
 def test_a_reason_is_one_line_without_paths():
-    text = "rank 0 ended with exit code 1:\n  File x\nRuntimeError: cannot open /home/someone/a/file.so: no\nmore"
+    text = (
+        "rank 0 ended with exit code 1:\n  File x\n[rank0]: RuntimeError: cannot open /home/someone/a/file.so: no\nmore"
+    )
     assert memory_report.reason_of(text) == "RuntimeError: cannot open file.so: no"
     assert memory_report.reason_of("the ranks did not end in time") == "the ranks did not end in time"
 
