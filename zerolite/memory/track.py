@@ -106,13 +106,13 @@ class Tracker:
 
     def __exit__(self, kind, error: BaseException | None, where) -> None:
         assert self._stack is not None, "`with` has entered"
-        self._mark()
-        self._keep_step_peaks()
-        self._is_done = True
-        if self._allocator is not None:
-            self.reserved_bytes = self._allocator.reserved_bytes
         stack, self._stack = self._stack, None
-        stack.close()
+        with stack:  # whatever is read here, it closes
+            self._mark()
+            self._keep_step_peaks()
+            self._is_done = True
+            if self._allocator is not None:
+                self.reserved_bytes = self._allocator.reserved_bytes
         if error is not None:
             answer(error, self)
 
