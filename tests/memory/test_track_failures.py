@@ -179,6 +179,10 @@ def refusals() -> None:
         zerolite.track(model, other_optimizer)
     with pytest.raises(ValueError, match="snapshot= is of torch's GPU allocator"):
         zerolite.track(model, optimizer, snapshot="a.pickle")
+    zerolite.compile(other)
+    with pytest.raises(ValueError, match="track the model before it is compiled"):
+        zerolite.track(other, other_optimizer)
+    other, other_optimizer = built(Case())
     tracker = zerolite.track(model, optimizer)
     with pytest.raises(ValueError, match="has not run"):
         _ = tracker.current

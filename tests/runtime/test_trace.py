@@ -55,6 +55,43 @@ def test_off_is_one_call_and_no_object():
     assert python_calls(use_both) == ["phase", "phase", "flight"]
 
 
+class Told:
+    """A watcher that keeps what it is told."""
+
+    def __init__(self):
+        self.labels = []
+
+    def begin(self, kind: str, name: str) -> None:
+        self.labels.append(f"{kind} ({name})")
+
+    def end(self, kind: str, name: str) -> None:
+        self.labels.append(f"end of {kind} ({name})")
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_a_watcher_is_told_of_begins_and_ends(is_recorded, request):
+    """Also beside a recording, which misses nothing; a flight that ends after it has left is not told."""
+    folder = request.getfixturevalue("folder") if is_recorded else None
+    told = Told()
+    trace.watch(told)
+    try:
+        use_both()
+        late = trace.flight("D2H", "layers.1")
+    finally:
+        trace.watch(None)
+    late()
+    use_both()
+    phases = ["all-gather (layers.0)", "H2D (layers.0)", "all-gather (layers.0)"]
+    ends = ["end of H2D (layers.0)", "end of all-gather (layers.0)", "end of all-gather (layers.0)"]
+    assert told.labels == [*phases, *ends, "D2H (layers.1)"]
+    if folder is not None:
+        trace.write()
+        names = [event["name"] for event in json.loads((folder / "rank-00000.json").read_text())["traceEvents"]]
+        assert names.count("all-gather (layers.0)") == 4 and names.count("D2H (layers.1)") == 1
+    else:
+        assert trace.phase("forward", "a") is trace.OFF
+
+
 def test_off_lets_exceptions_pass():
     with pytest.raises(ValueError, match="mine"), trace.phase("all-gather", "a"):
         raise ValueError("mine")
