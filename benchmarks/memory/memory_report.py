@@ -76,8 +76,8 @@ def markdown(report: dict) -> str:
 
 {harness.facts_markdown(report["facts"])}
 {_earlier(report)}
-Micro-batch {settings["micro_batch"]} x {settings["sequence"]} tokens a rank, AdamW, fresh processes of one thread a rank. MiB of
-the rank that takes most; no two ranks of a configuration differ by more than {spread:.1%}.
+Micro-batch {settings["micro_batch"]} x {settings["sequence"]} tokens a rank, AdamW, fresh processes of one thread.
+MiB of the rank that takes most; no two ranks of a configuration differ by more than {spread:.1%}.
 
 {harness.markdown_table(HEADER, [cells(row) for row in rows])}
 
@@ -95,8 +95,8 @@ the rank that takes most; no two ranks of a configuration differ by more than {s
 - Step: barrier to barrier on rank 0, the median of {settings["steps"]}, over the mean of the DDP runs before and after
   the group of {settings["group"]}. Those two differ by {_noise_text(noise)}.{_load_text(report["facts"])}
 - bf16: an fp32 master beside bf16 parameters (zerolite, DeepSpeed), autocast over fp32 (DDP), fp32 shards gathered in
-  bf16 (FSDP2), nothing beside bf16 (torchao), a frozen base in bf16 under an fp32 adapter (PEFT). torchao's 8-bit step is
-  not compiled here, since compiled code cannot be counted: its time and its bytes in flight are not those of its users.
+  bf16 (FSDP2), nothing beside bf16 (torchao), a frozen base in bf16 under an fp32 adapter (PEFT). torchao's 8-bit step
+  is not compiled here, since compiled code cannot be counted: its users have another time and other bytes in flight.
 """
     if report["over_ranks"]:
         text += "\n## Over world size\nPeak MiB a rank; in brackets the plan's.\n\n" + _scale_table(report) + "\n"
