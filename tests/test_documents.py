@@ -47,7 +47,7 @@ def test_python_blocks_parse(page):
 def test_results_that_are_named_exist(page):
     """A figure of a page stands in a file of benchmarks/results."""
     names = re.findall(
-        r"`((?:zero_step|host_time|offload|cpu_optimizer|lora|finetune)[\w*]*\.md)`", page.read_text("utf-8")
+        r"`((?:zero_step|host_time|offload|cpu_optimizer|lora|finetune|memory)[\w*]*\.md)`", page.read_text("utf-8")
     )
     assert not [name for name in names if not any((ROOT / "benchmarks").glob(f"**/{name}"))]
 

@@ -76,8 +76,8 @@ def markdown(report: dict) -> str:
 
 {harness.facts_markdown(report["facts"])}
 {_earlier(report)}
-Micro-batch {settings["micro_batch"]} x {settings["sequence"]} tokens a rank, AdamW, fresh processes of one thread a
-rank. MiB of the rank that takes most; no two ranks of a configuration differ by more than {spread:.1%}.
+Micro-batch {settings["micro_batch"]} x {settings["sequence"]} tokens a rank, AdamW, fresh processes of one thread.
+MiB of the rank that takes most; no two ranks of a configuration differ by more than {spread:.1%}.
 
 {harness.markdown_table(HEADER, [cells(row) for row in rows])}
 
@@ -93,10 +93,10 @@ rank. MiB of the rank that takes most; no two ranks of a configuration differ by
   in the memory that is counted: such rows and their formula include it.
 - Process: PSS of a rank and its workers above what it was before the model, between backward and step.
 - Step: barrier to barrier on rank 0, the median of {settings["steps"]}, over the mean of the DDP runs before and after
-  the group of {settings["group"]}. Those two differ by {_noise_text(noise)}, so nothing smaller than that is a result.
+  the group of {settings["group"]}. Those two differ by {_noise_text(noise)}.{_load_text(report["facts"])}
 - bf16: an fp32 master beside bf16 parameters (zerolite, DeepSpeed), autocast over fp32 (DDP), fp32 shards gathered in
-  bf16 (FSDP2), nothing beside bf16 (torchao, whose step is not compiled here, since compiled code cannot be counted), a
-  frozen base in bf16 under an fp32 adapter (PEFT).
+  bf16 (FSDP2), nothing beside bf16 (torchao), a frozen base in bf16 under an fp32 adapter (PEFT). torchao's 8-bit step
+  is not compiled here, since compiled code cannot be counted: its users have another time and other bytes in flight.
 """
     if report["over_ranks"]:
         text += "\n## Over world size\nPeak MiB a rank; in brackets the plan's.\n\n" + _scale_table(report) + "\n"
@@ -123,6 +123,15 @@ def _said_of(gaps: list[float]) -> str:
 
 def _noise_text(noise: list[float]) -> str:
     return f"up to {max(noise):.0%}" if noise else "an unknown share (DDP did not run twice)"
+
+
+def _load_text(facts: dict) -> str:
+    if facts["load_average"] <= facts["cores"]:
+        return " Nothing smaller than that is a result."
+    return (
+        f" The load average was {facts['load_average']} on {facts['cores']} cores, so ratios show an order of "
+        "magnitude.\n  Bytes do not depend on it."
+    )
 
 
 def _scale_table(report: dict) -> str:

@@ -5,6 +5,7 @@ README's hardware table is the committed one, and the committed one is what the 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
@@ -53,6 +54,31 @@ def test_a_small_form_writes_complete_results(tmp_path):
     text = path.with_suffix(".md").read_text()
     assert "torchao-offload | did not run: " in text and str(tmp_path) not in text + path.read_text()
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_resuming_runs_what_has_not_run(monkeypatch):
+    """Rows of an earlier file stay as they are, those with a reason are tried again, the baseline runs anew."""
+    memory, ran = importlib.import_module("memory"), []
+
+    def run(mode, ranks, work, steps, launching):
+        ran.append((mode, ranks))
+        return {"mode": mode, "ranks": ranks, "step_seconds": 2.0}
+
+    monkeypatch.setattr(memory, "run", run)
+    options = argparse.Namespace(
+        model="tiny", precision="bf16", micro_batch=1, sequence=8, checkpointing=False, scale=[1, 2], ranks=2, steps=1,
+        group=8, timeout=1, modes=["ddp", "zerolite3", "fsdp2"],
+    )  # fmt: skip
+    earlier = {
+        "facts": {"date": "before"},
+        "earlier_facts": [],
+        "rows": [{"mode": "ddp", "ranks": 2}, {"mode": "zerolite3", "ranks": 2}, {"mode": "fsdp2", "reason": "hung"}],
+        "over_ranks": [{"mode": "zerolite3", "ranks": 1}],
+    }
+    *_, report = memory.collect(options, earlier)
+    assert ran == [("ddp", 2), ("fsdp2", 2), ("ddp", 2), ("ddp", 1), ("fsdp2", 1)]
+    assert [row["mode"] for row in report["rows"]] == ["ddp", "zerolite3", "fsdp2"]
+    assert report["rows"][2]["step_to_ddp"] == 1.0 and report["earlier_facts"] == [{"date": "before"}]
 
 
 class Gathered(nn.Module):
