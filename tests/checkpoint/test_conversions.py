@@ -126,6 +126,21 @@ def test_an_export_of_a_built_model_is_what_save_pretrained_writes(ranks, tmp_pa
         assert_same_tensors(tensors_of(folder), tensors_of(tmp_path / "twin"))
 
 
+def load_buffers(folder: Path):
+    return {name: buffer.clone() for name, buffer in zerolite.load_pretrained(folder, stage=3).named_buffers()}
+
+
+def test_buffers_made_from_parameters_that_are_in_no_file(ranks, tmp_path):
+    """They have the values that the class computes, as for from_pretrained."""
+    build_case("ibert").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith("_integer")}
+    assert len(tensors) < len(load_file(path))
+    save_file(tensors, path, metadata={"format": "pt"})
+    for buffers in ranks(2).run(load_buffers, tmp_path):
+        assert_same_tensors(buffers, dict(opened(tmp_path).named_buffers()))
+
+
 # What is read
 
 
