@@ -142,6 +142,17 @@ def test_lora_leaves_the_tower_alone_unless_asked(few, tmp_path, target, is_towe
         assert any("multi_modal_projector" in name for name in trained) and not any("lm_head" in n for n in trained)
 
 
+def test_texts_alone_train_the_language_model_alone(few, tmp_path):
+    model, texts = write_seer(tmp_path / "base", "llava"), tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"question": "What is it?", "answer": "A cough."}) + "\n", encoding="utf-8")
+    argv = to_flags({"model_name_or_path": model, "train_file": texts, "max_steps": 1, "cutoff_len": 64})
+    run = train_medqa.prepare(parse([*argv, "--output_dir", str(tmp_path / "out")]))
+    trained = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    assert trained == {
+        name for name, _ in run.model.named_parameters() if "language_model" in name or "lm_head" in name
+    }
+
+
 def test_an_adapter_of_a_model_that_sees_is_asked_about_pictures(ranks, few, tmp_path):
     model = write_seer(tmp_path / "base", "llava")
     options = {"finetuning_type": "lora", "max_steps": 2, "export_merged": True, "stage": 3}
