@@ -118,9 +118,9 @@ def test_a_few_pictures_are_learned_and_transformers_says_the_same(ranks, few, t
 def test_a_tiny_model_learns_to_count_squares_in_pictures_that_it_has_not_seen(ranks, tmp_path, family, stage):
     """Of both colours, in both languages: 95 % of the answers about new pictures are right."""
     model = write_seer(tmp_path / "base", family, hidden=64)
-    learned = write_rows(tmp_path / "rows", 1200, seed=0, most=2, text_rows=120)
-    unseen = write_rows(tmp_path / "rows", 80, seed=1, most=2)
-    options = {"max_steps": 600, "stage": stage, "per_device_train_batch_size": 16, "no-freeze_vision_tower": True}
+    learned = write_rows(tmp_path / "rows", 800, seed=0, most=3, text_rows=80)
+    unseen = write_rows(tmp_path / "rows", 60, seed=1, most=3)
+    options = {"max_steps": 400, "stage": stage, "per_device_train_batch_size": 8}
     assert ranks(2).run(train, flags(model, learned, tmp_path / "out", **options)) == [0, 0]
     said, expected = answers_of(tmp_path / "out", unseen)
     assert sum(one == other for one, other in zip(said, expected, strict=True)) >= 0.95 * len(expected)
@@ -140,6 +140,17 @@ def test_lora_leaves_the_tower_alone_unless_asked(few, tmp_path, target, is_towe
     assert trained and any("vision_tower" in name for name in trained) is is_tower
     if target == "all-linear":
         assert any("multi_modal_projector" in name for name in trained) and not any("lm_head" in n for n in trained)
+
+
+def test_texts_alone_train_the_language_model_alone(few, tmp_path):
+    model, texts = write_seer(tmp_path / "base", "llava"), tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"question": "What is it?", "answer": "A cough."}) + "\n", encoding="utf-8")
+    argv = to_flags({"model_name_or_path": model, "train_file": texts, "max_steps": 1, "cutoff_len": 64})
+    run = train_medqa.prepare(parse([*argv, "--output_dir", str(tmp_path / "out")]))
+    trained = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    assert trained == {
+        name for name, _ in run.model.named_parameters() if "language_model" in name or "lm_head" in name
+    }
 
 
 def test_an_adapter_of_a_model_that_sees_is_asked_about_pictures(ranks, few, tmp_path):

@@ -16,13 +16,17 @@ CELL = SIDE // 2
 
 
 def draw(file: Path, cells: list[str | None], random: random.Random) -> None:
-    """A picture of two by two cells; in each a square of a colour, or nothing."""
-    image = Image.new("RGB", (SIDE, SIDE), (240, 240, 240))
+    """A picture of two by two cells; in each a square of a colour, or nothing. No two pictures have the same shades."""
+
+    def shade(colour: tuple[int, int, int]) -> tuple[int, ...]:
+        return tuple(min(255, max(0, value + random.randint(-25, 25))) for value in colour)
+
+    image = Image.new("RGB", (SIDE, SIDE), shade((240, 240, 240)))
     pen = ImageDraw.Draw(image)
     for number, colour in enumerate(cells):
         if colour is not None:
-            x, y = (number % 2) * CELL + random.randint(0, 2), (number // 2) * CELL + random.randint(0, 2)
-            pen.rectangle((x, y, x + CELL - 4, y + CELL - 4), fill=COLOURS[colour])
+            x, y = (number % 2) * CELL, (number // 2) * CELL
+            pen.rectangle((x + 1, y + 1, x + CELL - 2, y + CELL - 2), fill=shade(COLOURS[colour]))
     image.save(file)
 
 

@@ -32,7 +32,8 @@ def adaptation(options: Options, tokenizer: PreTrainedTokenizerBase) -> Callable
     """
     keeps_tower = tokenizer in SIGHTS and options.freeze_vision_tower
     if not options.is_adapter:
-        return tower.freeze if keeps_tower else None
+        freeze = tower.freeze if options.image_folder is not None else tower.freeze_sight
+        return freeze if keeps_tower else None
     if options.finetuning_type == "lora":
         given = None if options.lora_target is None else lora_targets(options.lora_target)
 

@@ -65,7 +65,6 @@ class Sight:
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig):
         self.folder = folder
-        self.tokenizer_length = len(tokenizer)
         self.config = config
         self.token_id: int = config.image_token_id
         self.token: str = str(tokenizer.convert_ids_to_tokens(self.token_id))

@@ -30,6 +30,15 @@ def freeze(model: nn.Module) -> None:
                 parameter.requires_grad_(False)
 
 
+def freeze_sight(model: PreTrainedModel) -> None:
+    """Freeze all that texts do not pass through: without a gradient, weight decay alone would change it."""
+    reads_text = [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]
+    kept = set(map(id, reads_text))
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+
+
 def outside(model: nn.Module, names: Sequence[str]) -> str:
     """A regular expression for the linear layers that end in one of `names`, or for all of them, but in no tower.
 
