@@ -110,17 +110,19 @@ def sheet(sections: dict[str, tuple[list[Pair], Tensor]], path: Path, columns: i
     from matplotlib import pyplot
 
     rows = {title: -(-len(pairs) // columns) for title, (pairs, _) in sections.items()}
-    figure, axes = pyplot.subplots(sum(rows.values()), columns, figsize=(1.2 * columns, 1.6 * sum(rows.values())))
+    figure, axes = pyplot.subplots(sum(rows.values()), columns, figsize=(1.1 * columns, 1.5 * sum(rows.values())))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.95, wspace=0.05, hspace=0.45)
     for place in axes.flat:
         place.axis("off")
     first = 0
     for title, (pairs, pictures) in sections.items():
-        axes[first, 0].text(0, 1.35, title, fontsize=11, transform=axes[first, 0].transAxes)
+        axes[first, 0].text(0, 1.25, title, fontsize=10, weight="bold", transform=axes[first, 0].transAxes)
         for place, pair, picture in zip(axes[first:].flat, pairs, pictures, strict=False):
-            place.imshow((picture.float().cpu().clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0).numpy())
-            place.set_title(" ".join(pair), fontsize=8)
+            place.imshow(
+                (picture.float().cpu().clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0).numpy(), interpolation="nearest"
+            )
+            place.set_title(" ".join(pair), fontsize=8, pad=3)
         first += rows[title]
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=75)
+    figure.savefig(path, dpi=65)
     pyplot.close(figure)
