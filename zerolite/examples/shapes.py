@@ -73,7 +73,7 @@ def draw(pairs: list[Pair], generator: torch.Generator) -> Tensor:
 @cache
 def _templates() -> Tensor:
     """Every shape at many places and sizes: (shapes, variants, pixels)."""
-    x, y, radius = torch.meshgrid(*[torch.arange(6.0, 26.5, 1.0)] * 2, torch.arange(6.0, 11.5, 0.5), indexing="ij")
+    x, y, radius = torch.meshgrid(*[torch.arange(11.0, 21.5)] * 2, torch.arange(6.0, 12.0, 0.5), indexing="ij")
     return outlines(x.flatten(), y.flatten(), radius.flatten()).flatten(2).float()
 
 
