@@ -2,7 +2,7 @@
 
 One row of 2,048 tokens a card, blocks recomputed, logits never whole, AdamW; 0.75 GiB of each card are assumed for the
 process. `--measure N` trains SmolLM2-135M for two steps in each row of at most N cards, on this machine's device, and
-marks what was measured (not in fp32, which takes long on a CPU).
+marks what was measured (not in fp32, which takes long on a CPU). Without it, marks of the table that is there stay.
 
     python benchmarks/memory/hardware_table.py --measure 2
     python benchmarks/memory/hardware_table.py --models llama-3-8b qwen-7b --output folder
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +69,7 @@ def measured(method: Method, cards: int, timeout: float) -> dict:
         return {"reason": row["reason"]}
     return {
         "model": MEASURED,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "device": DEVICE.type,
         "peak_bytes": sum(row["peak"].values()),
         "plan_bytes": sum(row["plan"]["peak"].values()),
@@ -74,7 +77,20 @@ def measured(method: Method, cards: int, timeout: float) -> dict:
     }
 
 
-def collect(models: list[str], most_measured: int, timeout: float) -> dict:
+def kept(method: Method, cards: int, earlier: dict) -> dict | None:
+    """What an earlier table has measured in this row, beside the plan of today."""
+    for row in earlier["rows"]:
+        if (
+            (row["method"], row["cards"]) == (method.name, cards)
+            and row["measured"]
+            and "reason" not in row["measured"]
+        ):
+            plan = memory.plan_of(method.mode, cards, work_of(MEASURED, method.precision), row["measured"]["device"])
+            return row["measured"] | {"plan_bytes": max(peak.total_bytes for peak in plan.peaks.values())}
+    return None
+
+
+def collect(models: list[str], most_measured: int, timeout: float, earlier: dict) -> dict:
     """What the JSON file holds."""
     facts, rows = harness.machine_facts(("torch", "transformers")), []
     for method in METHODS:
@@ -82,7 +98,7 @@ def collect(models: list[str], most_measured: int, timeout: float) -> dict:
             row = {"method": method.name, "mode": method.mode, "precision": method.precision, "cards": cards}
             row["models"] = {model: planned(method, cards, model) for model in models}
             is_measured = cards <= most_measured and method.precision == "bf16"  # fp32 would take minutes on a CPU
-            row["measured"] = measured(method, cards, timeout) if is_measured else None
+            row["measured"] = measured(method, cards, timeout) if is_measured else kept(method, cards, earlier)
             rows.append(row)
             print(
                 f"{method.name}, {cards}: {[round(m['card_bytes'] / GIB, 1) for m in row['models'].values()]}",
@@ -102,11 +118,16 @@ def mark(row: dict) -> str:
         return "–"
     if "reason" in found:
         return f"did not run: {found['reason']}".replace("|", "/")
-    return f"✓ {gib(found['peak_bytes'])}, plan {found['plan_bytes'] / found['peak_bytes'] - 1:+.1%}"
+    return f"✓ {gib(found['peak_bytes'])}, plan {found['plan_bytes'] / found['peak_bytes'] - 1:+.2%}"
 
 
 def cell(of_model: dict, is_offloaded: bool) -> str:
     return gib(of_model["card_bytes"]) + (f" + {of_model['host_bytes'] / GIB:.0f}" if is_offloaded else "")
+
+
+def _dates_of(report: dict) -> str:
+    found = {f"{m['device']}, {m['date']}" for row in report["rows"] if (m := row["measured"]) and "date" in m}
+    return "; ".join(sorted(found)) or "nowhere yet"
 
 
 def markdown(report: dict) -> str:
@@ -132,9 +153,9 @@ GiB of the host that holds all of these cards, with its processes.
 
 {table}
 
-✓: SmolLM2-135M was trained so for two steps on this machine's {DEVICE.type}, and this was the peak of a rank's
-tensors; the plan for this device was so far off. A GPU's plan differs from it by the process's 0.75 GiB and by the
-step's scratch memory. No other model was measured.
+✓: SmolLM2-135M was trained so for two steps ({_dates_of(report)}), and this was the peak of a rank's tensors; the plan
+for that device was so far off. A GPU's plan differs from a CPU's by the process's 0.75 GiB and by the step's scratch
+memory. No other model was measured.
 """
 
 
@@ -146,7 +167,9 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=900, help="seconds that one row may take")
     parser.add_argument("--output", type=Path, default=harness.RESULTS)
     options = parser.parse_args()
-    report = collect(options.models, options.measure, options.timeout)
+    file = options.output / "hardware_table.json"
+    earlier = json.loads(file.read_text()) if file.is_file() else {"rows": []}
+    report = collect(options.models, options.measure, options.timeout, earlier)
     harness.write_report(options.output, "hardware_table", report, markdown(report))
     print(markdown(report))
 
