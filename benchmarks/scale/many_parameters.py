@@ -5,7 +5,7 @@ arithmetic is next to nothing, so the CPU time of a step is Python: autograd's o
 pair of ranks has all contenders and takes a step of each by turns, in an order that rotates; a ratio is of two steps of
 one round, its median over rounds is told. FSDP2 has torch's fused AdamW.
 
-    python benchmarks/scale/many_parameters.py                                  # some minutes
+    python benchmarks/scale/many_parameters.py            # an hour or more: FSDP2 starts slowly
     python benchmarks/scale/many_parameters.py --parameters 500 1000 --rounds 3
 """
 
