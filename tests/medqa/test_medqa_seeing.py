@@ -11,7 +11,7 @@ import torch
 from limits import load
 from medqa_runs import to_flags
 from PIL import Image
-from seeing_models import FAMILIES, write_seer
+from seeing_models import write_seer
 from shapes import write_rows
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
@@ -98,7 +98,7 @@ def few(tmp_path_factory) -> Path:
 def test_a_few_pictures_are_learned_and_transformers_says_the_same(ranks, few, tmp_path, capsys, family, stage):
     """Mixed rows on two ranks, which have images at different times."""
     model = write_seer(tmp_path / "base", family, hidden=64)
-    options = {"max_steps": 50, "stage": stage, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"}
+    options = {"max_steps": 60, "stage": stage, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"}
     assert ranks(2).run(train, flags(model, few, tmp_path / "out", **options)) == [0, 0]
     said, expected = answers_of(tmp_path / "out", few)
     assert sum(one == other for one, other in zip(said, expected, strict=True)) >= 0.95 * len(expected)
@@ -114,7 +114,7 @@ def test_a_few_pictures_are_learned_and_transformers_says_the_same(ranks, few, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2_vl", "glm4v"])
 def test_a_tiny_model_learns_to_count_squares_in_pictures_that_it_has_not_seen(ranks, tmp_path, family, stage):
     """Of both colours, in both languages: 95 % of the answers about new pictures are right."""
     model = write_seer(tmp_path / "base", family, hidden=64)
