@@ -11,18 +11,19 @@ import torch
 import transformers
 from converted_models import CASES, answer, build_case
 from crosses import each
-from models import assert_same_bits, build
+from models import assert_same_tensors, build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved import attempt, full, rank
 from torch import nn
 
 import zerolite
+from zerolite.adapters import add_lora
 from zerolite.checkpoint import conversions, weight_files
 
 # One of each kind of conversion: prefixes, a vision tower, experts joined, experts of two kinds with a transposition,
-# split projections, tables that are not saved. The others at night.
-COVERING = ("llava", "qwen2-vl", "glm4v", "deepseek-v3", "ernie-vl-moe", "nomic-bert", "marian")
+# split projections, tables that are not saved, buffers made from parameters. The others at night.
+COVERING = ("llava", "qwen2-vl", "glm4v", "deepseek-v3", "ernie-vl-moe", "nomic-bert", "marian", "ibert")
 RUNS = [
     pytest.param(name, world, (0, 1, 2, 3), marks=pytest.mark.slow, id=f"{name} {world}")
     for name in CASES
@@ -51,7 +52,7 @@ def load_export_load(folder: Path, exports: Path, stages: tuple[int, ...]):
         parameters = full(model)
         zerolite.export(model, exports / str(stage))
         again = zerolite.load_pretrained(exports / str(stage), stage=3 - stage)
-        assert_same_bits(full(again), parameters)
+        assert_same_tensors(full(again), parameters)
         results.append((answer(model), answer(again), parameters, buffers))
     return results
 
@@ -66,13 +67,27 @@ def test_a_converted_folder_gives_the_bits_of_from_pretrained_and_comes_back(ran
     for results in ranks(world).run(load_export_load, tmp_path / "model", tmp_path / "exports", stages):
         for logits, again, parameters, buffers in results:
             assert torch.equal(logits, expected) and torch.equal(again, expected)
-            assert_same_bits(parameters, twin.state_dict())
-            assert_same_bits(buffers, dict(twin.named_buffers()))
+            assert_same_tensors(parameters, twin.state_dict())
+            assert_same_tensors(buffers, dict(twin.named_buffers()))
     for stage in stages:
-        assert_same_bits(tensors_of(tmp_path / "exports" / str(stage)), tensors_of(tmp_path / "twin"))
+        assert_same_tensors(tensors_of(tmp_path / "exports" / str(stage)), tensors_of(tmp_path / "twin"))
         config = (tmp_path / "exports" / str(stage) / "config.json").read_text()
         assert json.loads(config) == json.loads((tmp_path / "twin" / "config.json").read_text())
     assert torch.equal(answer(opened(tmp_path / "exports" / str(stages[-1]))), expected)
+
+
+def load_and_export(folder: Path, export: Path):
+    zerolite.export(zerolite.load_pretrained(folder, stage=3), export)
+
+
+@pytest.mark.parametrize("name", ["llava", "mixtral"])
+def test_a_folder_with_the_models_own_names_keeps_them(ranks, tmp_path, name):
+    """No conversion brought it in, so none is undone when it goes out, as save_pretrained has it."""
+    build_case(name).save_pretrained(tmp_path / "model", save_original_format=False)
+    opened(tmp_path / "model").save_pretrained(tmp_path / "twin")
+    ranks(2).run(load_and_export, tmp_path / "model", tmp_path / "export")
+    assert_same_tensors(tensors_of(tmp_path / "export"), tensors_of(tmp_path / "twin"))
+    assert tensors_of(tmp_path / "export").keys() == tensors_of(tmp_path / "model").keys()
 
 
 def load_in_bf16(folder: Path):
@@ -90,8 +105,8 @@ def test_a_folder_of_16_bits(ranks, tmp_path, name, dtype):
         path.write_text(json.dumps(config))
         twin = opened(tmp_path)
         for parameters, buffers in ranks(2).run(load_in_bf16, tmp_path):
-            assert_same_bits(parameters, twin.state_dict())
-            assert_same_bits(buffers, dict(twin.named_buffers()))
+            assert_same_tensors(parameters, twin.state_dict())
+            assert_same_tensors(buffers, dict(twin.named_buffers()))
     kept = {name for name, tensor in twin.state_dict().items() if tensor.dtype == torch.float32}
     assert bool(kept) == (name == "t5" and dtype == torch.float16)
 
@@ -108,7 +123,22 @@ def test_an_export_of_a_built_model_is_what_save_pretrained_writes(ranks, tmp_pa
     build_case(name).save_pretrained(tmp_path / "twin")
     ranks(2).run(export_built, name, tmp_path / "exports")
     for folder in (tmp_path / "exports").iterdir():
-        assert_same_bits(tensors_of(folder), tensors_of(tmp_path / "twin"))
+        assert_same_tensors(tensors_of(folder), tensors_of(tmp_path / "twin"))
+
+
+def load_buffers(folder: Path):
+    return {name: buffer.clone() for name, buffer in zerolite.load_pretrained(folder, stage=3).named_buffers()}
+
+
+def test_buffers_made_from_parameters_that_are_in_no_file(ranks, tmp_path):
+    """They have the values that the class computes, as for from_pretrained."""
+    build_case("ibert").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith("_integer")}
+    assert len(tensors) < len(load_file(path))
+    save_file(tensors, path, metadata={"format": "pt"})
+    for buffers in ranks(2).run(load_buffers, tmp_path):
+        assert_same_tensors(buffers, dict(opened(tmp_path).named_buffers()))
 
 
 # What is read
@@ -220,7 +250,7 @@ def test_tied_weights_are_those_that_transformers_ties(ranks, tmp_path, kind):
     twin = opened(tmp_path).state_dict()
     assert torch.equal(twin["lm_head.weight"], twin["model.embed_tokens.weight"]) == (kind != "unlike")
     for parameters in ranks(2).run(load_tied, tmp_path):
-        assert_same_bits(parameters, twin)
+        assert_same_tensors(parameters, twin)
 
 
 # What is wrong with a folder
@@ -281,3 +311,22 @@ def test_a_missing_file_of_several_is_named(ranks, tmp_path):
     for kind, text in ranks(2).run(load_or_refuse, tmp_path / "model"):
         assert kind == "ValueError" and f"misses {missing.name}" in text
     assert ranks(1).run(load_or_refuse, tmp_path / "whole") == [("", "")] and rank() == 0
+
+
+def load_adapted(folder: Path):
+    torch.manual_seed(0)
+    model = zerolite.load_pretrained(folder, stage=3, offload="cpu", adapt=lambda model: add_lora(model, r=2))
+    return full(model), answer(model)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2-moe"])
+def test_a_converted_base_takes_an_adapter(ranks, tmp_path, name):
+    """add_lora before the values are there, with offload: the base has its bits, and answers as without the adapter."""
+    build_case(name).save_pretrained(tmp_path)
+    twin = opened(tmp_path)
+    for parameters, logits in ranks(2).run(load_adapted, tmp_path):
+        assert any("lora_A" in key for key in parameters)
+        assert_same_tensors(
+            {key: tensor for key, tensor in parameters.items() if "lora_" not in key}, twin.state_dict()
+        )
+        torch.testing.assert_close(logits, answer(twin))

@@ -167,3 +167,15 @@ def test_a_folder_of_folders_says_which_to_look_at(copied, capsys):
     assert "not there" in refused(capsys, copied / "nowhere", 2) and "a file" in refused(
         capsys, copied / "manifest.json", 2
     )
+
+
+def test_a_model_of_diffusers_is_told_with_its_files(tmp_path, capsys):
+    """Its index and its version are read, and a missing file is named."""
+    from painting_models import build_painting
+
+    build_painting("dit").save_pretrained(tmp_path, max_shard_size="40KB")
+    told = inspected(capsys, tmp_path)
+    assert told["model"] == "DiTTransformer2DModel" and "diffusers" in told["versions"] and len(told["files"]) > 1
+    missing = sorted(tmp_path.glob("*.safetensors"))[1]
+    missing.unlink()
+    assert missing.name in refused(capsys, tmp_path, 1)

@@ -92,6 +92,32 @@ def test_a_model_on_meta_is_initialised_by_its_own_rules_alike_on_every_rank(ran
         torch.testing.assert_close(logits, twin(input_ids=torch.arange(3, 11)[None]).logits, rtol=1e-6, atol=1e-8)
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(5, 4, num_layers=2, bidirectional=True)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+def start_recurrent_on_meta(stage: int):
+    with torch.device("meta"):
+        model = Recurrent()
+    model, _ = share(model, stage)
+    with torch.no_grad():
+        return full(model), model(torch.ones(3, 2, 5, dtype=torch.float64)).clone()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_recurrent_model_on_meta(ranks, stage):
+    """Its weights, to which nn.LSTM refers weakly, are swapped as any others, and it computes with them."""
+    for weights, output in ranks(2).run(start_recurrent_on_meta, stage):
+        twin = Recurrent().double()
+        twin.load_state_dict(weights)
+        assert torch.equal(output, twin(torch.ones(3, 2, 5, dtype=torch.float64)))
+
+
 # buffers
 
 

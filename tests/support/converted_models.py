@@ -23,7 +23,7 @@ IMAGE_TOKENS = dict(image_token_id=63, vision_start_token_id=62, vision_end_toke
 EXPERTS = dict(moe_intermediate_size=10, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=14)
 LAYERS = ["conv", "full_attention"]
 LATENT = dict(
-    kv_lora_rank=8, q_lora_rank=None, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=4,
+    kv_lora_rank=8, q_lora_rank=None, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=12,
     n_group=1, topk_group=1, moe_intermediate_size=10, num_experts_per_tok=2, first_k_dense_replace=1,
     n_shared_experts=1,
 )  # fmt: skip
@@ -153,6 +153,7 @@ EXPERT: dict[str, Callable[[], nn.Module]] = {
 OTHER: dict[str, Callable[[], nn.Module]] = {
     "nomic-bert": lambda: tf.NomicBertForMaskedLM(tf.NomicBertConfig(**TEXT)),
     "marian": marian,
+    "ibert": lambda: tf.IBertForMaskedLM(tf.IBertConfig(**TEXT)),
     "gemma2": causal("Gemma2"),
     "gpt-neox": causal("GPTNeoX"),
 }

@@ -228,6 +228,13 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     assert not different, f"elements that differ: {different}"
 
 
+def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Bits, and dtypes as well."""
+    assert_same_bits(actual, expected)
+    dtypes = {name: (actual[name].dtype, value.dtype) for name, value in expected.items()}
+    assert all(mine == other for mine, other in dtypes.values()), dtypes
+
+
 def layouts_of(model: nn.Module, world: int, bucket_numel: int) -> list[BucketLayout]:
     """The buckets that a model without sharing or freezing is packed into."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -37,7 +37,8 @@ def empty_diffusers_model(folder: Path, weights: Weights) -> nn.Module:
     try:
         name = json.loads((folder / "config.json").read_text(encoding="utf-8"))[CLASS_NAME]
         cls: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
-        if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        is_model = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
+        if not is_model:
             raise ValueError(f"{CLASS_NAME} names {str(name)[:80]!r}, which is no model class of diffusers")
         config = cls.load_config(folder, local_files_only=True)
         for key, value in config.items():

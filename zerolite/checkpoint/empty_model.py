@@ -15,6 +15,8 @@ from zerolite.checkpoint.diffusers_models import CLASS_NAME, diffusers_sources, 
 from zerolite.checkpoint.weight_files import Weights
 from zerolite.engine import meta_init
 
+CPU = torch.device("cpu")
+
 
 def open_model(folder: Path, weights: Weights) -> tuple[nn.Module, dict[str, Source]]:
     """The model that a folder describes, its parameters on the meta device, and where its values are.
@@ -113,18 +115,26 @@ def check_sources(model: nn.Module, weights: Weights, sources: dict[str, Source]
                 f"{tuple(tensor.shape)}{'' if keys == name else f' of {name}'}"
             )
     for name in missing:
-        _initialise(model, name)
+        parameter = parameters[name]
+        filled = nn.Parameter(meta_init.unset_like(parameter, CPU), requires_grad=parameter.requires_grad)
+        with meta_init.without_weak_references(model):
+            torch.utils.swap_tensors(parameter, filled)
+        _initialise(model, name, parameter)
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:  # computed from a parameter when it was built
+            owner, _, own_name = name.rpartition(".")
+            model.get_submodule(owner)._buffers[own_name] = buffer = meta_init.unset_like(buffer, CPU)
+            if name not in sources:
+                _initialise(model, name, buffer)
 
 
-def _initialise(model: nn.Module, name: str) -> None:
-    """Give one parameter on the meta device the value that its class computes."""
+def _initialise(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Give a tensor that is unset the value that its class computes."""
     module = model.get_submodule(name.rpartition(".")[0])
-    parameter = model.get_parameter(name)
-    filled = meta_init.unset_like(parameter, torch.device("cpu"))
-    torch.utils.swap_tensors(parameter, nn.Parameter(filled, requires_grad=parameter.requires_grad))
     with torch.no_grad():
-        model._init_weights(module)
-    if meta_init.is_unset(parameter):
+        if hasattr(model, "_init_weights"):
+            model._init_weights(module)
+    if tensor.numel() > 0 and meta_init.is_unset(tensor):
         raise ValueError(f"{name} is not in the folder, and {type(module).__name__} computes no values for it")
 
 

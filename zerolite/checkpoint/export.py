@@ -46,9 +46,16 @@ def export(model: nn.Module, folder) -> None:
     ranks = all_ranks(engine)
     together = partial(on_all_ranks, ranks, f"exporting to {folder}", ZeroliteError)
     buffers = buffers_of(model)
-    writer = FolderWriter(folder, model, _described(engine, buffers)) if ranks.place()[0] == 0 else None
+    writers: list[FolderWriter] = []
+
+    def open_folder() -> None:
+        if ranks.place()[0] == 0:
+            writers.append(FolderWriter(folder, model, _described(engine, buffers)))
+            writers[0].open()
+
     engine.guard.check()
-    together(lambda: writer.open() if writer is not None else None)
+    together(open_folder)
+    writer = writers[0] if writers else None
     try:
         for unit in engine.units:
             engine.unshard(unit)

@@ -37,18 +37,20 @@ def load_pretrained(
 ) -> nn.Module:
     """Build a sharded model, in eval mode, from a local Hugging Face folder with safetensors. Collective.
 
-    path: the folder. No rank builds the whole model: each reads its own ranges, and where unsharded parameters stay
-        (stages 0 to 2) ranks gather the rest from each other. What transformers renames, joins or cuts on load (vision
-        and language, experts) is read by ranges as well. What it permutes or computes is read whole, the tensors of one
-        parameter at a time; `logging` tells which at level INFO.
+    path: the folder, of transformers or of diffusers (one model, not a pipeline; in fp32, as its `from_pretrained` has
+        it: give a `precision`). No rank builds the whole model: each reads its own ranges, and where unsharded
+        parameters stay (stages 0 to 2) ranks gather the rest from each other. What transformers renames, joins or cuts
+        on load (vision and language, experts) is read by ranges as well. What it permutes or computes is read whole,
+        the tensors of one parameter at a time; `logging` tells which at level INFO.
     adapt: called with the model before it is sharded, its parameters on the meta device, to freeze some or to add
         adapters: `adapt=zerolite.adapters.add_lora`.
     stage, mesh, offload, precision, units: as of `shard`.
 
     A warning names weights of the folder that have no place in the model. Raises ValueError where the folder has no
     config.json or no weights, misses a file, is damaged or quantised, has other weights than the configuration asks
-    for, or needs Python code of its own (`auto_map`), which is never run. Raises CheckpointError on every rank where
-    only some ranks can read the folder, or see another one there. Raises what `shard` raises for the other arguments.
+    for, or needs Python code of its own (`auto_map`), which is never run. Raises ImportError where transformers is
+    older than 5.17, or diffusers is needed and missing. Raises CheckpointError on every rank where only some ranks can
+    read the folder, or see another one there. Raises what `shard` raises for the other arguments.
     """
     offload = build.check_arguments(stage, offload, precision)
     folder = Path(path)

@@ -23,7 +23,8 @@ from zerolite.commands.tensors import (
 from zerolite.errors import CheckpointError
 
 CONFIG, ADAPTER, ADAPTER_TENSORS = "config.json", "adapter_config.json", "adapter_model.safetensors"
-INDEX = "model.safetensors.index.json"
+VERSIONS = {"transformers": "transformers_version", "diffusers": "_diffusers_version"}  # keys of config.json
+INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")  # whichever is there
 TOLD = """\
 FOLDER is a checkpoint of zerolite.save (manifest.json), a Hugging Face model (config.json) or an adapter
 (adapter_config.json). Headers are read and hashes compared; no tensor is loaded, no code of the folder runs, and
@@ -186,11 +187,12 @@ def _model(folder: Path) -> dict[str, Any]:
     config = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     files = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
     listed: dict[str, str] = {}
-    if (folder / INDEX).is_file():
-        listed = _mapping(_read_json(folder / INDEX), "weight_map")
+    index = next((name for name in INDEXES if (folder / name).is_file()), None)
+    if index is not None:
+        listed = _mapping(_read_json(folder / index), "weight_map")
         missing = sorted({str(name) for name in listed.values()} - files.keys())
         if missing:
-            raise ValueError(f"{folder / missing[0][:80]}: is missing, and {INDEX} names it")
+            raise ValueError(f"{folder / missing[0][:80]}: is missing, and {index} names it")
     if not files:
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt") for path in folder.glob(pattern))
         what = (
@@ -203,14 +205,16 @@ def _model(folder: Path) -> dict[str, Any]:
     for name, tensors in by_file.items():
         lacking = {key for key, file in listed.items() if file == name} - {tensor.name for tensor in tensors}
         if lacking:
-            raise ValueError(f"{files[name]}: lacks {min(lacking)}, which {INDEX} says it holds")
+            raise ValueError(f"{files[name]}: lacks {min(lacking)}, which {index} says it holds")
     tensors = [tensor for found in by_file.values() for tensor in found]
     return {
         "kind": "Hugging Face model",
-        "model": ", ".join(map(str, config.get("architectures") or [])) or config.get("model_type"),
+        "model": ", ".join(map(str, config.get("architectures") or []))
+        or config.get("model_type")
+        or config.get("_class_name"),
         "dtype": dtypes_told(tensors),
         "quantization": _mapping(config, "quantization_config").get("quant_method"),
-        "versions": {"transformers": config["transformers_version"]} if "transformers_version" in config else {},
+        "versions": {library: config[key] for library, key in VERSIONS.items() if key in config},
         "num_parameters": sum(tensor.numel for tensor in tensors),
         "bytes": {"weights": sum(tensor.nbytes for tensor in tensors)},
         "has_tokenizer": any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")),

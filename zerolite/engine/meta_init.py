@@ -1,6 +1,8 @@
 """Values for parameters that have none yet: modules built on the meta device are initialised one at a time."""
 
-from collections.abc import Callable
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -40,8 +42,9 @@ def materialize(model: nn.Module, plan: UnitPlan, device: torch.device) -> None:
     for module in modules:
         for parameter in module.parameters(recurse=False):
             if parameter.is_meta and id(parameter) in own:
-                filled = nn.Parameter(unset_like(parameter, device), requires_grad=parameter.requires_grad)
-                torch.utils.swap_tensors(parameter, filled)  # the same object, so that ties and owners stay
+                with without_weak_references(module):
+                    filled = nn.Parameter(unset_like(parameter, device), requires_grad=parameter.requires_grad)
+                    torch.utils.swap_tensors(parameter, filled)  # the same object, so that ties and owners stay
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = unset_like(buffer, device)
@@ -63,10 +66,24 @@ def materialize(model: nn.Module, plan: UnitPlan, device: torch.device) -> None:
 
 def leave_meta(model: nn.Module, plan: UnitPlan, device: torch.device) -> None:
     """Move the parameters of one unit's module off the meta device without memory or values of their own."""
-    for group in plan.groups:
-        for parameter in group.parameters if group.is_on_meta else ():
-            nothing = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
-            torch.utils.swap_tensors(parameter, nn.Parameter(nothing, requires_grad=parameter.requires_grad))
+    with without_weak_references(plan.module):
+        for group in plan.groups:
+            for parameter in group.parameters if group.is_on_meta else ():
+                nothing = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+                torch.utils.swap_tensors(parameter, nn.Parameter(nothing, requires_grad=parameter.requires_grad))
+
+
+@contextlib.contextmanager
+def without_weak_references(module: nn.Module) -> Iterator[None]:
+    """Recurrent modules of torch refer weakly to their weights, and no tensor with such a reference swaps."""
+    recurrent = [inner for inner in module.modules() if isinstance(inner, nn.RNNBase)]
+    for inner in recurrent:
+        inner._flat_weight_refs = []
+    try:
+        yield
+    finally:
+        for inner in recurrent:
+            inner._flat_weight_refs = [weakref.ref(w) if w is not None else None for w in inner._flat_weights]
 
 
 def _has_meta(module: nn.Module, own: set[int]) -> bool:
