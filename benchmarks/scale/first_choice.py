@@ -6,7 +6,7 @@ that rotates from round to round. A ratio is of two times of one round, the medi
 shared. Beside seconds stand CPU seconds of a rank and its workers, which other jobs disturb less; on a CPU, where
 nothing hides behind anything, they say the same.
 
-    python benchmarks/scale/first_choice.py                                  # eight minutes on two busy cores with --rounds 3
+    python benchmarks/scale/first_choice.py --rounds 3                       # eight minutes on two busy cores
     python benchmarks/scale/first_choice.py --number 2 --rounds 2
 """
 
