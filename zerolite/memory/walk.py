@@ -69,7 +69,7 @@ class Walk:
         self._num_reduced = self._reduced_bytes = 0  # buckets, in the reducer's order, whose shard has its gradient
         self._base_bytes, self._is_tail = 0, False  # activations before the head; whether it runs
 
-    def run(self, accumulation: int, no_sync: bool) -> Walked:
+    def run(self, accumulation: int, no_sync: bool = False) -> Walked:
         """`accumulation` micro-batches, each reduced or all but the last inside `zerolite.no_sync`, and a step."""
         with torch.no_grad():
             for index in range(accumulation):
