@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from pathlib import Path
 
 import pytest
@@ -23,9 +25,9 @@ def arguments(base: Path, output: Path, **options) -> list[str]:
     return to_flags({**named, **sizes, "per_device_train_batch_size": 2, **options})
 
 
-def with_memory(device: float, argv: list[str], trains: bool) -> dict:
-    """A run on ranks with so many bytes of device memory; what it chose, and the peak that it was planned with."""
-    found_by_it = []
+def with_memory(device: float, argv: list[str], trains: bool) -> tuple[dict, str]:
+    """A run on ranks with so many bytes of device memory: (its choice, with the peaks planned, and what it told)."""
+    found_by_it, told = [], io.StringIO()
 
     def recommended(*given, **named):
         found_by_it.append(recommend(*given, **named))
@@ -36,6 +38,7 @@ def with_memory(device: float, argv: list[str], trains: bool) -> dict:
     with (
         replaced(room, "free_bytes", lambda options, device: limits),
         replaced(auto.zerolite, "recommend", recommended),
+        contextlib.redirect_stdout(told),
     ):
         run = train_medqa.prepare(parse(argv))
         assert not trains or train_medqa.train(run) == 0
@@ -43,19 +46,18 @@ def with_memory(device: float, argv: list[str], trains: bool) -> dict:
     found = {name: getattr(run.options, name) for name in PLACED}
     (recommendation,) = found_by_it
     peaks = [candidate.plan.peak_bytes for candidate in recommendation.candidates]
-    return {**found, "peak": recommendation.best.plan.peak_bytes, "least": min(peaks)}
+    return {**found, "peak": recommendation.best.plan.peak_bytes, "least": min(peaks)}, told.getvalue()
 
 
-def test_less_memory_means_another_choice(ranks, base, tmp_path, capfd):
+def test_less_memory_means_another_choice(ranks, base, tmp_path):
     """Two ranks: with room nothing leaves or is recomputed; with what the least takes, what fits is, and is told."""
-    roomy, other = ranks(2).run(with_memory, ROOMY, arguments(base, tmp_path / "roomy", auto=True), False)
+    (roomy, told), (other, _) = ranks(2).run(with_memory, ROOMY, arguments(base, tmp_path / "roomy", auto=True), False)
     assert roomy == other and (roomy["offload"], roomy["gradient_checkpointing"]) == ("none", False)
-    assert "--auto: --stage" in capfd.readouterr().out
+    assert "--auto: --stage" in told
     limit = roomy["least"] / (1 - RESERVE) + 2
-    found, other = ranks(2).run(with_memory, limit, arguments(base, tmp_path / "tight", auto=True), True)
+    (found, told), (other, _) = ranks(2).run(with_memory, limit, arguments(base, tmp_path / "tight", auto=True), True)
     assert found == other and found["peak"] <= (1 - RESERVE) * limit < roomy["peak"]
     assert found["offload"] == "cpu" or found["gradient_checkpointing"]
-    told = capfd.readouterr().out
     assert "faster, but" in told and "GiB a device in" in told
     # The record holds the choice, and a resumed run keeps it, with any memory.
     recorded = read_config(tmp_path / "tight" / OPTIONS)
