@@ -116,7 +116,7 @@ def write_timeline(tracker: Tracker, path: Path) -> None:
 
 # The page #
 
-WIDTH, HEIGHT, LEFT, TOP, ROW = 1100, 360, 70, 24, 12
+WIDTH, HEIGHT, LEFT, TOP, ROW = 1100, 360, 96, 24, 12
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #212529; max-width: 1140px; margin: 1.5rem auto; padding: 0 1rem }
 h1 { font-size: 1.25rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem } svg { width: 100%; height: auto }
