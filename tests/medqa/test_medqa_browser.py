@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from limits import load
 from medqa_runs import write_talker
+from PIL import Image
+from seeing_models import write_seer
 
 from zerolite.medqa import desk, generation, opening, web
 
@@ -109,3 +111,37 @@ def test_a_question_is_asked_and_its_answer_read_as_it_comes(served, chromium, l
     picture(page, f"{name}-other")
     assert not foreign and not failed
     context.close()
+
+
+def test_a_picture_is_sent_with_its_question(chromium, tmp_path):
+    """Chosen from files, shown beside the question, and read: the answer is the one that the desk gives with it."""
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'zerolite[web]'")
+    image = tmp_path / "square.png"
+    Image.new("RGB", (24, 24), (200, 30, 30)).save(image)
+    made = desk.Desk(
+        opening.open_variants(write_seer(tmp_path / "seer", "qwen2_vl"), []), generation.Settings(max_new_tokens=8)
+    )
+    blocks = web.page(web.load(), made, "seer")
+    _, url, _ = web.launch(blocks, "127.0.0.1", None)
+    try:
+        context = chromium.new_context(locale="en-US", viewport={"width": 1000, "height": 800})
+        context.set_default_timeout(15_000 * load())
+        page = context.new_page()
+        page.goto(url)
+        page.get_by_text(web.TEXTS["en"]["notice"]).wait_for()
+        page.locator("input[type=file]").first.set_input_files(image)
+        page.locator("img[src*='square.png']").first.wait_for()
+        picture(page, "image-chosen")
+        page.get_by_placeholder(web.TEXTS["en"]["ask"]).fill("What colour is it?")
+        page.keyboard.press("Enter")
+        page.locator("#chat .user img").first.wait_for()
+        answer = page.locator("#chat .bot .message-content, #chat .bot .message").first
+        answer.wait_for()
+        page.get_by_role("button", name=web.TEXTS["en"]["stop"]).wait_for(state="hidden")
+        picture(page, "image-answered")
+        *_, expected = made.answer("expected", desk.Dialogue(), None, "", "What colour is it?", [image])
+        assert expected.text.strip() and " ".join(answer.inner_text().split()) == " ".join(expected.text.split())
+        context.close()
+    finally:
+        made.close()
+        blocks.close(verbose=False)
