@@ -5,8 +5,9 @@ arithmetic is next to nothing, so the CPU time of a step is Python: autograd's o
 pair of ranks has all contenders and takes a step of each by turns, in an order that rotates; a ratio is of two steps of
 one round, its median over rounds is told. FSDP2 has torch's fused AdamW.
 
-    python benchmarks/scale/many_parameters.py            # an hour or more: FSDP2 starts slowly
-    python benchmarks/scale/many_parameters.py --parameters 500 1000 --rounds 3
+    python benchmarks/scale/many_parameters.py            # minutes on quiet cores: FSDP2 starts slowly
+    python benchmarks/scale/many_parameters.py --parameters 960 1920 3840 --rounds 5
+    python benchmarks/scale/many_parameters.py --alone    # how zerolite itself grows
 """
 
 from __future__ import annotations
@@ -67,9 +68,8 @@ def build(name: str, num_parameters: int) -> Callable[[], None]:
     return step
 
 
-def measure(num_parameters: int, rounds: int) -> dict[str, list[float]]:
+def measure(num_parameters: int, rounds: int, names: list[str]) -> dict[str, list[float]]:
     """CPU seconds of this rank's steps, by contender, round after round."""
-    names = [*RIVALS, *RIVALS.values()]
     steps = {name: build(name, num_parameters) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARMUP + rounds):
@@ -82,30 +82,37 @@ def measure(num_parameters: int, rounds: int) -> dict[str, list[float]]:
 
 
 def collect(options: argparse.Namespace) -> list[dict]:
-    rows = []
+    rows, names = [], [*RIVALS, *([] if options.alone else RIVALS.values())]
     for number in options.parameters:
-        ranks = harness.launch(measure, {"num_parameters": number, "rounds": options.rounds}, options.ranks)
+        ranks = harness.launch(
+            measure, {"num_parameters": number, "rounds": options.rounds, "names": names}, options.ranks
+        )
         for own, other in RIVALS.items():
-            pairs = [pair for rank in ranks for pair in zip(rank[own], rank[other], strict=True)]
-            medians = [statistics.median(values) for values in zip(*pairs, strict=True)]
-            ratio = statistics.median(mine / theirs for mine, theirs in pairs)
-            rows.append({"parameters": number // BLOCKS * BLOCKS, "own": own, "other": other, "ratio": ratio})
-            rows[-1] |= {"own_seconds": medians[0], "other_seconds": medians[1], "ranks": ranks}
+            steps = [values for rank in ranks for values in rank[own]]
+            row = {"parameters": number // BLOCKS * BLOCKS, "own": own, "own_seconds": statistics.median(steps)}
+            if other in names:
+                others = [values for rank in ranks for values in rank[other]]
+                ratio = statistics.median(mine / theirs for mine, theirs in zip(steps, others, strict=True))
+                row |= {"other": other, "other_seconds": statistics.median(others), "ratio": ratio}
+            rows.append({**row, "ranks": ranks})
             print({name: value for name, value in rows[-1].items() if name != "ranks"}, flush=True)
     return rows
 
 
 def cells(row: dict) -> list[str]:
-    own, other = (1e3 * row[name] for name in ("own_seconds", "other_seconds"))
-    each = 1e3 * own / row["parameters"]
-    names = f"{row['own']} / {row['other']}"
-    return [f"{row['parameters']:,}", names, f"{own:.0f} / {other:.0f}", f"{row['ratio']:.2f}", f"{each:.1f}"]
+    own = 1e3 * row["own_seconds"]
+    name, times, ratio = row["own"], f"{own:.0f}", "–"
+    if "other" in row:
+        name += f" / {row['other']}"
+        times, ratio = f"{own:.0f} / {1e3 * row['other_seconds']:.0f}", f"{row['ratio']:.2f}"
+    return [f"{row['parameters']:,}", name, times, ratio, f"{1e3 * own / row['parameters']:.1f}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parameters", nargs="+", type=int, default=[5000, 10000, 20000])
     parser.add_argument("--rounds", type=int, default=8, help="of one step of each contender")
+    parser.add_argument("--alone", action="store_true", help="zerolite without FSDP2, whose first step grows faster")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--output", type=Path, default=harness.RESULTS)
     options = parser.parse_args()
@@ -122,7 +129,8 @@ def main() -> None:
             harness.markdown_table(header, [cells(row) for row in rows]),
         ]
     )
-    harness.write_report(options.output, "many_parameters_cpu", {"facts": facts, "rows": rows}, text)
+    name = "many_parameters_alone_cpu" if options.alone else "many_parameters_cpu"
+    harness.write_report(options.output, name, {"facts": facts, "rows": rows}, text)
     print(text)
 
 
