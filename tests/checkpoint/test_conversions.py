@@ -10,16 +10,16 @@ import pytest
 import torch
 import transformers
 from converted_models import CASES, answer, build_case
+from counted_reads import count_reads
 from crosses import each
 from models import assert_same_tensors, build
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved import attempt, full, rank
 from torch import nn
 
 import zerolite
 from zerolite.adapters import add_lora
-from zerolite.checkpoint import conversions, weight_files
+from zerolite.checkpoint import conversions
 
 # One of each kind of conversion: prefixes, a vision tower, experts joined, experts of two kinds with a transposition,
 # split projections, tables that are not saved, buffers made from parameters. The others at night.
@@ -142,44 +142,6 @@ def test_buffers_made_from_parameters_that_are_in_no_file(ranks, tmp_path):
 
 
 # What is read
-
-
-def count_reads(folder: Path) -> tuple[int, int, set[str]]:
-    """(elements read by ranges, parameters, tensors read whole) of this rank."""
-    read, whole = 0, set()
-
-    class Slice:
-        def __init__(self, inner) -> None:
-            self.inner = inner
-            self.get_shape, self.get_dtype = inner.get_shape, inner.get_dtype
-
-        def __getitem__(self, key):
-            nonlocal read
-            values = self.inner[key]
-            read += values.numel()
-            return values
-
-    class Handle:
-        def __init__(self, *args, **options) -> None:
-            self.inner = safe_open(*args, **options)
-            self.keys = self.inner.keys
-
-        def get_slice(self, key):
-            return Slice(self.inner.get_slice(key))
-
-        def get_tensor(self, key):
-            whole.add(key)
-            return self.inner.get_tensor(key)
-
-        def __exit__(self, *exception):
-            return self.inner.__exit__(*exception)
-
-    weight_files.safe_open = Handle
-    try:
-        model = zerolite.load_pretrained(folder, stage=3)
-    finally:
-        weight_files.safe_open = safe_open
-    return read, sum(parameter.numel() for parameter in model.parameters()), whole
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llava", "nomic-bert"])
